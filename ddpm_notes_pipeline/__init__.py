@@ -6,7 +6,6 @@ Names are imported when first used, so that `import ddpm_notes_pipeline` costs n
 import importlib
 from typing import Any
 
-
 __version__ = "0.1.0"
 
 _HOMES = {

@@ -157,7 +157,7 @@ def load_images(
             bad image (palette and CMYK count as RGB, with transparency as RGBA; 1-bit and 16-bit grey as L).
         max_samples: at most so many rows, evenly spaced over the split (many sets are sorted by class).
         cache_dir: where decoded files are kept, by default `$HF_HOME/ddpm_notes_pipeline`.
-        on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it out, counts and warns.
+        on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it out and warns.
         show_progress: a progress bar while decoding.
 
     Raises:
@@ -177,7 +177,7 @@ def load_images(
         source = _embedded_source(dataset_name, dataset_config_name, split, image_column, label_column, max_samples)
     else:
         table = _load_table(dataset_name, dataset_config_name, train_data_dir, split)
-        source = _table_source(table, split, image_column, label_column, max_samples)
+        source = _table_source(table, image_column, label_column, max_samples)
     name = str(train_data_dir if dataset_name is None else dataset_name)
 
     default = None if cache_dir else Path(_optional("datasets", "train").config.HF_CACHE_HOME) / "ddpm_notes_pipeline"
@@ -239,8 +239,8 @@ def _embedded_source(
 ) -> _Source:
     if config is not None or image_column not in (None, "image") or label_column not in (None, "label"):
         raise ValueError(
-            f"{name!r} has no configuration (got {config!r}) and the columns 'image' and 'label' (got {image_column!r}, "
-            f"{label_column!r}): it is the set embedded in a package; for a folder of that name say './{name}'"
+            f"{name!r}, embedded in a package, has no configuration (got {config!r}) and the columns 'image' and "
+            f"'label' (got {image_column!r}, {label_column!r}); for a folder of that name say './{name}'"
         )
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is not in {name!r}; it has: train, test")
@@ -274,7 +274,10 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str)
     if not local.is_dir() and (name is None or name.startswith(("/", ".", "~"))):
         raise FileNotFoundError(f"{what} is not a folder (looked for {local.absolute()})")
     if name is not None and ((local / "dataset_dict.json").is_file() or (local / "state.json").is_file()):
-        saved = datasets.load_from_disk(str(local))
+        try:
+            saved = datasets.load_from_disk(str(local))
+        except IndexError as error:  # what it makes of a table without rows
+            raise ValueError(f"{what} has 0 rows, in one split at least") from error
         splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
         if split not in splits:
             raise ValueError(f"split {split!r} is not in {what}; it has: {', '.join(splits)}")
@@ -283,25 +286,21 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str)
         if name is None:
             return datasets.load_dataset("imagefolder", data_dir=str(local), split=split)
         return datasets.load_dataset(str(local) if local.is_dir() else name, config, split=split)
-    except datasets.exceptions.DataFilesNotFoundError as error:
-        raise FileNotFoundError(f"{what} holds no image or data file: {error}") from error
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{what} is neither a folder here nor found on the Hub: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what} holds no image or data file: {error}") from error
     except ValueError as error:
         if "corresponds to no data" in str(error):
-            raise ValueError(f"{what} has files, but no image in split {split!r}: {error}") from error
+            raise ValueError(f"{what} has 0 images in split {split!r}: {error}") from error
         if "nknown split" in str(error):
             raise ValueError(f"split {split!r} is not in {what}: {error}") from error
         raise
 
 
-def _table_source(
-    table: Any, split: str, image_column: str | None, label_column: str | None, limit: int | None
-) -> _Source:
+def _table_source(table: Any, image_column: str | None, label_column: str | None, limit: int | None) -> _Source:
     datasets = _optional("datasets", "train")
     features, columns, key = table.features, ", ".join(table.column_names), [table._fingerprint]
-    if len(table) == 0:
-        raise ValueError(f"split {split!r} has 0 rows (columns: {columns})")
     of_images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is None and len(of_images) == 1:
         image_column = of_images[0]
@@ -314,7 +313,7 @@ def _table_source(
 
     labels, class_names = None, None
     if label_column is not None:
-        of_labels = [c for c, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(("int", "uint"))]
+        of_labels = [c for c, f in features.items() if str(getattr(f, "dtype", "")).startswith(("int", "uint"))]
         if label_column not in of_labels:
             seen = f"is {features[label_column]}" if label_column in features else "is not a column"
             allowed = f"columns: {columns}; of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
@@ -343,15 +342,14 @@ def _table_source(
 
 
 def _decode(raw: Any, transform: _Transform) -> tuple[PIL.Image.Image, bool]:
-    """One image, upright, in one of MODES, resized and cropped; and whether it had 16 bits. Raises whatever PIL does."""
+    """One image, upright, in one of MODES, resized and cropped; and whether it had 16 bits. Raises what PIL raises."""
     if raw is None:
         raise ValueError("the row holds no image")
     if isinstance(raw, np.ndarray):
         image = PIL.Image.fromarray(raw)
     else:
         with PIL.Image.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])) as file:
-            file.load()  # all of it: opening reads the header alone
-            image = PIL.ImageOps.exif_transpose(file)
+            image = PIL.ImageOps.exif_transpose(file)  # reads all of it; opening reads the header alone
     sixteen_bit = image.mode.startswith("I")
     if sixteen_bit:  # PIL's own conversion clips at 255
         values = np.asarray(image)
@@ -379,7 +377,7 @@ def _decode(raw: Any, transform: _Transform) -> tuple[PIL.Image.Image, bool]:
 
 def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Path) -> None:
     """Writes the decoded file: the pixels of image after image, then an index (.npz), then its length in 8 bytes."""
-    mode, skipped, sixteen_bits, total, digest = transform.image_mode, 0, 0, 0, hashlib.blake2b(digest_size=16)
+    mode, skipped, sixteen_bits, digest = transform.image_mode, 0, 0, hashlib.blake2b(digest_size=16)
     bad: list[str] = []
     kept, stored = array("q"), array("i")
     with open(path, "xb") as out:
@@ -396,16 +394,15 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
                 skipped += 1
                 bad += [f"{name}: {error}"] if len(bad) < 5 else []
                 continue
-            if transform.target is None and stored and (image.height, image.width) != tuple(stored[:2]):
+            if transform.target is None and kept and (image.height, image.width) != tuple(stored[:2]):
                 raise ValueError(
-                    f"{name} is {image.height}x{image.width} (height x width), the first image {stored[0]}x{stored[1]}: "
-                    "give a resolution (--resolution) to bring all images to one size"
+                    f"{name} is {image.height}x{image.width} (height x width), the first one {stored[0]}x{stored[1]}; "
+                    "give a resolution (--resolution) to bring them to one size"
                 )
             pixels = np.asarray(image)
             data = (pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).tobytes()
             out.write(data)
             digest.update(data)
-            total += len(data)
             kept.append(row)
             stored.extend((image.height, image.width))
             sixteen_bits += sixteen_bit
@@ -414,8 +411,8 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
         sizes = np.array(stored, np.int32).reshape(-1, 2)
         sizes = sizes[:1] if (sizes == sizes[0]).all() else sizes
         digest.update(json.dumps([mode, len(kept), transform.target]).encode() + sizes.tobytes())
-        meta = {"mode": mode, "bytes": total, "fingerprint": digest.hexdigest(), "sixteen_bit": sixteen_bits}
-        meta_json = json.dumps({**meta, "skipped": skipped, "bad": bad})
+        meta = {"mode": mode, "fingerprint": digest.hexdigest(), "skipped": skipped, "bad": bad}
+        meta_json = json.dumps({**meta, "sixteen_bit": sixteen_bits})
         index = io.BytesIO()
         np.savez_compressed(index, meta=np.array(meta_json), stored=sizes, kept=np.array(kept, np.int64))
         out.write(index.getvalue() + len(index.getvalue()).to_bytes(8, "little"))
@@ -426,18 +423,18 @@ def _read_index(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | N
     try:
         with open(path, "rb") as file:
             end = file.seek(-8, os.SEEK_END)
-            begin = file.seek(end - int.from_bytes(file.read(8), "little"))
+            file.seek(begin := end - int.from_bytes(file.read(8), "little"))
             with np.load(io.BytesIO(file.read(end - begin))) as index:
                 meta, stored, kept = json.loads(str(index["meta"])), index["stored"], index["kept"]
     except (OSError, ValueError, KeyError, EOFError, OverflowError, zipfile.BadZipFile):  # not there, or cut short
         return None
-    return (meta, stored, kept) if meta["bytes"] == begin else None
+    return meta, stored, kept
 
 
 def _target_size(resolution: int | Sequence[int] | None) -> tuple[int, int] | None:
     if resolution is None:
         return None
-    sides = [resolution] if isinstance(resolution, int) else list(resolution)
+    sides: list[Any] = list(resolution) if isinstance(resolution, list | tuple) else [resolution]
     if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
         raise ValueError(f"resolution is {resolution!r}; allowed: S or (H, W) in whole pixels from 1, or None")
     return sides[0], sides[-1]

@@ -18,7 +18,6 @@ import torch
 
 from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 
-
 OBJECTIVES = ("simple", "hybrid", "vlb")
 WEIGHTINGS = ("none", "min_snr", "p2")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "loss_second_moment")
@@ -63,7 +62,9 @@ class Objective:
                 "allowed: 'hybrid' or 'vlb'"
             )
         if self.kind == "vlb" and self.weighting != "none":
-            raise ValueError(f"weighting is {self.weighting!r} with kind 'vlb', which is the bound itself; allowed: 'none'")
+            raise ValueError(
+                f"weighting is {self.weighting!r} with kind 'vlb', which is the bound itself; allowed: 'none'"
+            )
 
     def __call__(
         self,
@@ -81,7 +82,9 @@ class Objective:
             t: timesteps, (B,); kept on the CPU they are checked and cost no stop of an accelerator.
         """
         x_t = self.scheduler.add_noise(x_0, noise, t)
-        model_output = network(x_t, t.to(x_t.device, non_blocking=True), class_labels=class_labels, return_dict=False)[0].float()
+        model_output = network(x_t, t.to(x_t.device, non_blocking=True), class_labels=class_labels, return_dict=False)[
+            0
+        ].float()
         if self.kind == "vlb":
             return self._vlb(model_output, x_0, x_t, t)
         output = model_output[:, : x_0.shape[1]]
@@ -135,7 +138,9 @@ class TimestepSampler:
         history, uniform_share: of "loss_second_moment": losses remembered of each t; share of p(t) that stays uniform.
     """
 
-    def __init__(self, num_train_timesteps: int, sampling: str = "uniform", history: int = 10, uniform_share: float = 0.001) -> None:
+    def __init__(
+        self, num_train_timesteps: int, sampling: str = "uniform", history: int = 10, uniform_share: float = 0.001
+    ) -> None:
         if sampling not in TIMESTEP_SAMPLINGS:
             raise ValueError(f"sampling is {sampling!r}; allowed: {', '.join(TIMESTEP_SAMPLINGS)}")
         self.num_train_timesteps = num_train_timesteps

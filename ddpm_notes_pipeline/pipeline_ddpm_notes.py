@@ -1,25 +1,92 @@
-"""The loops over a network: Algorithm 2 of DDPM, which makes images from noise.
+"""The loops over a network: Algorithm 2 of DDPM, which makes images from noise, and the bound, which says how likely given images are.
 
-x_T ~ N(0, I); for each (t, s) of the scheduler's path: x_s ~ p(x_s | x_t); the last mean is the image. The sample stays in float32
-whatever the network's type: only the network's input is cast.
+Sampling: x_T ~ N(0, I); for each (t, s) of the scheduler's path: x_s ~ p(x_s | x_t); the last mean is the image. The sample stays in
+float32 whatever the network's type: only the network's input is cast.
+
+Likelihood, for images of 8 bits a pixel (the notes' figures 6-8):
+
+    -log2 P(x_0) <= prior + sum over (t, s), s >= 0, of E KL(q(x_s | x_t, x_0), p(x_s | x_t)) + decoder       E over x_t ~ q(x_t | x_0)
+
+The sum has as many terms as the path has steps, each an expectation that needs the network. A random few of them, each divided by its
+probability, have the same mean: unbiased, at a fraction of the cost.
 """
 
 import hashlib
 import inspect
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from tqdm.auto import tqdm
 
 from .scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
+
+# Of the terms drawn for an image, so many (in a hundred) fall where a uniform draw would put them: no term's weight can explode.
+UNIFORM_SHARE = 0.1
+PILOT_IMAGES = 32
+
+
+@dataclass
+class BitsPerDimOutput(BaseOutput):
+    """An upper bound of -log2 P(x_0) / dims over a set of images, and its parts. All in bits/dim.
+
+    Attributes:
+        total: mean over the images of prior + diffusion + decoder.
+        standard_error: of the total, over the images (nan for a single one): their own spread and the Monte Carlo noise together.
+        prior, diffusion, decoder: the parts of the total; `standard_errors` has theirs by name.
+        per_timestep: (T,) float64, mean term of each timestep, the decoder's at the path's last; zeros off the path. Sums to diffusion +
+            decoder. Unless every term was evaluated, each entry is unbiased but noisy: look at sums over ranges.
+        per_image: (N,) float64, total of each image. parts_per_image: (N, 3): prior, diffusion, decoder.
+        dims: C*H*W, what the bits are divided by.
+        network_evaluations: images that the network was evaluated on, in all.
+    """
+
+    total: float
+    standard_error: float
+    prior: float
+    diffusion: float
+    decoder: float
+    standard_errors: dict[str, float]
+    per_timestep: torch.Tensor
+    per_image: torch.Tensor
+    parts_per_image: torch.Tensor
+    dims: int
+    network_evaluations: int
+
+    @classmethod
+    def from_parts(
+        cls, parts: torch.Tensor, per_timestep: torch.Tensor, dims: int, network_evaluations: int
+    ) -> "BitsPerDimOutput":
+        """From (N, 3) parts of each image and the sum over images of the terms at each timestep (T,)."""
+        n = len(parts)
+        names = ("prior", "diffusion", "decoder")
+        errors = (parts.std(0) if n > 1 else torch.full((3,), math.nan)) / math.sqrt(n)
+        per_image = parts.sum(1)
+        return cls(
+            total=float(per_image.mean()),
+            standard_error=float(per_image.std()) / math.sqrt(n) if n > 1 else math.nan,
+            **dict(zip(names, parts.mean(0).tolist(), strict=True)),
+            standard_errors=dict(zip(names, errors.tolist(), strict=True)),
+            per_timestep=per_timestep / n,
+            per_image=per_image,
+            parts_per_image=parts,
+            dims=dims,
+            network_evaluations=network_evaluations,
+        )
 
 
 class DDPMNotesPipeline(DiffusionPipeline):
@@ -101,7 +168,9 @@ class DDPMNotesPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}; allowed: 'pil', 'np', 'pt', 'latent'")
         names = callback_on_step_end_tensor_inputs or ["latents"]
         if any(name not in self._callback_tensor_inputs for name in names):
-            raise ValueError(f"callback_on_step_end_tensor_inputs is {names!r}; allowed: {self._callback_tensor_inputs}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs is {names!r}; allowed: {self._callback_tensor_inputs}"
+            )
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; allowed: a whole number of at least 1")
         device = self._execution_device
@@ -128,7 +197,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
                     x_t = (callback_on_step_end(self, i, t, {"latents": x_t}) or {}).get("latents", x_t)
                 bar.update()
 
-        images = x_t if output_type == "latent" else (x_t / 2 + 0.5).clamp(0, 1)
+        images: Any = x_t if output_type == "latent" else (x_t / 2 + 0.5).clamp(0, 1)
         if output_type in ("pil", "np"):
             images = images.float().permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
@@ -136,12 +205,14 @@ class DDPMNotesPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float | None = None) -> torch.Tensor:
+    def _predict(
+        self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float | None = None
+    ) -> torch.Tensor:
         """The network's output for x_t in the network's own type, guided if asked."""
         x = x.to(self.unet.dtype)
-        if guidance_scale is None:
+        if guidance_scale is None or labels is None:
             return self._for_scheduler(self.unet(x, t, class_labels=labels, return_dict=False)[0], x)
-        null = torch.full_like(labels, self.null_label)
+        null = torch.full_like(labels, self.null_label or 0)
         both = self.unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, null]), return_dict=False)[0]
         conditional, unconditional = both.chunk(2)
         C = x.shape[1]  # guidance moves the mean; a learned variance stays the conditional one
@@ -160,14 +231,20 @@ class DDPMNotesPipeline(DiffusionPipeline):
             return None
         if class_labels is None:
             if self.null_label is None:
-                raise ValueError(f"class_labels is None and this model needs labels; allowed: 0 to {(self.num_classes or 1) - 1}, one an image")
+                raise ValueError(
+                    f"class_labels is None and this model needs labels; allowed: 0 to {(self.num_classes or 1) - 1}, one an image"
+                )
             class_labels = self.null_label
         labels = torch.as_tensor(class_labels).reshape(-1)
         if labels.is_floating_point() or labels.numel() not in (1, batch_size):
-            raise ValueError(f"class_labels is {class_labels!r}; allowed: one integer, or {batch_size} (batch_size) of them")
+            raise ValueError(
+                f"class_labels is {class_labels!r}; allowed: one integer, or {batch_size} (batch_size) of them"
+            )
         highest = self.unet.config.get("num_class_embeds")
         if highest is not None and not 0 <= int(labels.min()) <= int(labels.max()) < highest:
-            raise ValueError(f"class_labels has {int(labels.min())} to {int(labels.max())}; allowed: 0 to {highest - 1}")
+            raise ValueError(
+                f"class_labels has {int(labels.min())} to {int(labels.max())}; allowed: 0 to {highest - 1}"
+            )
         return labels.long().expand(batch_size).to(device)
 
     def _prepare_scheduler(
@@ -178,14 +255,20 @@ class DDPMNotesPipeline(DiffusionPipeline):
         ours = isinstance(scheduler, DDPMNotesScheduler)
         if n is not None and timesteps is not None:
             raise ValueError(f"num_inference_steps is {n} and timesteps is given too; allowed: one of the two")
-        path = {"timesteps": timesteps} if timesteps is not None else {"num_inference_steps": n or (len(scheduler) if ours else 50)}
+        path = (
+            {"timesteps": timesteps}
+            if timesteps is not None
+            else {"num_inference_steps": n or (len(scheduler) if ours else 50)}
+        )
         step_parameters = inspect.signature(scheduler.step).parameters
         arguments = {"generator": generator} if "generator" in step_parameters else {}
         if ours:
             scheduler.set_timesteps(**path, **({} if eta is None else {"eta": eta}))
             return scheduler.timesteps, arguments
         if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"timesteps is given and {type(scheduler).__name__} takes none of its own; allowed: num_inference_steps")
+            raise ValueError(
+                f"timesteps is given and {type(scheduler).__name__} takes none of its own; allowed: num_inference_steps"
+            )
         if eta is not None:
             if "eta" not in step_parameters:
                 raise ValueError(f"eta is {eta} and {type(scheduler).__name__} has none; allowed: None")
@@ -193,18 +276,150 @@ class DDPMNotesPipeline(DiffusionPipeline):
         scheduler.set_timesteps(**path, device=device)
         return scheduler.timesteps, arguments
 
-    def _initial_noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def _initial_noise(
+        self, batch_size: int, generator: Any, latents: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
         """x_T, in float32 at least, at the scheduler's scale."""
         size = self.unet.config.sample_size
         shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator is a list of {len(generator)}; allowed: {batch_size} (batch_size) generators, or a single one")
+            raise ValueError(
+                f"generator is a list of {len(generator)}; allowed: {batch_size} (batch_size) generators, or a single one"
+            )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; allowed: {shape}")
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    # ------------------------------------------------------------------------------------------------ likelihood
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        images: Any,
+        class_labels: Any = None,
+        num_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        evaluations_per_image: int = 32,
+        full: bool = False,
+        clip: bool | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+        first_image: int = 0,
+        pilot_images: Any = None,
+        guidance_scale: float = 1.0,
+    ) -> BitsPerDimOutput:
+        """How many bits a dimension the model needs at most to encode images: the bound on -log2 P(x_0) / dims, term by term.
+
+        Each image gets its own noise, from (seed, its number): the batch it is in does not matter, and calls with one seed compare
+        models on the same noise. Without `full`, the decoder's term and `evaluations_per_image - 1` others are evaluated for each image,
+        one in each of as many ranges of timesteps that contribute alike, found from a few pilot images first.
+
+        Args:
+            images: 8-bit images: uint8 tensor (N, C, H, W), uint8 array (N, H, W, C) or (N, C, H, W), PIL image(s), floats
+                k / 127.5 - 1 (k = 0..255), or an iterable of batches of these (or of dicts with "pixel_values" and maybe
+                "class_labels"), which is read once and never held whole.
+            class_labels: for a class-conditional model: one for all, or one an image; None takes the batches' own, else the null label.
+            num_inference_steps, timesteps: the path; a sampler of K steps has its own bound. None: every timestep.
+            evaluations_per_image: network evaluations for each image. A path of no more steps is summed in full.
+            full: evaluate every term of the path.
+            clip: clip x0_hat; None as the scheduler's config says (improved-diffusion: in evaluation, not in training).
+            batch_size: how many noisy images go through the network at once.
+            seed: of all noise. first_image: number of the first image, to split a set over processes.
+            pilot_images: images to find the ranges with, where `images` is one part of a set. Default: the first of `images`.
+            guidance_scale: must be 1. Guided sampling follows no normalised reverse process: it has no bound.
+
+        Raises:
+            ValueError: images off the 256-level grid, not finite, of another range or channels; none at all; a scheduler that is no DDPM
+                (no posterior, no bound), an eta other than 1; guidance; labels that do not fit.
+        """
+        if guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}; allowed: 1 (guided sampling is no normalised reverse process: no bound)"
+            )
+        if not isinstance(self.scheduler, DDPMNotesScheduler):
+            raise ValueError(
+                f"the scheduler is {type(self.scheduler).__name__}, whose steps are no posteriors; allowed: a DDPM, such as "
+                "DDPMNotesScheduler.from_config(pipeline.scheduler.config)"
+            )
+        if evaluations_per_image < 2:
+            raise ValueError(
+                f"evaluations_per_image is {evaluations_per_image}; allowed: at least 2 (the decoder's term and another)"
+            )
+        scheduler = DDPMNotesScheduler.from_config(self.scheduler.config)  # its path is ours to choose
+        if timesteps is not None or num_inference_steps is not None:
+            scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
+        path = scheduler.timesteps
+        alpha_bar = float(scheduler.alphas_cumprod[path[0]])
+        if alpha_bar > 1e-3:
+            warnings.warn(
+                f"alpha_bar at the path's first timestep {int(path[0])} is {alpha_bar:.3g}: the image shines through, samples start from "
+                "the wrong distribution, and the prior's part of the bound is large",
+                stacklevel=2,
+            )
+
+        batches = self._image_batches(images, class_labels)
+        first, dims = next(batches, None), 0
+        if first is None:
+            raise ValueError("images is empty; allowed: at least one image")
+        terms = _BoundTerms(self, scheduler, clip, batch_size, seed)
+        if full or len(path) <= evaluations_per_image:
+            terms.take_all()
+        else:
+            pilot, labels = first if pilot_images is None else next(self._image_batches(pilot_images, class_labels))
+            terms.choose_ranges(
+                evaluations_per_image - 1, pilot[:PILOT_IMAGES], None if labels is None else labels[:PILOT_IMAGES]
+            )
+        parts, number = [], first_image
+        total = len(images) if isinstance(images, (torch.Tensor, np.ndarray, list)) else None
+        with tqdm(
+            **{"desc": "bits/dim", "unit": "image", "total": total, **getattr(self, "_progress_bar_config", {})}
+        ) as bar:
+            for pixels, labels in self._chain(first, batches):
+                dims = dims or pixels[0].numel()
+                if pixels[0].numel() != dims:
+                    raise ValueError(f"images has {pixels[0].numel()} dims after {dims}; allowed: images of one size")
+                rows = max(1, batch_size // terms.per_image)
+                for i in range(0, len(pixels), rows):
+                    chunk = slice(i, i + rows)
+                    parts.append(terms(pixels[chunk], None if labels is None else labels[chunk], number))
+                    number += len(parts[-1])
+                    bar.update(len(parts[-1]))
+        self.maybe_free_model_hooks()
+        return BitsPerDimOutput.from_parts(torch.cat(parts), terms.per_timestep, dims, terms.evaluations)
+
+    @staticmethod
+    def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+        yield first
+        yield from rest
+
+    def _image_batches(self, images: Any, class_labels: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """(uint8 (B, C, H, W), labels (B,) or None) for whatever `images` is."""
+        if isinstance(images, PIL.Image.Image):
+            images = [images]
+        whole = isinstance(images, (torch.Tensor, np.ndarray)) or (
+            isinstance(images, (list, tuple)) and all(isinstance(image, PIL.Image.Image) for image in images)
+        )
+        if not whole and not isinstance(images, Iterable):
+            raise ValueError(
+                f"images is {type(images).__name__}; allowed: 8-bit images as tensors, arrays, PIL images, or batches of them"
+            )
+        start = 0
+        for batch in [images] if whole else images:
+            pixels, labels = (
+                (batch["pixel_values"], batch.get("class_labels")) if isinstance(batch, dict) else (batch, None)
+            )
+            pixels = as_pixels(pixels, self.unet.config.in_channels)
+            if class_labels is not None:
+                given = torch.as_tensor(class_labels).reshape(-1)
+                labels = given if given.numel() == 1 else given[start : start + len(pixels)]
+            if not len(pixels):
+                continue
+            device = torch.device("cpu")  # checked here, moved with the noisy images
+            yield pixels, self._labels(labels, len(pixels), device)
+            start += len(pixels)
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -223,6 +438,146 @@ class DDPMNotesPipeline(DiffusionPipeline):
         (Path(save_directory) / "pipeline.py").write_text(pipeline_source(type(self)), encoding="utf-8")
 
 
+class _BoundTerms:
+    """Evaluates terms of the bound for batches of images, all of the path's or a random few, and adds them up by timestep."""
+
+    def __init__(
+        self, pipeline: DDPMNotesPipeline, scheduler: DDPMNotesScheduler, clip: bool | None, batch_size: int, seed: int
+    ) -> None:
+        self.pipeline, self.scheduler, self.clip, self.batch_size, self.seed = (
+            pipeline,
+            scheduler,
+            clip,
+            batch_size,
+            seed,
+        )
+        self.t = scheduler.timesteps
+        self.s = torch.cat([self.t[1:], torch.tensor([-1])])
+        self.per_timestep = torch.zeros(len(scheduler), dtype=torch.float64)
+        self.evaluations = 0
+        self.take_all()
+
+    def take_all(self) -> None:
+        """Every term of the path once."""
+        self.p: torch.Tensor | None = None
+        self.per_image = len(self.t)
+
+    def choose_ranges(self, n: int, pixels: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """Draw n of the KL terms with p proportional to their root mean square over a pilot: the least noise for the number."""
+        K = len(self.t) - 1
+        x_0 = _in_model_range(pixels)
+        grid = ((torch.arange(n) + 0.5) * K / n).long()
+        nats = torch.cat(
+            [self._nats(x_0, labels, grid, self._noise(i, n, x_0)) for i, x_0, labels in self._one_by_one(x_0, labels)]
+        )
+        rms = nats.reshape(-1, n).pow(2).mean(0).sqrt()
+        p = torch.from_numpy(np.interp(np.arange(K), grid.numpy(), rms.numpy()))
+        self.p = (1 - UNIFORM_SHARE) * p / p.sum() + UNIFORM_SHARE / K
+        self.per_image = n + 1
+
+    def _one_by_one(
+        self, x_0: torch.Tensor, labels: torch.Tensor | None
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        for i in range(len(x_0)):
+            yield -1 - i, x_0[i : i + 1], None if labels is None else labels[i : i + 1]
+
+    def _generator(self, number: int) -> torch.Generator:
+        """The random numbers of image `number`; the pilot's are negative."""
+        seed = np.random.SeedSequence([self.seed, number >= 0, abs(number)]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+    def _noise(self, number: int, n: int, x_0: torch.Tensor) -> torch.Tensor:
+        return torch.randn((n, *x_0.shape[1:]), generator=self._generator(number))
+
+    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Prior, diffusion and decoder of each image, (B, 3) bits/dim; images are numbered from `first`."""
+        x_0 = _in_model_range(pixels)
+        B, M, K = len(x_0), self.per_image, len(self.t)
+        index, weight, noise = [], [], []
+        for number in range(first, first + B):
+            generator = self._generator(number)
+            if self.p is None:
+                index.append(torch.arange(K))
+                weight.append(torch.ones(K, dtype=torch.float64))
+            else:  # one term in each of M - 1 equal parts of the cumulative distribution, and the decoder
+                u = (torch.arange(M - 1) + torch.rand(M - 1, generator=generator, dtype=torch.float64)) / (M - 1)
+                drawn = torch.searchsorted(self.p.cumsum(0), u, right=True).clamp(max=K - 2)
+                index.append(torch.cat([drawn, torch.tensor([K - 1])]))
+                weight.append(torch.cat([1 / ((M - 1) * self.p[drawn]), torch.ones(1, dtype=torch.float64)]))
+            noise.append(torch.randn((M, *x_0.shape[1:]), generator=generator))
+        indices = torch.cat(index)
+        repeated = None if labels is None else labels.repeat_interleave(M)
+        nats = self._nats(x_0.repeat_interleave(M, 0), repeated, indices, torch.cat(noise))
+        unit = 1 / (x_0[0].numel() * math.log(2))
+        bits = nats * torch.cat(weight) * unit
+        self.per_timestep.index_add_(0, self.t[indices], bits)
+        bits = bits.reshape(B, M)
+        prior = self.scheduler.prior_kl(x_0) * unit
+        return torch.stack([prior, bits[:, :-1].sum(1), bits[:, -1]], dim=1)
+
+    def _nats(
+        self, x_0: torch.Tensor, labels: torch.Tensor | None, index: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The path's terms number `index` (R,), one a row of noise; x_0 has as many rows, or a single one for all."""
+        pipeline = self.pipeline
+        device, dtype = pipeline._execution_device, torch.promote_types(pipeline.unet.dtype, torch.float32)
+        nats = []
+        for i in range(0, len(index), self.batch_size):
+            rows = slice(i, i + self.batch_size)
+            eps = noise[rows].to(device, dtype)
+            x = (x_0 if len(x_0) == 1 else x_0[rows]).to(device, dtype).expand_as(eps)
+            t, s = self.t[index[rows]], self.s[index[rows]]
+            x_t = self.scheduler.add_noise(x, eps, t)
+            own = None if labels is None else (labels if len(labels) == 1 else labels[rows]).expand(len(eps)).to(device)
+            output = pipeline._predict(x_t, t.to(device), own)
+            nats.append(self.scheduler.vlb_terms(output.to(dtype), x, x_t, t, s, self.clip).cpu())
+        self.evaluations += len(index)
+        return torch.cat(nats).double()
+
+
+def as_pixels(images: Any, channels: int) -> torch.Tensor:
+    """8-bit images of any kind as uint8 (N, C, H, W).
+
+    Raises:
+        ValueError: what is not 8-bit images of so many channels; the message says what was seen.
+    """
+    if isinstance(images, (list, tuple)):
+        if not images:
+            return torch.empty((0, channels, 1, 1), dtype=torch.uint8)
+        arrays = [np.asarray(image) for image in images]
+        if len({array.shape for array in arrays}) > 1:
+            raise ValueError(f"images has sizes {sorted({array.shape[:2] for array in arrays})}; allowed: one size")
+        images = np.stack([array[..., None] if array.ndim == 2 else array for array in arrays])
+    if isinstance(images, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(images))
+        if x.ndim == 4 and x.shape[-1] == channels and x.shape[1] != channels:
+            x = x.permute(0, 3, 1, 2)
+    else:
+        x = images
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != channels:
+        seen = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"images has {seen}; allowed: (N, {channels}, H, W), the model has {channels} channel(s)")
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise ValueError(f"images has dtype {x.dtype}; allowed: uint8, or floats k / 127.5 - 1 with k = 0..255")
+    levels = (x.double() + 1) * 127.5
+    off = (levels - levels.round()).abs().max() if x.numel() else 0.0
+    lowest, highest = (float(x.min()), float(x.max())) if x.numel() else (0.0, 0.0)
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise ValueError("images has values that are not finite; allowed: floats k / 127.5 - 1 with k = 0..255")
+    if lowest < -1.001 or highest > 1.001 or off > 0.02:
+        raise ValueError(
+            f"images has floats from {lowest:.4g} to {highest:.4g}, up to {float(off) / 127.5:.2g} away from the 256 levels k / 127.5 - 1; "
+            "allowed: those levels (only 8-bit images have a number of bits), or uint8"
+        )
+    return levels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _in_model_range(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.float() / 127.5 - 1
+
+
 def pipeline_source(pipeline_class: type = DDPMNotesPipeline) -> str:
     """The text of the Hub's pipeline.py: this module with the scheduler's joined in front, so that the folder needs no other file.
 
@@ -233,6 +588,8 @@ def pipeline_source(pipeline_class: type = DDPMNotesPipeline) -> str:
     if DDPMNotesScheduler.__module__ == pipeline_class.__module__:
         return own
     scheduler = Path(sys.modules[DDPMNotesScheduler.__module__].__file__ or "").read_text(encoding="utf-8")
-    joined = scheduler + "\n\n" + "".join(line for line in own.splitlines(keepends=True) if not line.startswith("from ."))
+    joined = (
+        scheduler + "\n\n" + "".join(line for line in own.splitlines(keepends=True) if not line.startswith("from ."))
+    )
     version = sys.modules[__name__.rpartition(".")[0]].__version__  # type: ignore[attr-defined]
     return f"# ddpm_notes_pipeline {version}, sha256 of the lines below {hashlib.sha256(joined.encode()).hexdigest()}\n{joined}"

@@ -17,6 +17,7 @@ Timesteps are counted as diffusers does, t = 0..T-1, and **s = -1 is the data x_
 rounded once when they meet a tensor; arithmetic is float32 at least.
 """
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -145,14 +145,20 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("variance_type", variance_type, VARIANCE_TYPES)
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if isinstance(num_train_timesteps, bool) or int(num_train_timesteps) != num_train_timesteps or num_train_timesteps < 1:
+        if (
+            isinstance(num_train_timesteps, bool)
+            or int(num_train_timesteps) != num_train_timesteps
+            or num_train_timesteps < 1
+        ):
             raise ValueError(f"num_train_timesteps is {num_train_timesteps!r}; allowed: a whole number of at least 1")
         if isinstance(steps_offset, bool) or int(steps_offset) != steps_offset or steps_offset < 0:
             raise ValueError(f"steps_offset is {steps_offset!r}; allowed: a whole number of at least 0")
         if clip_sample_range <= 0:
             raise ValueError(f"clip_sample_range is {clip_sample_range!r}; allowed: above 0")
         if not 0 < dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio!r}; allowed: above 0, at most 1")
+            raise ValueError(
+                f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio!r}; allowed: above 0, at most 1"
+            )
 
         betas = make_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         if rescale_betas_zero_snr:
@@ -185,7 +191,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
 
     def _keep_private_settings(self) -> None:
         """Move what stock classes do not know into the private config entry."""
-        config = {name: value for name, value in self._internal_dict.items() if name not in PRIVATE_SETTINGS}
+        config = {name: value for name, value in self.config.items() if name not in PRIVATE_SETTINGS}
         ours = {name: getattr(self, name) for name in PRIVATE_SETTINGS if getattr(self, name) is not None}
         if self.variance_type == "optimal":
             ours["variance_type"], config["variance_type"] = "optimal", STOCK_FALLBACK
@@ -207,12 +213,19 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the stock class, so that any diffusers loads it."""
-        return json.dumps({**json.loads(super().to_json_string()), "_class_name": "DDPMScheduler"}, indent=2, sort_keys=True) + "\n"
+        return (
+            json.dumps(
+                {**json.loads(super().to_json_string()), "_class_name": "DDPMScheduler"}, indent=2, sort_keys=True
+            )
+            + "\n"
+        )
 
     def _check_original_sample_mse(self, values: Any) -> list[float] | None:
         if values is None:
             if self.variance_type == "optimal":
-                raise ValueError("variance_type is 'optimal' and original_sample_mse is None; allowed: a list of num_train_timesteps floats")
+                raise ValueError(
+                    "variance_type is 'optimal' and original_sample_mse is None; allowed: a list of num_train_timesteps floats"
+                )
             return None
         mse = [float(v) for v in values]
         if len(mse) != len(self) or not all(math.isfinite(v) and v >= 0 for v in mse):
@@ -270,8 +283,10 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError("timesteps is empty; allowed: at least one timestep")
             if any(int(t) != t for t in timesteps) or not all(0 <= t < T for t in path):
                 raise ValueError(f"timesteps has {_outside(timesteps, T)}; allowed: whole numbers from 0 to {T - 1}")
-            if any(s >= t for t, s in zip(path, path[1:])):
-                raise ValueError(f"timesteps is {_shorten(path)}; allowed: strictly falling (each below the one before)")
+            if any(s >= t for t, s in itertools.pairwise(path)):
+                raise ValueError(
+                    f"timesteps is {_shorten(path)}; allowed: strictly falling (each below the one before)"
+                )
         else:
             path = self._spaced_timesteps(num_inference_steps)
         self.custom_timesteps = timesteps is not None
@@ -282,7 +297,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         """n timesteps by arXiv 2305.08891, table 2."""
         T, spacing = len(self), self.config.timestep_spacing
         if isinstance(n, bool) or int(n) != n or not 1 <= n <= T:
-            raise ValueError(f"num_inference_steps is {n!r}; allowed: a whole number from 1 to {T} (num_train_timesteps)")
+            raise ValueError(
+                f"num_inference_steps is {n!r}; allowed: a whole number from 1 to {T} (num_train_timesteps)"
+            )
         if spacing == "linspace":
             path = np.linspace(0, T - 1, n).round()[::-1]
         elif spacing == "leading":
@@ -342,14 +359,19 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         """
         t = self._path_index(timestep)
         if t not in self._previous:
-            raise ValueError(f"timestep {t} is not on the path; allowed: {_shorten(list(self._path))} (see set_timesteps)")
+            raise ValueError(
+                f"timestep {t} is not on the path; allowed: {_shorten(list(self._path))} (see set_timesteps)"
+            )
         return self._previous[t]
 
     def _path_index(self, timestep: Timesteps) -> int:
         # `for t in scheduler.timesteps` gives views into it. On an accelerator the offset of such a view says which it is,
         # where reading its value would stop the stream.
         if isinstance(timestep, torch.Tensor) and timestep.device.type not in ("cpu", "meta"):
-            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr() and timestep.ndim == 0:
+            if (
+                timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+                and timestep.ndim == 0
+            ):
                 return self._path_timesteps[timestep.storage_offset()]
         return int(timestep)
 
@@ -367,7 +389,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         lowest = -1 if name == "s" else 0
         if isinstance(value, torch.Tensor):
             if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or value.ndim > 1:
-                raise ValueError(f"{name} is a {value.dtype} tensor of shape {tuple(value.shape)}; allowed: an int, or integers of shape (B,)")
+                raise ValueError(
+                    f"{name} is a {value.dtype} tensor of shape {tuple(value.shape)}; allowed: an int, or integers of shape (B,)"
+                )
             index = value.reshape(-1).long()
             if index.device.type == "mps":  # has no float64 to compute the coefficients in
                 index = index.cpu()
@@ -375,26 +399,43 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             index = torch.tensor([int(value)])
         else:
             raise ValueError(f"{name} is {value!r}; allowed: an int, or an integer tensor of shape (B,)")
-        if index.device.type == "cpu" and index.numel() and not (lowest <= int(index.min()) and int(index.max()) < len(self)):
-            raise ValueError(f"{name} has {_outside(index.tolist(), len(self), lowest)}; allowed: {lowest} to {len(self) - 1}")
+        if (
+            index.device.type == "cpu"
+            and index.numel()
+            and not (lowest <= int(index.min()) and int(index.max()) < len(self))
+        ):
+            raise ValueError(
+                f"{name} has {_outside(index.tolist(), len(self), lowest)}; allowed: {lowest} to {len(self) - 1}"
+            )
         return index
 
-    def _timestep_pair(self, t: Timesteps, s: Timesteps) -> tuple[torch.Tensor, torch.Tensor]:
-        t, s = self._timestep(t), self._timestep(s, "s")
+    def _timestep_pair(self, from_t: Timesteps, to_s: Timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+        t, s = self._timestep(from_t), self._timestep(to_s, "s")
         if t.device != s.device:
             t, s = (t.to(s.device), s) if t.numel() == 1 else (t, s.to(t.device))
         if t.numel() != s.numel() and 1 not in (t.numel(), s.numel()):
-            raise ValueError(f"t has {t.numel()} entries and s has {s.numel()}; allowed: the same number, or one of them a single step")
+            raise ValueError(
+                f"t has {t.numel()} entries and s has {s.numel()}; allowed: the same number, or one of them a single step"
+            )
         t, s = torch.broadcast_tensors(t, s)
         if t.device.type == "cpu" and bool((s >= t).any()):
             worst = int((s - t).argmax())
-            raise ValueError(f"the pair (t, s) = ({int(t[worst])}, {int(s[worst])}) does not go back; allowed: s < t (s = -1 is the data)")
+            raise ValueError(
+                f"the pair (t, s) = ({int(t[worst])}, {int(s[worst])}) does not go back; allowed: s < t (s = -1 is the data)"
+            )
         return t, s
 
     def _pair(self, t: torch.Tensor, s: torch.Tensor) -> StepPair:
         table = self._table("log_alpha_bar", self._log_alpha_bar, t.device, torch.float64)
         log_t, log_s = table[t], table[s]
-        return StepPair(log_t.exp(), -torch.expm1(log_t), log_s.exp(), -torch.expm1(log_s), (log_t - log_s).exp(), -torch.expm1(log_t - log_s))
+        return StepPair(
+            log_t.exp(),
+            -torch.expm1(log_t),
+            log_s.exp(),
+            -torch.expm1(log_s),
+            (log_t - log_s).exp(),
+            -torch.expm1(log_t - log_s),
+        )
 
     def _x_0_coefficients(self, pair: StepPair) -> tuple[torch.Tensor, torch.Tensor]:
         """x0_hat = first * x_t + second * model_output."""
@@ -439,7 +480,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             log_pv, gap = (c.to(v.device).reshape(-1, *[1] * (v.ndim - 1)) for c in (log_pv, gap))
             return (v.double() + 1) / 2 * gap if self.variance_type == "learned_range" else v.double() - log_pv
         if self.variance_type == "optimal":
-            mse = self._table("mse", torch.tensor(self.original_sample_mse, dtype=torch.float64), t.device, torch.float64)[t]
+            mse = self._table(
+                "mse", torch.tensor(self.original_sample_mse, dtype=torch.float64), t.device, torch.float64
+            )[t]
             c_0 = pair.alpha_bar_s.sqrt() * pair.b / pair.one_minus_alpha_bar_t
             excess = torch.log1p(c_0**2 * mse * torch.exp(-log_pv))
         elif self.variance_type.startswith("fixed_large"):
@@ -448,7 +491,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             excess = torch.zeros_like(gap)
         return torch.where(s < 0, 0.0, excess)
 
-    def _log_variance(self, t: torch.Tensor, s: torch.Tensor, pair: StepPair, v: torch.Tensor | None = None) -> torch.Tensor:
+    def _log_variance(
+        self, t: torch.Tensor, s: torch.Tensor, pair: StepPair, v: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """log variance of the reverse step: float64, shape of t, or of `v` for the learned types."""
         log_pv, _ = self._log_variances(t, s, pair)
         excess = self._excess(t, s, pair, v)
@@ -478,7 +523,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         signal, std, dtype = self._signal_and_noise(sample, noise, timesteps, "sample")
         return torch.addcmul(signal * noise, std, sample.to(dtype), value=-1).to(sample.dtype)
 
-    def _signal_and_noise(self, x_0: torch.Tensor, noise: torch.Tensor, t: Timesteps, name: str) -> tuple[Any, Any, torch.dtype]:
+    def _signal_and_noise(
+        self, x_0: torch.Tensor, noise: torch.Tensor, t: Timesteps, name: str
+    ) -> tuple[Any, Any, torch.dtype]:
         dtype = _check_images(**{name: x_0, "noise": noise})
         t = self._timestep(t, "timesteps")
         log_alpha_bar = self._log_alpha_bar[:-1]
@@ -497,7 +544,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         log_t = self._table("log_alpha_bar", self._log_alpha_bar, t.device, torch.float64)[t]
         return _like((0.5 * log_t).exp(), x_0, dtype) * x_0, _like(-torch.expm1(log_t), x_0, dtype)
 
-    def posterior_mean_variance(self, x_0: torch.Tensor, x_t: torch.Tensor, t: Timesteps, s: Timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+    def posterior_mean_variance(
+        self, x_0: torch.Tensor, x_t: torch.Tensor, t: Timesteps, s: Timesteps
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance of q(x_s | x_t, x_0) = N(c_0 x_0 + c_t x_t, pv I), by Bayes' rule (the notes' figures 9-11).
 
         At s = -1 the mean is x_0 and the variance 0.
@@ -537,7 +586,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             x_0 = _like(x_t_to_x_0, x_t, x_0.dtype) * x_t + _like(output_to_x_0, x_t, x_0.dtype) * x_0
         return self._clip(x_0, clip)
 
-    def predict_noise(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timesteps, clip: bool | None = None) -> torch.Tensor:
+    def predict_noise(
+        self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timesteps, clip: bool | None = None
+    ) -> torch.Tensor:
         """eps_hat, the noise that belongs to x0_hat: (x_t - sqrt(alpha_bar_t) x0_hat) / sqrt(1 - alpha_bar_t). As `predict_original_sample`."""
         x_0 = self.predict_original_sample(model_output, x_t, t, clip)
         t = self._timestep(t)
@@ -586,9 +637,10 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a timestep off the path, shapes that do not fit, an integer sample.
         """
-        c = self._path.get(self._path_index(timestep))
-        if c is None:
-            self.previous_timestep(timestep)  # says what is wrong
+        t = self._path_index(timestep)
+        if t not in self._path:
+            self.previous_timestep(t)  # says what is wrong
+        c = self._path[t]
         x_t = sample.to(_check_images(sample=sample))
         output, v = self._split_output(model_output, x_t)
 
@@ -689,7 +741,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             ValueError: shapes or timesteps that do not fit; an eta other than None and 1 (the bound belongs to Algorithm 2).
         """
         if self.eta not in (None, 1):
-            raise ValueError(f"eta is {self.eta}; allowed in the bound: None or 1 (a DDIM path has another one; take from_config(config, eta=None))")
+            raise ValueError(
+                f"eta is {self.eta}; allowed in the bound: None or 1 (a DDIM path has another one; take from_config(config, eta=None))"
+            )
         _check_images(x_0=x_0, x_t=x_t)
         _, v = self._split_output(model_output, x_t)
         x_0_hat = self.predict_original_sample(model_output, x_t, t, clip)
@@ -708,7 +762,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         c_0 = _like(pair.alpha_bar_s.sqrt() * pair.b / pair.one_minus_alpha_bar_t, x_t, torch.float64)
         weight = (c_0**2 * torch.exp(-log_pv - excess)).to(x_0_hat.dtype)
         kl = 0.5 * (total(excess + torch.expm1(-excess)) + total(weight * (x_0 - x_0_hat) ** 2))
-        if s.device.type == "cpu" and not bool((s < 0).any()):  # reading s costs a stop elsewhere; there both are computed
+        if s.device.type == "cpu" and not bool(
+            (s < 0).any()
+        ):  # reading s costs a stop elsewhere; there both are computed
             return kl
         decoder = -discretized_gaussian_log_likelihood(x_0, x_0_hat, log_pv + excess).flatten(1).sum(1)
         return torch.where(s.to(kl.device) < 0, decoder, kl)
@@ -726,7 +782,9 @@ def make_betas(T: int, beta_start: float, beta_end: float, schedule: str, traine
     if trained_betas is not None:
         betas = np.asarray(trained_betas, dtype=np.float64)
         if betas.shape != (T,):
-            raise ValueError(f"trained_betas has shape {betas.shape}; allowed: ({T},), one beta a timestep (num_train_timesteps)")
+            raise ValueError(
+                f"trained_betas has shape {betas.shape}; allowed: ({T},), one beta a timestep (num_train_timesteps)"
+            )
     elif schedule == "linear":
         betas = np.linspace(beta_start, beta_end, T)
     elif schedule == "scaled_linear":
@@ -747,8 +805,14 @@ def make_betas(T: int, beta_start: float, beta_end: float, schedule: str, traine
     bad[-1] &= betas[-1] != 1
     if bad.any():
         where = int(np.flatnonzero(bad)[0])
-        source = "trained_betas" if trained_betas is not None else f"beta_start {beta_start}, beta_end {beta_end}: schedule {schedule!r}"
-        raise ValueError(f"{source} has beta {betas[where]} at timestep {where}; allowed: above 0 and below 1 (the last one may be 1)")
+        source = (
+            "trained_betas"
+            if trained_betas is not None
+            else f"beta_start {beta_start}, beta_end {beta_end}: schedule {schedule!r}"
+        )
+        raise ValueError(
+            f"{source} has beta {betas[where]} at timestep {where}; allowed: above 0 and below 1 (the last one may be 1)"
+        )
     return betas
 
 
@@ -763,7 +827,9 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return np.append(betas[0], 1 - alpha_bar[1:] / alpha_bar[:-1])
 
 
-def discretized_gaussian_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+def discretized_gaussian_log_likelihood(
+    x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor
+) -> torch.Tensor:
     """log of the mass that N(mean, variance) puts on each 8-bit pixel's bin (Ho et al. 2020, eq. 13), by the exact normal CDF.
 
     The bin of level k is x_0 +- 1/255 around x_0 = k / 127.5 - 1; the outermost two reach to infinity, so that the 256 masses sum to 1.
@@ -805,9 +871,13 @@ def _check_images(**images: torch.Tensor) -> torch.dtype:
     first_name, first = next(iter(images.items()))
     for name, x in images.items():
         if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}; allowed: floating point (8-bit images are k / 127.5 - 1, in [-1, 1])")
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; allowed: floating point (8-bit images are k / 127.5 - 1, in [-1, 1])"
+            )
         if x.ndim == 0 or x.shape != first.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)} and {first_name} {tuple(first.shape)}; allowed: the same shape (B, ...)")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and {first_name} {tuple(first.shape)}; allowed: the same shape (B, ...)"
+            )
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 

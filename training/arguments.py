@@ -14,8 +14,6 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from ddpm_notes_pipeline.objectives import OBJECTIVES, TIMESTEP_SAMPLINGS, WEIGHTINGS
-
 
 @dataclass
 class DataArguments:
@@ -25,21 +23,38 @@ class DataArguments:
         default=None,
         metadata={"help": "'digits' or 'mnist' (embedded), a data set on the Hub, or a local one saved by `datasets`."},
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set on the Hub."})
-    train_data_dir: str | None = field(default=None, metadata={"help": "A folder of images, in the place of --dataset_name."})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set on the Hub."}
+    )
+    train_data_dir: str | None = field(
+        default=None, metadata={"help": "A folder of images, in the place of --dataset_name."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: the only one that holds images."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of class labels, for class-conditional training."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the only one that holds images."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of class labels, for class-conditional training."}
+    )
     resolution: list[int] | None = field(
-        default=None, metadata={"help": "Side, or height and width, to resize and crop to. Default: the images' own size."}
+        default=None,
+        metadata={"help": "Side, or height and width, to resize and crop to. Default: the images' own size."},
     )
     center_crop: bool = field(default=False, metadata={"help": "Crop the centre. Default: a random place each time."})
     random_flip: bool = field(default=False, metadata={"help": "Flip images left to right half of the time."})
-    image_mode: Literal["L", "RGB", "RGBA"] | None = field(default=None, metadata={"help": "Convert images. Default: their own mode."})
+    image_mode: Literal["L", "RGB", "RGBA"] | None = field(
+        default=None, metadata={"help": "Convert images. Default: their own mode."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
-    on_bad_image: Literal["error", "skip"] = field(default="error", metadata={"help": "What to do with an unreadable image."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where decoded images are kept. Default: the Hugging Face cache."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare batches ahead; 0: the training one."})
+    on_bad_image: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "What to do with an unreadable image."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where decoded images are kept. Default: the Hugging Face cache."}
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that prepare batches ahead; 0: the training one."}
+    )
 
 
 @dataclass
@@ -47,18 +62,26 @@ class ModelArguments:
     """Which network, and the diffusion it belongs to."""
 
     pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Go on from this DDPM repository or folder (its UNet and its scheduler's settings)."}
+        default=None,
+        metadata={"help": "Go on from this DDPM repository or folder (its UNet and its scheduler's settings)."},
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
     model_config_name_or_path: str | None = field(
-        default=None, metadata={"help": "A UNet2DModel configuration (JSON file, folder or repository), in the place of the four below."}
+        default=None,
+        metadata={
+            "help": "A UNet2DModel configuration (JSON file, folder or repository), in the place of the four below."
+        },
     )
     block_out_channels: list[int] | None = field(
-        default=None, metadata={"help": "Channels of each UNet level; a level halves the size. Default: chosen by the images' size."}
+        default=None,
+        metadata={"help": "Channels of each UNet level; a level halves the size. Default: chosen by the images' size."},
     )
     layers_per_block: int = field(default=2, metadata={"help": "ResNet layers of each UNet level."})
     attention_levels: list[int] | None = field(
-        default=None, metadata={"help": "UNet levels with attention, 0 is the full size. Default: those of 16x16 and below, but the first."}
+        default=None,
+        metadata={
+            "help": "UNet levels with attention, 0 is the full size. Default: those of 16x16 and below, but the first."
+        },
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout inside the UNet."})
     ddpm_num_steps: int = field(default=1000, metadata={"help": "T, the length of the diffusion chain."})
@@ -70,7 +93,8 @@ class ModelArguments:
         default="epsilon", metadata={"help": "What the UNet predicts."}
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = field(
-        default="fixed_small", metadata={"help": "Variance of the reverse step; the learned ones double the UNet's output channels."}
+        default="fixed_small",
+        metadata={"help": "Variance of the reverse step; the learned ones double the UNet's output channels."},
     )
 
 
@@ -78,47 +102,116 @@ class ModelArguments:
 class RunArguments:
     """What is minimised, how long, and where it goes."""
 
-    output_dir: str = field(default="outputs/ddpm", metadata={"help": "Folder of the run. Becomes the Hub folder of the model."})
+    output_dir: str = field(
+        default="outputs/ddpm", metadata={"help": "Folder of the run. Becomes the Hub folder of the model."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Train although the folder is not empty."})
-    seed: int = field(default=0, metadata={"help": "Data order, noise and initial weights depend on it, and on nothing else."})
-    objective: Literal[OBJECTIVES] = field(default="simple", metadata={"help": "Loss: Algorithm 1, the bound, or both."})  # type: ignore[valid-type]
-    loss_weighting: Literal[WEIGHTINGS] = field(default="none", metadata={"help": "Weights of the simple loss over timesteps."})  # type: ignore[valid-type]
+    seed: int = field(
+        default=0, metadata={"help": "Data order, noise and initial weights depend on it, and on nothing else."}
+    )
+    objective: Literal["simple", "hybrid", "vlb"] = field(
+        default="simple", metadata={"help": "Loss: Algorithm 1, the bound, or both."}
+    )
+    loss_weighting: Literal["none", "min_snr", "p2"] = field(
+        default="none", metadata={"help": "Weights of the simple loss over timesteps."}
+    )
     snr_gamma: float = field(default=5.0, metadata={"help": "gamma of min_snr."})
-    timestep_sampling: Literal[TIMESTEP_SAMPLINGS] = field(default="uniform", metadata={"help": "How timesteps are drawn."})  # type: ignore[valid-type]
+    timestep_sampling: Literal["uniform", "stratified", "loss_second_moment"] = field(
+        default="uniform", metadata={"help": "How timesteps are drawn."}
+    )
     train_batch_size: int = field(
         default=16, metadata={"help": "Images of one optimizer step in all: over all processes and accumulation steps."}
     )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Parts that a process computes its share of the batch in, to save memory. Changes no result."}
+        default=1,
+        metadata={
+            "help": "Parts that a process computes its share of the batch in, to save memory. Changes no result."
+        },
     )
-    num_epochs: int = field(default=100, metadata={"help": "Passes over the images, if --max_train_steps is not given."})
+    num_epochs: int = field(
+        default=100, metadata={"help": "Passes over the images, if --max_train_steps is not given."}
+    )
     max_train_steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = field(
-        default="cosine", metadata={"help": "How the learning rate falls, counted in optimizer steps."}
-    )
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = field(default="cosine", metadata={"help": "How the learning rate falls, counted in optimizer steps."})
     lr_warmup_steps: int = field(default=500, metadata={"help": "Optimizer steps of linear warm-up."})
     adam_beta1: float = field(default=0.95, metadata={"help": "beta 1 of AdamW."})
     adam_beta2: float = field(default=0.999, metadata={"help": "beta 2 of AdamW."})
     adam_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "epsilon of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    use_ema: bool = field(default=True, metadata={"help": "Average the weights; the average is what is sampled and saved."})
+    use_ema: bool = field(
+        default=True, metadata={"help": "Average the weights; the average is what is sampled and saved."}
+    )
     ema_max_decay: float = field(default=0.9999, metadata={"help": "Largest decay of the average."})
     ema_inv_gamma: float = field(default=1.0, metadata={"help": "decay at step n is 1 - (1 + n / inv_gamma)^-power."})
     ema_power: float = field(default=0.75, metadata={"help": "See --ema_inv_gamma."})
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(default="no", metadata={"help": "Type that the UNet computes in."})
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(
+        default="no", metadata={"help": "Type that the UNet computes in."}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a third more time."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the UNet: slow to start, then faster."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Write a checkpoint every so many steps."})
-    checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Keep only the newest so many checkpoints."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest', or the path of a checkpoint."})
+    checkpoints_total_limit: int | None = field(
+        default=None, metadata={"help": "Keep only the newest so many checkpoints."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'latest', or the path of a checkpoint."}
+    )
     logging_steps: int = field(default=10, metadata={"help": "Write losses every so many steps."})
-    report_to: Literal["none", "trackio", "tensorboard", "wandb"] = field(default="none", metadata={"help": "A tracker besides loss.jsonl."})
-    sample_steps: int | None = field(default=None, metadata={"help": "Sample a grid every so many steps. Default: at the end."})
+    report_to: Literal["none", "trackio", "tensorboard", "wandb"] = field(
+        default="none", metadata={"help": "A tracker besides loss.jsonl."}
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Sample a grid every so many steps. Default: at the end."}
+    )
     num_samples: int = field(default=64, metadata={"help": "Images of the sample grid."})
     eval_batch_size: int = field(default=64, metadata={"help": "Images sampled at once by a process."})
-    ddpm_num_inference_steps: int = field(default=1000, metadata={"help": "Steps of the path that samples are made with."})
+    ddpm_num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the path that samples are made with. Default: all."}
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured, and how carefully."""
+
+    model: str = field(metadata={"help": "A DDPM: a folder, or a repository on the Hub."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
+    split: str = field(default="test", metadata={"help": "Split of the images to measure on."})
+    max_images: int | None = field(default=None, metadata={"help": "Measure on the first so many images."})
+    variance_types: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Variances to compare: fixed_small, fixed_large, learned_range, optimal. Default: the model's own."
+        },
+    )
+    num_inference_steps: list[int] | None = field(default=None, metadata={"help": "Steps K of the paths. Default: T."})
+    paths: list[str] = field(
+        default_factory=lambda: ["even"],
+        metadata={"help": "even: K timesteps evenly from 0 to T-1; best: the K with the least bound."},
+    )
+    decoder: Literal["own", "fitted"] = field(
+        default="own",
+        metadata={
+            "help": "Variance of the decoder: each variance type's own rule, or one fitted number for all of them."
+        },
+    )
+    variance_split: str = field(
+        default="train", metadata={"help": "Split to measure on what optimal, best and fitted need to know."}
+    )
+    save_variances: bool = field(default=False, metadata={"help": "Keep what was measured in the model's folder."})
+    full: bool = field(default=False, metadata={"help": "Evaluate every term of the bound."})
+    evaluations_per_image: int = field(
+        default=32, metadata={"help": "Network evaluations for each image, without --full."}
+    )
+    batch_size: int = field(default=128, metadata={"help": "Noisy images through the network at once."})
+    seed: int = field(default=0, metadata={"help": "Of the noise."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where results go. Default: the model's folder, or outputs/evaluation."}
+    )
 
 
 Arguments = tuple[DataArguments, ModelArguments, RunArguments]
@@ -136,29 +229,50 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """The run's settings from the command line and, under it, the YAML file of `--config`.
+    """The settings of a training run from the command line and, under it, the YAML file of `--config`.
 
     Exits with status 2 and one line on an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
+    parser, parts = _parse((DataArguments, ModelArguments, RunArguments), argv)
+    try:
+        check_arguments(*parts)
+    except ValueError as error:
+        parser.error(str(error))
+    return parts
+
+
+def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArguments, EvaluationArguments]:
+    """The settings of an evaluation; a training run's YAML file serves too, for the images it names."""
+    training_only = {f.name for cls in (ModelArguments, RunArguments) for f in fields(cls)}
+    parser, (data, evaluation) = _parse((DataArguments, EvaluationArguments), argv, training_only)
+    counts = {
+        "--num_inference_steps": min(evaluation.num_inference_steps or [1]),
+        "--max_images": evaluation.max_images or 1,
+        "--evaluations_per_image": evaluation.evaluations_per_image - 1,
+        "--batch_size": evaluation.batch_size,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            parser.error(f"{name} is too small; allowed: at least {2 if name == '--evaluations_per_image' else 1}")
+    if (data.dataset_name is None) == (data.train_data_dir is None):
+        parser.error("name the images: --dataset_name or --train_data_dir, or --config with one of the two")
+    return data, evaluation
+
+
+def _parse(classes: tuple[Any, ...], argv: list[str] | None, ignored: set[str] = frozenset()) -> tuple[_Parser, Any]:  # type: ignore[assignment]
+    """An instance of each dataclass from the line over the file; keys of the file in `ignored` are another script's."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser((DataArguments, ModelArguments, RunArguments), allow_abbrev=False, description=__doc__)
+    parser = _Parser(classes, allow_abbrev=False, description=__doc__)
     parser.add_argument("--config", help="YAML file of flags; flags given beside it win.")
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     known, line = config.parse_known_args(argv)
-    tokens = _read_config(parser, known.config, line) if known.config else []
+    tokens = _read_config(parser, known.config, line, ignored) if known.config else []
     namespace = parser.parse_args(tokens + line)
-    data, model, run = (
-        cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in (DataArguments, ModelArguments, RunArguments)
-    )
-    try:
-        check_arguments(data, model, run)
-    except ValueError as error:
-        parser.error(str(error))
-    return data, model, run
+    return parser, tuple(cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in classes)
 
 
-def _read_config(parser: _Parser, path: str, line: list[str]) -> list[str]:
+def _read_config(parser: _Parser, path: str, line: list[str], ignored: set[str]) -> list[str]:
     """The flags that a YAML file stands for, so that argparse checks them as it checks the line's."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -166,15 +280,23 @@ def _read_config(parser: _Parser, path: str, line: list[str]) -> list[str]:
         parser.error(f"--config {path}: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {path} holds {type(values).__name__}; allowed: lines of the form 'flag: value'")
-    given = {word.partition("=")[0] for word in line}
+    given = {word.partition("=")[0].replace("-", "_") for word in line}
     source = {"dataset_name", "dataset_config_name", "train_data_dir"}
-    if given & {"--dataset_name", "--train_data_dir"}:  # another source of images: nothing of the file's own fits it
-        values = {key: value for key, value in values.items() if key not in source | {"train_split", "image_column", "label_column"}}
+    if given & {"__dataset_name", "__train_data_dir"}:  # another source of images: nothing of the file's own fits it
+        values = {
+            key: value
+            for key, value in values.items()
+            if key not in source | {"train_split", "image_column", "label_column"}
+        }
     tokens: list[str] = []
     for key, value in values.items():
+        if key in ignored and f"--{key}" not in parser._option_string_actions:
+            continue
         if f"--{key}" not in parser._option_string_actions or key == "config":
             near = difflib.get_close_matches(f"--{key}", parser._option_string_actions, n=1)
-            parser.error(f"--config {path} has the unknown key {key!r}" + (f" (did you mean {near[0][2:]!r}?)" if near else ""))
+            parser.error(
+                f"--config {path} has the unknown key {key!r}" + (f" (did you mean {near[0][2:]!r}?)" if near else "")
+            )
         if isinstance(value, dict):
             parser.error(f"--config {path}: {key} is {value!r}; allowed: one value, or a list")
         if value is not None:
@@ -207,7 +329,11 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
     for name, count in at_least_1.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} is {count}; allowed: at least 1")
-    for name, number in {"--learning_rate": run.learning_rate, "--max_grad_norm": run.max_grad_norm, "--snr_gamma": run.snr_gamma}.items():
+    for name, number in {
+        "--learning_rate": run.learning_rate,
+        "--max_grad_norm": run.max_grad_norm,
+        "--snr_gamma": run.snr_gamma,
+    }.items():
         if not (number > 0 and math.isfinite(number)):
             raise ValueError(f"{name} is {number}; allowed: above 0")
     at_least_0 = {
@@ -219,7 +345,12 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
     for name, number in at_least_0.items():
         if number < 0:
             raise ValueError(f"{name} is {number}; allowed: at least 0")
-    fractions = {"--dropout": model.dropout, "--adam_beta1": run.adam_beta1, "--adam_beta2": run.adam_beta2, "--ema_max_decay": run.ema_max_decay}
+    fractions = {
+        "--dropout": model.dropout,
+        "--adam_beta1": run.adam_beta1,
+        "--adam_beta2": run.adam_beta2,
+        "--ema_max_decay": run.ema_max_decay,
+    }
     for name, number in fractions.items():
         if not 0 <= number < 1:
             raise ValueError(f"{name} is {number}; allowed: from 0 to below 1")
@@ -234,10 +365,14 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
             f"--train_batch_size is {run.train_batch_size} with --gradient_accumulation_steps {run.gradient_accumulation_steps}; "
             "allowed: a batch that splits evenly"
         )
-    if run.ddpm_num_inference_steps > model.ddpm_num_steps and model.pretrained_model_name_or_path is None:
-        raise ValueError(f"--ddpm_num_inference_steps is {run.ddpm_num_inference_steps}; allowed: at most {model.ddpm_num_steps} (--ddpm_num_steps)")
+    if (run.ddpm_num_inference_steps or 0) > model.ddpm_num_steps and model.pretrained_model_name_or_path is None:
+        raise ValueError(
+            f"--ddpm_num_inference_steps is {run.ddpm_num_inference_steps}; allowed: at most {model.ddpm_num_steps} (--ddpm_num_steps)"
+        )
     if run.max_train_steps is not None and run.lr_warmup_steps > run.max_train_steps:
-        raise ValueError(f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps)")
+        raise ValueError(
+            f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps)"
+        )
 
 
 def as_config(*arguments: Any) -> dict[str, Any]:

@@ -1,0 +1,262 @@
+"""Runs of training/train.py as users start them, and cheap ones.
+
+`launch` is a real `accelerate launch`, in one or several processes: 10 to 20 s each, nearly all of it imports.
+`Trainer` pays for the imports once: a server process that forks one process a run, each with its own exit status,
+output and accelerate state. `once` keeps what an expensive run left for every test and every pytest-xdist worker.
+"""
+
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "training" / "train.py"
+
+# A run of a second or two: flags given after these win.
+TINY = (
+    "--dataset_name digits --block_out_channels 32 32 --layers_per_block 1 --max_train_steps 12 --train_batch_size 8 "
+    "--lr_warmup_steps 4 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2"
+).split()
+
+
+# ------------------------------------------------------------------------------------------------ accelerate launch
+
+
+def launch(
+    *flags: Any,
+    processes: int = 1,
+    machines: int = 1,
+    script: Path = TRAIN,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    expect: int | None = 0,
+    timeout: float = 240,
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch training/train.py *flags` on CPUs; what the first launcher returned and wrote.
+
+    Args:
+        processes: of all machines together. `--cpu --num_processes 2` would start ONE: the flags here start them all.
+        machines: so many launchers on this machine, joined as several nodes would be.
+        expect: the exit status asserted of every launcher; None: any.
+    """
+    one = processes == 1
+    options = f"--num_processes {processes} --num_machines {machines} --mixed_precision no --dynamo_backend no".split()
+    options += (
+        ["--num_cpu_threads_per_process", "1"] if one else ["--multi_gpu", "--main_process_port", str(free_port())]
+    )
+    if machines > 1:
+        options += ["--main_process_ip", "127.0.0.1", "--rdzv_backend", "c10d"]
+    environment = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1"} | (env or {})
+    if not one:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    with contextlib.ExitStack() as stack:
+        started = []
+        for rank in range(machines):
+            out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+            command += ["--machine_rank", str(rank)] if machines > 1 else []
+            command += [str(script), *map(str, flags)]
+            # A session of its own: stopping the launcher alone would leave its children running.
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            stack.callback(kill_session, process)
+            started.append((process, out, err))
+        finished = []
+        for process, out, err in started:
+            code = process.wait(timeout)
+            out.seek(0), err.seek(0)
+            finished.append(subprocess.CompletedProcess(process.args, code, out.read(), err.read()))
+    for result in finished:
+        assert expect is None or result.returncode == expect, describe(result)
+    return finished[0]
+
+
+def without_launcher(environment: Any) -> dict[str, str]:
+    """The environment without what a launcher around these tests would have left in it."""
+    names = r"ACCELERATE_.*|WORLD_SIZE|LOCAL_.*|RANK|GROUP_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+    return {name: value for name, value in environment.items() if not re.fullmatch(names, name)}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def describe(result: subprocess.CompletedProcess[str]) -> str:
+    return f"exit status {result.returncode}\n--- stdout\n{result.stdout[-4000:]}\n--- stderr\n{result.stderr[-6000:]}"
+
+
+def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a user reads on stderr: without progress bars, which end in a carriage return."""
+    lines = [line.rpartition("\r")[2].rstrip() for line in result.stderr.split("\n")]
+    return [line for line in lines if line and not re.match(r"(decoding .*|train|sample): +\d+%|Generating ", line)]
+
+
+# ------------------------------------------------------------------------------------------------ one process a run
+
+
+class Trainer:
+    """`python training/train.py *flags` without `accelerate launch`, and without paying for imports each time."""
+
+    def __init__(self) -> None:
+        # The server's own output goes to this process's stderr; its stdin and stdout carry the requests and answers.
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(
+        self,
+        *flags: Any,
+        script: Path | str = TRAIN,
+        stop_at: int | None = None,
+        env: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+        expect: int | None = 0,
+    ) -> subprocess.CompletedProcess[str]:
+        """Args: `stop_at`: the process dies on the spot when it asks for the batch of this step, as by `kill -9`.
+        `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            argv = [str(script), *map(str, flags)]
+            request = {
+                "argv": argv,
+                "stop_at": stop_at,
+                "env": env or {},
+                "cwd": str(cwd),
+                "out": str(out),
+                "err": str(err),
+            }
+            self.server.stdin.write(json.dumps(request) + "\n")
+            self.server.stdin.flush()
+            answer = self.server.stdout.readline()
+            assert answer, "the server of train.py died; its stderr is above"
+            result = subprocess.CompletedProcess(argv, json.loads(answer), out.read_text(), err.read_text())
+        assert expect is None or result.returncode == expect, describe(result)
+        return result
+
+    def close(self) -> None:
+        kill_session(self.server)
+        self.server.stdin.close(), self.server.stdout.close()
+
+
+def serve() -> None:
+    """Answer each request, a line on stdin, by the exit status of a forked process that ran it."""
+    sys.path.insert(0, str(TRAIN.parent))
+    for name in ("train", "datasets", "sklearn.datasets", "diffusers.pipelines", "torch.distributed"):
+        __import__(name)
+    gc.freeze()  # nor is it gone through while a child runs
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            # Not by the interpreter's own end: it goes through, and so copies, all that was imported, which takes 3 s.
+            os._exit(run_request(json.loads(line)))
+        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+
+
+def run_request(request: dict[str, Any]) -> int:
+    """Run one script as `python SCRIPT FLAGS` would; returns its exit status."""
+    for descriptor, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
+        opened = os.open(name, os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    if request["stop_at"] is not None:
+        die_at(request["stop_at"])
+    script, *flags = request["argv"]
+    code = 0
+    try:
+        if script == "-c":
+            sys.argv = ["-c", *flags[1:]]
+            exec(compile(flags[0], "<-c>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = request["argv"]
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def die_at(step: int) -> None:
+    """Make the process kill itself, without a chance to tidy up, when training asks for the batch of `step`."""
+    from ddpm_notes_pipeline.data import StepBatches
+
+    def getitem(self: Any, index: int, original: Any = StepBatches.__getitem__) -> Any:
+        if index == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, index)
+
+    StepBatches.__getitem__ = getitem
+
+
+# ------------------------------------------------------------------------------------------------ shared by workers
+
+
+def once(
+    name: str, make: Callable[[Path], subprocess.CompletedProcess[str]]
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder that `make(folder)` filled and what it returned: made by the first to ask in this test session.
+
+    pytest-xdist gives each worker module-scoped fixtures of its own; this makes a launch cost its time once.
+    """
+    home = Path(os.environ["DDPM_NOTES_TESTS_HOME"], "once")
+    home.mkdir(exist_ok=True)
+    folder, record = home / name, home / f"{name}.json"
+    with locked(home / f"{name}.lock"):
+        if not record.exists():
+            folder = home / f"{name}-{uuid.uuid4().hex[:6]}" if folder.exists() else folder  # an earlier try failed
+            result = make(folder)
+            record.write_text(json.dumps([str(folder), result.args, result.returncode, result.stdout, result.stderr]))
+    path, *parts = json.loads(record.read_text())
+    return Path(path), subprocess.CompletedProcess(*parts)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    serve()

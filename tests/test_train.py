@@ -1,0 +1,711 @@
+"""training/train.py as users run it: what it leaves, what changes it, what stops it.
+
+The slow part of a launch is its imports, so two launches serve many tests (`launching.once`), and the rest are forked.
+"""
+
+import json
+import math
+import re
+import shlex
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import train as train_script
+from arguments import parse_arguments
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from launching import ROOT, TINY, TRAIN, Trainer, describe, error_lines, launch, once
+from safetensors.torch import load_file
+
+from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
+from ddpm_notes_pipeline.data import StepBatches, load_images
+
+STEPS, WARMUP, PEAK, BATCH = 12, 4, 1e-4, 8  # of TINY
+
+
+@pytest.fixture(scope="module")
+def train():
+    trainer = Trainer()
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="module")
+def straight():
+    """Folder and output of 12 steps in one process, by accelerate launch."""
+    return once("straight", lambda folder: launch(*TINY, "--output_dir", folder, "--checkpointing_steps", 6))
+
+
+@pytest.fixture(scope="module")
+def two_processes():
+    """The same in two real processes."""
+    return once(
+        "two_processes",
+        lambda folder: launch(*TINY, "--output_dir", folder, "--checkpointing_steps", 6, processes=2),
+    )
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def unet_config(folder: Path) -> dict:
+    return json.loads((folder / "unet" / "config.json").read_text())
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float, rtol: float = 0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, theirs[name], atol=atol, rtol=rtol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def assert_same(ours: object, theirs: object, where: str = "") -> None:
+    """Nested state, bit for bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    elif isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
+    for name in ("model.safetensors", "ema.safetensors", "timestep_sampler.safetensors"):
+        assert_same(load_file(ours / name), load_file(theirs / name), name)
+    assert_same(torch.load(ours / "optimizer.bin"), torch.load(theirs / "optimizer.bin"), "optimizer")
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (ours, theirs)]
+    assert_same(*({key: manifest[key] for key in ("step", "ema_step", "run")} for manifest in manifests))
+
+
+def pngs(folder: Path, mode: str, count: int = 9, height: int = 16, width: int = 24) -> Path:
+    """A folder of classes of noise."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (height, width) if mode == "L" else (height, width, 3)
+        PIL.Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_the_folder_of_a_model(straight):
+    folder, _ = straight
+    assert {path.name for path in folder.iterdir()} == {
+        "model_index.json",
+        "pipeline.py",
+        "unet",
+        "scheduler",
+        "samples.png",
+        "loss.png",
+        "loss.jsonl",
+        "training_config.yaml",
+        "checkpoint-6",
+        "checkpoint-12",
+    }
+    for step in (6, 12):
+        manifest = json.loads((folder / f"checkpoint-{step}" / "manifest.json").read_text())
+        assert manifest["step"] == step
+        on_disk = {path.name: path.stat().st_size for path in (folder / f"checkpoint-{step}").iterdir()}
+        del on_disk["manifest.json"]
+        assert {name: listed["size"] for name, listed in manifest["files"].items()} == on_disk
+    for name in ("samples.png", "loss.png"):
+        assert min(PIL.Image.open(folder / name).size) > 200
+
+
+@pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDPMNotesPipeline])
+def test_the_saved_model_is_the_average_and_loads_here_and_in_stock_diffusers(straight, pipeline_class):
+    folder, _ = straight
+    pipeline = pipeline_class.from_pretrained(folder)
+    assert len(pipeline.scheduler.betas) == 100
+    averages = load_file(folder / "checkpoint-12" / "ema.safetensors")
+    for parameter, name in zip(pipeline.unet.parameters(), sorted(averages), strict=True):
+        assert torch.equal(parameter, averages[name])
+
+
+def test_every_step_leaves_one_finite_row(straight):
+    found = rows(straight[0])
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    for row in found:
+        assert row.keys() == {"step", "loss", "grad_norm", "learning_rate"}
+        assert all(map(math.isfinite, row.values())) and row["loss"] > 0 and row["grad_norm"] > 0
+
+
+def test_training_config_reads_back_to_the_settings_of_the_run(straight):
+    folder, _ = straight
+    flags = [*TINY, "--output_dir", str(folder), "--checkpointing_steps", "6"]
+    assert parse_arguments(["--config", str(folder / "training_config.yaml")]) == parse_arguments(flags)
+
+
+def test_summary_is_five_lines_that_a_user_can_act_on(straight, train, tmp_path):
+    folder, result = straight
+    lines = result.stdout.splitlines()[-5:]
+    assert [line.split(":")[0] for line in lines] == ["Learned", "Where", "Load", "Longer", "Your own"]
+    learned, where, load, *_ = lines
+    mean = losses(folder)[-1]  # of the last twentieth: one step
+    assert f"12 steps on 1438 images, simple loss {mean:.4f} over the last 1 steps" in learned
+    for name in re.findall(r"[\w.-]+(?:\.png|\.jsonl|/)(?=[ ,.])", where.partition(" holds ")[2]):
+        assert (folder / name).exists(), name
+    program, _, code = shlex.split(load.removeprefix("Load:"))
+    assert program == "python"
+    train(code, script="-c", cwd=tmp_path)
+    image = PIL.Image.open(tmp_path / "one.png")
+    assert image.size == (8, 8) and image.mode == "L"
+
+
+def run_as_printed(train: Trainer, result: object, name: str, **replacements: str) -> object:
+    """Run the command that the summary prints behind `name`, as a user would paste it."""
+    line = next(line for line in result.stdout.splitlines() if line.startswith(name))
+    for placeholder, value in replacements.items():
+        line = line.replace(placeholder, value)
+    launcher, _, script, *flags = shlex.split(line.removeprefix(f"{name}:"))
+    assert launcher == "accelerate" and (ROOT / script) == TRAIN
+    return train(*flags)
+
+
+@pytest.mark.parametrize("given", ["flags", "a file and flags", "--config=FILE", "overwriting"])
+def test_the_longer_line_goes_on_with_the_run_that_printed_it(train, tmp_path, given):
+    flags = [*TINY, "--max_train_steps", 4, "--output_dir", tmp_path / "run"]
+    if "file" in given.lower():  # all but the network in the file
+        config = {"dataset_name": "digits", "max_train_steps": 4, "train_batch_size": 8, "lr_warmup_steps": 4}
+        config |= {"num_samples": 3, "ddpm_num_steps": 100, "ddpm_num_inference_steps": 2}
+        (tmp_path / "file.yaml").write_text(json.dumps(config))
+        file = ["--config", tmp_path / "file.yaml"] if "and" in given else [f"--config={tmp_path / 'file.yaml'}"]
+        flags = [*file, "--block_out_channels", 32, 32, "--layers_per_block", 1, "--output_dir", tmp_path / "run"]
+    if given == "overwriting":
+        flags += ["--overwrite_output_dir"]
+    longer = run_as_printed(train, train(*flags), "Longer")
+    assert "steps 4 to 8 of 8 images" in longer.stdout
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+    assert "8 steps" in longer.stdout.splitlines()[-5]
+
+
+def test_the_your_own_line_trains_on_a_folder_of_images(train, tmp_path):
+    first = train(*TINY, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
+    folder = pngs(tmp_path / "pngs", "RGB")
+    own = run_as_printed(
+        train, first, "Your own", FOLDER_OF_IMAGES=str(folder), **{"outputs/mine": str(tmp_path / "mine")}
+    )
+    assert own.stdout.startswith("9 images of 3x32x32")
+    assert (tmp_path / "mine" / "model_index.json").exists()
+
+
+def closed_form(n: int, peak: float = PEAK, warmup: int = WARMUP, steps: int = STEPS) -> float:
+    """Linear warm-up to the peak at step `warmup`, then half a cosine to 0 at step `steps`; n counts from 0."""
+    return peak * (n / warmup if n < warmup else (1 + math.cos(math.pi * (n - warmup) / (steps - warmup))) / 2)
+
+
+def test_learning_rate_is_the_closed_form_at_every_step(straight):
+    rates = [row["learning_rate"] for row in rows(straight[0])]
+    assert rates == pytest.approx([closed_form(n) for n in range(STEPS)], rel=1e-12, abs=1e-18)
+
+
+# ------------------------------------------------------------------------------------------------ what changes nothing
+
+
+def test_two_processes_are_two_and_learn_what_one_does(straight, two_processes):
+    (one, of_one), (two, of_two) = straight, two_processes
+    assert "on 1 process(es) of cpu" in of_one.stdout
+    assert "on 2 process(es) of cpu" in of_two.stdout and of_two.stdout.count("Learned:") == 1
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    for name in ("learning_rate", "step"):
+        assert [row[name] for row in rows(two)] == [row[name] for row in rows(one)]
+    assert [row["grad_norm"] for row in rows(two)] == pytest.approx([row["grad_norm"] for row in rows(one)], rel=1e-5)
+    assert_close(weights(two), weights(one), atol=1e-5)
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_close(load_file(two / "checkpoint-12" / name), load_file(one / "checkpoint-12" / name), atol=1e-5)
+
+
+def test_three_samples_on_two_processes_are_those_of_one_in_their_order(straight, two_processes):
+    one, two = (np.asarray(PIL.Image.open(folder / "samples.png"), float) for folder in (straight[0], two_processes[0]))
+    assert np.abs(one - two).mean() < 0.5  # of 255; exchanged samples differ by tens
+
+
+def test_accumulation_changes_no_result(straight, train, tmp_path):
+    train(*TINY, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "run")
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
+    assert [row["learning_rate"] for row in rows(tmp_path / "run")] == [r["learning_rate"] for r in rows(straight[0])]
+    assert_close(weights(tmp_path / "run"), weights(straight[0]), atol=1e-5)
+
+
+def test_looking_on_changes_nothing(straight, train, tmp_path):
+    """Samples on the way, rarer logging, more checkpoints, prepared batches, a tracker: bit for bit the same run."""
+    flags = "--sample_steps 5 --logging_steps 7 --checkpointing_steps 2 --checkpoints_total_limit 2"
+    folder = tmp_path / "run"
+    tracker = ["--dataloader_num_workers", 2, "--report_to", "tensorboard"]
+    train(*TINY, *flags.split(), *tracker, "--eval_batch_size", 2, "--output_dir", folder)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (folder / name).read_bytes() == (straight[0] / name).read_bytes()
+    assert (folder / "loss.jsonl").read_bytes() == (straight[0] / "loss.jsonl").read_bytes()
+    assert_same_checkpoint(folder / "checkpoint-12", straight[0] / "checkpoint-12")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
+    assert sorted(path.name for path in folder.glob("samples*")) == ["samples-10.png", "samples-5.png", "samples.png"]
+    assert list(folder.rglob("events.out.tfevents.*"))
+
+
+def test_another_seed_is_another_run(straight, train, tmp_path):
+    train(*TINY, "--seed", 1, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
+    assert all(abs(a - b) > 1e-4 for a, b in zip(losses(tmp_path / "run"), losses(straight[0]), strict=False))
+
+
+@pytest.mark.slow
+def test_two_machines_accumulating_learn_what_one_process_does(straight, tmp_path):
+    flags = [*TINY, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "run"]
+    result = launch(*flags, processes=2, machines=2)
+    assert "on 2 process(es) of cpu" in result.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
+    assert_close(weights(tmp_path / "run"), weights(straight[0]), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ an independent loop
+
+
+def stock_folder(path: Path, **scheduler: object) -> UNet2DModel:
+    """A DDPM as stock diffusers saves one."""
+    torch.manual_seed(3)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, **scheduler)).save_pretrained(path)
+    return unet
+
+
+def test_going_on_from_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path):
+    """The loop of the paper in plain torch, stock noise and all, from the same weights: same losses, weights, average."""
+    unet = stock_folder(tmp_path / "stock", beta_schedule="squaredcos_cap_v2")
+    flags = "--max_train_steps 6 --learning_rate 1e-3 --lr_warmup_steps 2 --adam_weight_decay 0.1 --max_grad_norm 0.5"
+    flags += " --ema_inv_gamma 2 --ema_power 0.5 --ema_max_decay 0.6 --random_flip"
+    source = ["--pretrained_model_name_or_path", tmp_path / "stock"]
+    train(*TINY, *flags.split(), *source, "--output_dir", tmp_path / "run")
+
+    scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+    parameters = list(unet.parameters())
+    average = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.95, 0.999), weight_decay=0.1, eps=1e-8, foreach=False)
+    expected = []
+    images = load_images("digits", cache_dir=tmp_path, show_progress=False)
+    for n, batch in zip(range(6), StepBatches(images, BATCH, seed=0, random_flip=True), strict=False):
+        x_0, noise, t = batch["pixel_values"] / 127.5 - 1, batch["noise"], (batch["u"] * 100).long()
+        loss = (unet(scheduler.add_noise(x_0, noise, t), t).sample - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.param_groups[0]["lr"] = closed_form(n, peak=1e-3, warmup=2, steps=6)
+        optimizer.step()
+        decay = min(0.6, 1 - (1 + n / 2) ** -0.5)
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, parameters, strict=True)]
+        expected.append((loss.item(), norm.item()))
+
+    assert [(row["loss"], row["grad_norm"]) for row in rows(tmp_path / "run")] == [
+        pytest.approx(pair, rel=1e-4) for pair in expected
+    ]
+    # Adam divides by the gradient's size, so a rounding of a gradient near 0 moves its weight by up to 1e-3 a step.
+    trained = load_file(tmp_path / "run" / "checkpoint-6" / "model.safetensors")
+    assert_close(trained, dict(unet.state_dict()), atol=2e-5)
+    names = [name for name, _ in unet.named_parameters()]
+    assert_close(weights(tmp_path / "run"), dict(zip(names, average, strict=True)), atol=2e-5)
+    saved = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["beta_schedule"] == "squaredcos_cap_v2" and saved["num_train_timesteps"] == 100
+
+
+def test_going_on_with_hardly_a_learning_rate_stays_at_the_given_weights(train, tmp_path):
+    unet = stock_folder(tmp_path / "stock")
+    source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--learning_rate", 1e-9]
+    train(*TINY, *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
+    assert_close(weights(tmp_path / "run"), dict(unet.state_dict()), atol=1e-7)
+
+
+def test_going_on_at_another_size_samples_at_that_size(train, tmp_path):
+    stock_folder(tmp_path / "stock")
+    source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--train_data_dir", pngs(tmp_path / "pngs", "L")]
+    train(*TINY[2:], *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
+    assert unet_config(tmp_path / "run")["sample_size"] == [16, 24]
+
+
+def test_another_number_of_channels_than_the_given_model_is_refused(train, tmp_path):
+    stock_folder(tmp_path / "stock")
+    source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--image_mode", "RGB"]
+    result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=1)
+    assert "1 channels and the images have 3" in error_lines(result)[-1]
+
+
+# ------------------------------------------------------------------------------------------------ going on after a stop
+
+# The second has everything with a history: sampler, dropout's generator; and all that could carry one wrongly.
+RUNS = {
+    "plain": [],
+    "with_history": (
+        "--objective vlb --variance_type learned_range --timestep_sampling loss_second_moment --ddpm_num_steps 4 "
+        "--dropout 0.1 --random_flip --gradient_accumulation_steps 2 --label_column label"
+    ).split(),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def stopped(request, train):
+    """(a run straight to step 12, one killed at step 7 and resumed from checkpoint-6)."""
+    flags = [*TINY, *RUNS[request.param], "--checkpointing_steps", 6, "--output_dir"]
+
+    def resume(folder: Path):
+        train(*flags, folder, stop_at=7, expect=-9)
+        assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-6"]
+        result = train(*flags, folder, "--resume_from_checkpoint", "latest")
+        assert f"going on from {folder}/checkpoint-6 at step 6" in result.stdout, describe(result)
+        return result
+
+    if request.param == "plain":
+        whole = request.getfixturevalue("straight")[0]
+    else:
+        whole = once(f"whole_{request.param}", lambda folder: train(*flags, folder))[0]
+    return whole, once(f"resumed_{request.param}", resume)[0]
+
+
+def test_a_resumed_run_ends_bit_for_bit_where_the_straight_one_does(stopped):
+    whole, resumed = stopped
+    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/config.json", "scheduler/scheduler_config.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert_same_checkpoint(resumed / "checkpoint-12", whole / "checkpoint-12")
+    assert rows(resumed)[-6:] == rows(whole)[-6:]
+
+
+def test_a_resumed_run_keeps_the_losses_from_before_the_stop(stopped):
+    """Step 6 was checkpointed before its losses were due to be written (every 10 steps)."""
+    whole, resumed = stopped
+    assert (resumed / "loss.jsonl").read_bytes() == (whole / "loss.jsonl").read_bytes()
+    assert (resumed / "loss.png").read_bytes() == (whole / "loss.png").read_bytes()
+
+
+def test_a_resumed_run_leaves_the_settings_that_the_straight_one_leaves(stopped):
+    """They are published with the model: to train it again, not to resume in, or write over, somebody's folder."""
+    whole, resumed = stopped
+    texts = [(folder / "training_config.yaml").read_text().replace(str(folder), "FOLDER") for folder in stopped]
+    assert texts[1] == texts[0]
+
+
+def test_a_line_cut_short_by_the_stop_does_not_bar_the_way(train, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    with (tmp_path / "run" / "loss.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    train(*TINY, "--max_train_steps", 14, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 15))
+
+
+def test_going_on_passes_over_a_damaged_checkpoint(train, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    with (tmp_path / "run" / "checkpoint-12" / "optimizer.bin").open("r+b") as file:
+        file.truncate(1000)
+    result = train(*TINY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert "steps 6 to 12" in result.stdout and "passing over" in result.stderr and "optimizer.bin" in result.stderr
+    assert weights(tmp_path / "run").keys() == weights(straight[0]).keys()
+    assert_same(weights(tmp_path / "run"), weights(straight[0]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--seed 5", "seed was 0 and is now 5"),
+        ("--train_batch_size 16", "train_batch_size was 8 and is now 16"),
+        ("--max_train_samples 100", "images"),
+        ("--use_ema false", "use_ema was True and is now False"),
+        ("--prediction_type v_prediction", "prediction_type"),
+        ("--ddpm_beta_schedule squaredcos_cap_v2", "beta_schedule"),
+        ("--ddpm_num_steps 1000", "steps"),
+        ("--variance_type learned_range --objective hybrid", "variance_type"),
+        ("--block_out_channels 64 64", "block_out_channels"),
+    ],
+)
+def test_going_on_as_another_run_is_refused(train, straight, tmp_path, flags, named):
+    checkpoint = ["--resume_from_checkpoint", straight[0] / "checkpoint-6"]
+    result = train(*TINY, *flags.split(), *checkpoint, "--output_dir", tmp_path / "run", expect=None)
+    assert result.returncode == 1, describe(result)
+    (line,) = error_lines(result)
+    assert line.startswith("train.py: error: ") and "belongs to another run" in line and named in line
+    assert not (tmp_path / "run" / "loss.jsonl").exists()
+
+
+def test_a_checkpoint_from_beyond_the_last_step_is_refused(train, straight, tmp_path):
+    """Else its weights would be saved under the name of a step that they are not from."""
+    checkpoint = ["--resume_from_checkpoint", straight[0] / "checkpoint-12", "--max_train_steps", 9]
+    result = train(*TINY, *checkpoint, "--output_dir", tmp_path / "run", expect=None)
+    assert result.returncode == 1, describe(result)
+    assert "12" in error_lines(result)[-1] and "9" in error_lines(result)[-1]
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_resuming_a_finished_run_changes_nothing(train, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    train(*TINY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert_same(weights(tmp_path / "run"), weights(straight[0]))
+    assert rows(tmp_path / "run") == rows(straight[0])
+    assert_same_checkpoint(tmp_path / "run" / "checkpoint-12", straight[0] / "checkpoint-12")
+
+
+DRIVER = """
+import runpy, sys
+sys.path[:0] = [{tests!r}, {training!r}]
+from launching import die_at
+die_at(7)
+runpy.run_path({train!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 1])
+def test_two_processes_killed_go_on(train, straight, two_processes, tmp_path, processes):
+    """As two again: bit for bit the same run. As one: the same within rounding."""
+    driver, folder = tmp_path / "driver.py", tmp_path / "run"
+    driver.write_text(DRIVER.format(tests=str(Path(__file__).parent), training=str(TRAIN.parent), train=str(TRAIN)))
+    flags = [*TINY, "--checkpointing_steps", 6, "--output_dir", folder]
+    result = launch(*flags, processes=2, script=driver, expect=None)
+    assert result.returncode != 0 and [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-6"]
+    flags += ["--resume_from_checkpoint", "latest"]
+    if processes == 1:
+        train(*flags)
+        assert losses(folder)[-6:] == pytest.approx(losses(straight[0])[-6:], rel=1e-5)
+        assert_close(weights(folder), weights(straight[0]), atol=1e-5)
+        return
+    launch(*flags, processes=2)
+    whole = two_processes[0]
+    assert rows(folder)[-6:] == rows(whole)[-6:]
+    assert_same(weights(folder), weights(whole))
+    assert_same_checkpoint(folder / "checkpoint-12", whole / "checkpoint-12")
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_folder_with_files_is_refused_and_left_alone(train, straight):
+    folder, _ = straight
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = train(*TINY, "--output_dir", folder, expect=1)
+    (line,) = error_lines(result)
+    assert line.startswith(f"train.py: error: --output_dir {folder} is not empty")
+    assert "--overwrite_output_dir" in line and "--resume_from_checkpoint latest" in line
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_an_empty_folder_is_taken(train, tmp_path):
+    train(*TINY, "--max_train_steps", 4, "--output_dir", tmp_path)
+    assert (tmp_path / "model_index.json").exists()
+
+
+def test_overwriting_leaves_no_checkpoint_of_the_old_run_to_go_on_from(train, straight, tmp_path):
+    """An old checkpoint-12 would be the "latest" of a new run of 8 steps, and the "newest" that a limit keeps."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "notes.txt").write_text("mine")
+    flags = [*TINY, "--max_train_steps", 8, "--learning_rate", 1e-3, "--output_dir", folder]
+    train(*flags, "--overwrite_output_dir", "--checkpointing_steps", 4, "--checkpoints_total_limit", 1)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_launch_that_only_looks_distributed_is_refused(train, tmp_path):
+    result = train(*TINY, "--output_dir", tmp_path / "run", env={"WORLD_SIZE": "2"}, expect=1)
+    (line,) = error_lines(result)
+    assert "WORLD_SIZE is 2 and accelerate runs 1 process(es)" in line and "ACCELERATE_USE_CPU=true" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused():
+    _, _, run = parse_arguments([*TINY, "--train_batch_size", "9"])
+    with pytest.raises(SystemExit, match=r"--train_batch_size is 9 on 2 process\(es\).*a multiple of 2"):
+        train_script.share_of_batch(run, types.SimpleNamespace(num_processes=2))
+
+
+@pytest.mark.slow
+def test_a_batch_that_two_processes_cannot_share_ends_the_launch(tmp_path):
+    result = launch(*TINY, "--train_batch_size", 9, "--output_dir", tmp_path / "run", processes=2, expect=None)
+    assert result.returncode != 0 and "a multiple of 2" in result.stderr
+    assert not (tmp_path / "run" / "loss.jsonl").exists()
+
+
+CONFIGS = {
+    "typo.yaml": "dataset_name: digits\nlearning_rat: 1e-3\n",
+    "type.yaml": "dataset_name: digits\nlearning_rate: fast\n",
+    "choice.yaml": "dataset_name: digits\nprediction_type: noise\n",
+    "list.yaml": "- dataset_name\n- digits\n",
+}
+REFUSED = {
+    "an empty folder": ("--train_data_dir empty", "holds no image"),
+    "a missing folder": ("--train_data_dir nowhere", "'nowhere' is not a folder"),
+    "a missing image column": (
+        "--train_data_dir pngs --image_column picture",
+        "'picture'.*of these with images: image",
+    ),
+    "a missing label column": ("--train_data_dir pngs --label_column kind", "'kind' is not a column"),
+    "an unknown split": ("--dataset_name digits --train_split validation", "'validation'.*it has: train, test"),
+    "a folder's unknown split": ("--train_data_dir pngs --train_split test", "'test'.*train"),
+    "a typo in a flag": ("--dataset_name digits --learning_rat 1", "--learning_rat .*did you mean --learning_rate"),
+    "a typo in a file": ("--config typo.yaml", "'learning_rat'.*did you mean 'learning_rate'"),
+    "a wrong type in a file": ("--config type.yaml", "learning_rate.*'fast'"),
+    "a wrong choice in a file": ("--config choice.yaml", "prediction_type.*'noise'.*epsilon"),
+    "a file of no flags": ("--config list.yaml", "list.yaml holds list"),
+    "a missing file": ("--config nothing.yaml", "nothing.yaml.*No such file"),
+    "two sources": ("--dataset_name digits --train_data_dir pngs", "exactly one"),
+    "no source": ("", "exactly one"),
+    "too many levels": ("--dataset_name digits --block_out_channels 32 32 32 32 32", "8x8 .* 5 levels.*by 16"),
+    "levels that do not divide": ("--train_data_dir pngs --resolution 15", "15x15 .*--resolution"),
+    "attention at no level": ("--dataset_name digits --attention_levels 2", r"--attention_levels is \[2\].*0 to 1"),
+    "hybrid, variance fixed": ("--dataset_name digits --objective hybrid", "'hybrid'.*'fixed_small'.*learned_range"),
+    "simple, variance learned": ("--dataset_name digits --variance_type learned_range", "'simple'.*'learned_range'"),
+    "zero SNR with epsilon": ("--dataset_name digits --rescale_betas_zero_snr", "'epsilon'.*v_prediction"),
+    "the bound weighted": ("--dataset_name digits --objective vlb --loss_weighting min_snr", "'min_snr'.*'vlb'"),
+    "nothing to resume": ("--dataset_name digits --resume_from_checkpoint latest", "no whole checkpoint"),
+    "no model there": ("--dataset_name digits --pretrained_model_name_or_path ./nowhere", "nowhere"),
+    "no network there": ("--dataset_name digits --model_config_name_or_path ./nowhere.json", "nowhere.json"),
+    "a file for a folder": ("--dataset_name digits --output_dir typo.yaml --overwrite_output_dir", "typo.yaml"),
+    "a decay of zero time": ("--dataset_name digits --ema_inv_gamma 0", "--ema_inv_gamma is 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_before_training_starts(train, tmp_path, case):
+    flags, expected = REFUSED[case]
+    (tmp_path / "empty").mkdir()
+    pngs(tmp_path / "pngs", "RGB", count=2)
+    for name, text in CONFIGS.items():
+        (tmp_path / name).write_text(text)
+    flags = shlex.split(flags)
+    base = TINY[2:] if "--output_dir" in flags else [*TINY[2:], "--output_dir", "run"]
+    result = train(*base, *flags, cwd=tmp_path, expect=None)
+    assert result.returncode in (1, 2), describe(result)
+    line, *others = error_lines(result)
+    assert others in ([], ["train.py --help lists all flags"]), describe(result)
+    assert line.startswith("train.py: error: ") and re.search(expected, line), line
+    assert not list(tmp_path.glob("run/*")), "something was written"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(train, tmp_path):
+    flags = ["--learning_rate", 1e30, "--lr_warmup_steps", 0, "--logging_steps", 2, "--output_dir", tmp_path / "run"]
+    result = train(*TINY, *flags, expect=1)
+    assert "the loss is not finite between steps" in error_lines(result)[-1]
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ images and networks
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_a_folder_of_images_takes_the_place_of_the_data_set_of_the_file(train, tmp_path, mode, channels):
+    folder = pngs(tmp_path / "pngs", mode)
+    flags = "--block_out_channels 32 32 --max_train_steps 3 --lr_warmup_steps 1 --train_batch_size 4 --num_samples 4"
+    flags += " --ddpm_num_inference_steps 2 --label_column label"
+    config = ["--config", ROOT / "training" / "configs" / "digits.yaml", "--train_data_dir", folder]
+    result = train(*config, *flags.split(), "--output_dir", tmp_path / "run")
+    assert result.stdout.startswith(f"9 images of {channels}x16x24 from {folder}")
+    config = unet_config(tmp_path / "run")
+    assert (config["in_channels"], config["out_channels"], config["sample_size"]) == (channels, channels, [16, 24])
+    assert config["num_class_embeds"] == 3
+    assert config["_ddpm_notes"] == {"null_label": 2, "class_names": ["cat", "dog"]}
+    images = DDPMNotesPipeline.from_pretrained(tmp_path / "run")(class_labels=1, num_inference_steps=2).images
+    assert images[0].size == (24, 16) and images[0].mode == mode
+
+
+@pytest.fixture(scope="module")
+def conditional(train):
+    flags = ["--label_column", "label", "--learning_rate", 1e-2]
+    return once("conditional", lambda folder: train(*TINY, *flags, "--output_dir", folder))[0]
+
+
+def test_a_class_conditional_network_has_an_embedding_for_no_label_and_records_it(conditional):
+    config = unet_config(conditional)
+    assert config["num_class_embeds"] == 11
+    assert config["_ddpm_notes"] == {"null_label": 10, "class_names": [str(digit) for digit in range(10)]}
+    pipeline = DDPMNotesPipeline.from_pretrained(conditional)
+    assert (pipeline.null_label, pipeline.num_classes) == (10, 10)
+    assert "class_name" not in (conditional / "model_index.json").read_text().replace("_class_name", "")
+
+
+def test_every_embedding_is_trained_that_of_no_label_too(conditional):
+    """Guidance subtracts what the network says without a label: labels have to be left out now and then."""
+    state = torch.load(conditional / "checkpoint-12" / "optimizer.bin")["state"]
+    moments = [entry["exp_avg_sq"] for entry in state.values() if entry["exp_avg_sq"].shape == (11, 128)]
+    (moment,) = moments
+    assert [label for label in range(11) if not moment[label].any()] == []
+
+
+OBJECTIVES = {
+    "hybrid, learned range": "--objective hybrid --variance_type learned_range",
+    "hybrid, learned": "--objective hybrid --variance_type learned --timestep_sampling stratified",
+    "bound": "--objective vlb",
+    "bound, second moment": "--objective vlb --timestep_sampling loss_second_moment --ddpm_num_steps 4",
+    "min SNR, v": "--loss_weighting min_snr --prediction_type v_prediction",
+    "p2, x_0": "--loss_weighting p2 --prediction_type sample",
+    "zero SNR, v": "--rescale_betas_zero_snr --prediction_type v_prediction",
+    "bf16": "--mixed_precision bf16",
+    "gradient checkpointing": "--gradient_checkpointing",
+    "no average": "--use_ema false",
+}
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_every_objective_runs_and_saves_what_it_was_trained_as(train, tmp_path, case):
+    flags = OBJECTIVES[case].split()
+    train(*TINY, *flags, "--output_dir", tmp_path / "run")
+    assert all(map(math.isfinite, losses(tmp_path / "run"))) and len(losses(tmp_path / "run")) == STEPS
+    pipeline = DDPMNotesPipeline.from_pretrained(tmp_path / "run")
+    assert isinstance(pipeline.scheduler, DDPMNotesScheduler) and pipeline.unet.dtype == torch.float32
+    _, model, run = parse_arguments([*TINY, *flags])
+    for name in ("prediction_type", "variance_type", "rescale_betas_zero_snr"):
+        assert pipeline.scheduler.config[name] == getattr(model, name), name
+    assert len(pipeline.scheduler) == model.ddpm_num_steps
+    learned = "learned" in model.variance_type
+    assert pipeline.unet.config.out_channels == (2 if learned else 1)
+    state = torch.load(tmp_path / "run" / "checkpoint-12" / "optimizer.bin")["state"]
+    moment = state[max(state)]["exp_avg_sq"]  # of the last bias: one a channel, the variance's second
+    assert moment.shape == (pipeline.unet.config.out_channels,) and moment.all()
+    if run.timestep_sampling == "loss_second_moment":
+        history = load_file(tmp_path / "run" / "checkpoint-12" / "timestep_sampler.safetensors")
+        assert history["counts"].sum() == STEPS * BATCH and (history["counts"] > 0).all()
+    assert (tmp_path / "run" / "checkpoint-12" / "ema.safetensors").exists() == run.use_ema
+    if not run.use_ema:
+        assert_same(weights(tmp_path / "run"), load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors"))
+
+
+def test_a_network_from_a_file_is_fitted_to_the_images(train, tmp_path):
+    stock_folder(tmp_path / "stock")
+    file = tmp_path / "stock" / "unet" / "config.json"
+    folder = pngs(tmp_path / "pngs", "RGB")
+    flags = ["--model_config_name_or_path", file, "--train_data_dir", folder, "--max_train_steps", 4]
+    train(*TINY[2:], *flags, "--output_dir", tmp_path / "run")
+    config = unet_config(tmp_path / "run")
+    assert (config["in_channels"], config["out_channels"], config["sample_size"]) == (3, 3, [16, 24])
+    assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D"]
+
+
+def test_epochs_count_the_images_once_each(train, tmp_path):
+    flags = [flag for flag in TINY if flag not in ("--max_train_steps", "12")]
+    flags += ["--num_epochs", 2, "--max_train_samples", 10, "--lr_warmup_steps", 0]
+    result = train(*flags, "--output_dir", tmp_path / "run")
+    assert result.stdout.startswith("10 images of 1x8x8") and "steps 0 to 3 of 8 images" in result.stdout  # 20 / 8

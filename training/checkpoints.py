@@ -1,0 +1,158 @@
+"""Checkpoints that are whole or not there.
+
+A run is a pure function of (config, seed, step), so a checkpoint is: the weights, their average, the optimizer, the step number, and
+the few things with a history (timestep sampler, loss scale). It is written aside by every process, flushed, listed file by file with
+digests, and only then renamed to `checkpoint-N`. What carries that name and agrees with its list is whole.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from ddpm_notes_pipeline.objectives import TimestepSampler
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    ema: EMAModel | None,
+    sampler: TimestepSampler,
+    run: dict[str, Any],
+    total_limit: int | None = None,
+) -> Path:
+    """Write `checkpoint-{step}`; called by every process.
+
+    Args:
+        step: optimizer steps done. run: what the run is (seed, batch, data): kept to compare with when it goes on.
+        total_limit: keep only the newest so many checkpoints, this one among them.
+
+    Raises:
+        RuntimeError: the disk is full or the like; older checkpoints are as they were.
+    """
+    final, aside = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if ema is not None:
+                averages = {f"{i:05d}": p.contiguous() for i, p in enumerate(ema.shadow_params)}
+                save_file(averages, aside / "ema.safetensors", {"optimization_step": str(ema.optimization_step)})
+            save_file(sampler.state_dict(), aside / "timestep_sampler.safetensors")
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
+            for path in files:
+                _flush(path)
+            listed = {
+                str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files
+            }
+            state = {"step": step, "ema_step": ema.optimization_step if ema else None, "run": run, "files": listed}
+            (aside / MANIFEST).write_text(json.dumps(state, indent=2), encoding="utf-8")
+            _flush(aside / MANIFEST)
+            shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier try
+            os.replace(aside, final)
+            _flush(output_dir)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RuntimeError(
+            f"could not write {final}: {error}. Older checkpoints in {output_dir} are as they were."
+        ) from error
+    if accelerator.is_main_process and total_limit is not None:
+        for old in list_checkpoints(output_dir)[total_limit:]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None, sampler: TimestepSampler, run: dict[str, Any]
+) -> int:
+    """Put everything back as it was; returns the number of steps done. Called by every process.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run (another seed, batch size, data set...), or has no average to go on with.
+    """
+    state = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    changed = {name: (state["run"].get(name), value) for name, value in run.items() if state["run"].get(name) != value}
+    if changed:
+        differences = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items())
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {differences}. Resume with its settings, or train into another folder"
+        )
+    accelerator.load_state(str(checkpoint))
+    if ema is not None:
+        averages = load_file(checkpoint / "ema.safetensors")
+        for i, parameter in enumerate(ema.shadow_params):
+            parameter.data.copy_(averages[f"{i:05d}"])
+        ema.optimization_step = state["ema_step"]
+    sampler.load_state_dict(load_file(checkpoint / "timestep_sampler.safetensors"))
+    return state["step"]
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The `checkpoint-N` folders, newest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    for name, expected in listed.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != expected["size"]:
+            return f"{name} is missing or not {expected['size']} bytes long"
+        if _digest(path) != expected["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` means: a path, or "latest", the newest whole one.
+
+    Raises:
+        ValueError: there is none, or the one named is damaged.
+    """
+    if wanted != "latest":
+        checkpoint = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+        fault = damage(checkpoint)
+        if fault is not None:
+            raise ValueError(f"--resume_from_checkpoint is {wanted}, and {checkpoint} is no whole checkpoint: {fault}")
+        return checkpoint
+    for checkpoint in list_checkpoints(output_dir):
+        fault = damage(checkpoint)
+        if fault is None:
+            return checkpoint
+        logger.warning("passing over %s: %s", checkpoint, fault)
+    raise ValueError(f"--resume_from_checkpoint is latest, and {output_dir} has no whole checkpoint")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

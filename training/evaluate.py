@@ -1,0 +1,259 @@
+"""Measure a DDPM: bits/dim with its parts and standard errors, for variance types and numbers of steps.
+
+    accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --split test
+    accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml \
+        --variance_types fixed_small fixed_large optimal --num_inference_steps 10 100 1000 --paths even best --decoder fitted
+
+Prints a table and writes evaluation.json and bits_per_dim.png. What an optimal variance, a best path or a fitted decoder has to know of
+the data is measured on --variance_split, never on the images that are reported on unless that names them.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from arguments import DataArguments, EvaluationArguments, parse_evaluation_arguments
+from ddpm_notes_pipeline.data import ImageSet, load_images
+from ddpm_notes_pipeline.pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
+from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
+from ddpm_notes_pipeline.variances import (
+    best_timesteps,
+    fit_decoder_variance,
+    measure_original_sample_mse,
+    optimal_scheduler,
+)
+from pictures import save_bits_per_dim
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    variance: str
+    path: str
+    steps: int
+    decoder_variance: float | None  # None: the network's own
+    result: BitsPerDimOutput
+
+
+def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
+    accelerator = Accelerator()
+    pipeline = DDPMNotesPipeline.from_pretrained(evaluation.model, revision=evaluation.revision).to(accelerator.device)
+    pipeline.unet.eval()
+    pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
+    if not isinstance(pipeline.scheduler, DDPMNotesScheduler):
+        pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config)
+    images = load(accelerator, data, evaluation.split, evaluation.max_images)
+    labels = images.labels if pipeline.num_classes is not None else None
+
+    # what the data has to say first
+    own = pipeline.scheduler
+    T = len(own)
+    variances = evaluation.variance_types or [own.variance_type]
+    fit_needed = evaluation.decoder == "fitted"
+    mse = own.original_sample_mse
+    decoder = own.decoder_variance or {}
+    if fit_needed or (mse is None and ("optimal" in variances or "best" in evaluation.paths)):
+        known = load(accelerator, data, evaluation.variance_split, None)
+        known_labels = known.labels if labels is not None else None
+        if mse is None:
+            measured = measure_original_sample_mse(pipeline, batches(known), known_labels, accelerator=accelerator)
+            mse = measured.original_sample_mse.tolist()
+        if fit_needed and 0 not in decoder:
+            decoder = {**decoder, 0: fit_decoder_variance(pipeline, batches(known), known_labels)[0]}
+        if evaluation.save_variances and accelerator.is_main_process:
+            optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
+
+    rows = []
+    for variance in variances:
+        if (variance in LEARNED_VARIANCES) != (
+            own.variance_type in LEARNED_VARIANCES
+        ) and variance in LEARNED_VARIANCES:
+            raise ValueError(
+                f"--variance_types has {variance} and the model's is {own.variance_type}: its network outputs none"
+            )
+        scheduler = DDPMNotesScheduler.from_config(
+            own.config,
+            variance_type=variance,
+            original_sample_mse=mse if variance == "optimal" else None,
+            decoder_variance=decoder if fit_needed and variance not in LEARNED_VARIANCES else None,
+            eta=None,
+        )
+        for steps in evaluation.num_inference_steps or [T]:
+            for kind in evaluation.paths if steps < T else ["even"]:
+                path = best_timesteps(own, steps, mse) if kind == "best" else even_timesteps(own, steps)
+                pipeline.scheduler = scheduler
+                result = measure(accelerator, pipeline, images, labels, path, evaluation)
+                decoder_variance = None if variance in LEARNED_VARIANCES else decoder_of(scheduler, path)
+                rows.append(Row(variance, kind, steps, decoder_variance, result))
+                if accelerator.is_main_process:
+                    print(line(rows[-1]) if len(rows) > 1 else f"{header()}\n{line(rows[-1])}", flush=True)
+    if accelerator.is_main_process:
+        write(evaluation, images, rows)
+    accelerator.end_training()
+
+
+def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: int | None) -> ImageSet:
+    """A split, its images whole or cropped at the centre, decoded by one process a machine."""
+    with accelerator.local_main_process_first():
+        return load_images(
+            dataset_name=data.dataset_name,
+            dataset_config_name=data.dataset_config_name,
+            train_data_dir=data.train_data_dir,
+            split=split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            resolution=data.resolution,
+            center_crop=True,
+            image_mode=data.image_mode,
+            max_samples=max_images,
+            cache_dir=data.cache_dir,
+            on_bad_image=data.on_bad_image,
+            show_progress=accelerator.is_local_main_process,
+        )
+
+
+def batches(images: ImageSet, first: int = 0, end: int | None = None, size: int = 256) -> Any:
+    """The images first..end in order, a few at a time."""
+    end = len(images) if end is None else end
+    for i in range(first, end, size):
+        yield images.take(range(i, min(i + size, end)))
+
+
+def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
+    """K timesteps evenly from T-1 to 0, both included."""
+    spaced = DDPMNotesScheduler.from_config(scheduler.config, timestep_spacing="linspace", steps_offset=0)
+    spaced.set_timesteps(steps)
+    return spaced.timesteps.tolist()
+
+
+def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float:
+    """Variance of p(x_0 | x_t) at the end of a path."""
+    scheduler.set_timesteps(timesteps=path)
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    return float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
+
+
+def measure(
+    accelerator: Accelerator,
+    pipeline: DDPMNotesPipeline,
+    images: ImageSet,
+    labels: Any,
+    path: list[int],
+    evaluation: EvaluationArguments,
+) -> BitsPerDimOutput:
+    """bits/dim over all images, each process taking a part of them; the same on every process and for any number of them."""
+    n, processes = len(images), accelerator.num_processes
+    if n < processes:
+        raise ValueError(f"{n} images for {processes} processes; allowed: at least one each")
+    first, end = n * accelerator.process_index // processes, n * (accelerator.process_index + 1) // processes
+    result = pipeline.bits_per_dim(
+        batches(images, first, end),
+        class_labels=None if labels is None else labels[first:end],
+        timesteps=path,
+        evaluations_per_image=evaluation.evaluations_per_image,
+        full=evaluation.full,
+        batch_size=evaluation.batch_size,
+        seed=evaluation.seed,
+        first_image=first,
+        pilot_images=images.take(range(min(PILOT_IMAGES, n))),
+    )
+    if processes == 1:
+        return result
+    parts = torch.full((math.ceil(n / processes), 3), math.nan, dtype=torch.float64, device=accelerator.device)
+    parts[: end - first] = result.parts_per_image.to(accelerator.device)
+    parts = accelerator.gather(parts).cpu()
+    counts = torch.tensor([result.network_evaluations], dtype=torch.float64, device=accelerator.device)
+    sums = torch.cat([result.per_timestep.to(accelerator.device) * (end - first), counts])
+    sums = accelerator.reduce(sums, "sum").cpu()
+    return BitsPerDimOutput.from_parts(parts[~parts[:, 0].isnan()], sums[:-1], result.dims, int(sums[-1]))
+
+
+def header() -> str:
+    """Names and units of the columns."""
+    columns = ("variance", "path", "K", "L_T", "sum KL", "L_0", "total", "s.e.", "decoder var", "evaluations")
+    return (
+        " | ".join(f"{name:>{width}}" for name, width in zip(columns, WIDTHS, strict=True))
+        + "\n"
+        + "-+-".join("-" * w for w in WIDTHS)
+    )
+
+
+WIDTHS = (13, 4, 5, 9, 9, 9, 9, 7, 11, 11)
+
+
+def line(row: Row) -> str:
+    """One row of the table; bits/dim throughout."""
+    r = row.result
+    decoder = "network's" if row.decoder_variance is None else f"{row.decoder_variance:.3e}"
+    cells = (
+        row.variance,
+        row.path,
+        str(row.steps),
+        *(f"{value:.5f}" for value in (r.prior, r.diffusion, r.decoder, r.total)),
+        f"{r.standard_error:.5f}",
+        decoder,
+        str(r.network_evaluations),
+    )
+    return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) -> None:
+    """evaluation.json and bits_per_dim.png, and where they are."""
+    folder = Path(
+        evaluation.output_dir or (evaluation.model if Path(evaluation.model).is_dir() else "outputs/evaluation")
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    protocol = {
+        "unit": "bits/dim",
+        "data": images.name,
+        "split": images.split,
+        "images": len(images),
+        "dims": rows[0].result.dims,
+        "fingerprint": images.fingerprint,
+        "seed": evaluation.seed,
+        "evaluations_per_image": "all" if evaluation.full else evaluation.evaluations_per_image,
+    }
+    results = [
+        {
+            "variance_type": row.variance,
+            "path": row.path,
+            "num_inference_steps": row.steps,
+            "decoder_variance": row.decoder_variance,
+            **{
+                name: getattr(row.result, name) for name in ("total", "standard_error", "prior", "diffusion", "decoder")
+            },
+            "standard_errors": row.result.standard_errors,
+            "network_evaluations": row.result.network_evaluations,
+        }
+        for row in rows
+    ]
+    (folder / "evaluation.json").write_text(json.dumps({**protocol, "results": results}, indent=2))
+    longest = max(row.steps for row in rows)
+    curves = {
+        row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == longest and row.path == "even"
+    }
+    if longest == len(rows[0].result.per_timestep):
+        title = f"{images.name} {images.split}: {len(images)} images of {rows[0].result.dims} dims"
+        save_bits_per_dim(folder / "bits_per_dim.png", curves, title)
+    print(
+        f"\n{len(images)} images of {images.name} ({images.split}), {rows[0].result.dims} dims each; bits/dim, s.e. over images."
+    )
+    print(
+        f"Written: {folder}/evaluation.json"
+        + (f" and {folder}/bits_per_dim.png" if longest == len(rows[0].result.per_timestep) else "")
+    )
+
+
+if __name__ == "__main__":
+    settings = parse_evaluation_arguments()
+    try:
+        main(*settings)
+    except (ValueError, FileNotFoundError, OSError) as fault:
+        sys.exit(f"evaluate.py: error: {fault}")

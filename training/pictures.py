@@ -1,0 +1,84 @@
+"""The pictures that a run leaves: losses over steps, and samples beside real images."""
+
+import itertools
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -> Image.Image:
+    """Images (N, C, H, W) uint8 in a square-ish grid; small ones are enlarged by whole pixels to about `side`."""
+    n, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    scale = max(1, math.ceil(side / max(height, width)))
+    rows = math.ceil(n / columns)
+    gap = scale
+    canvas = np.full(
+        (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 255, np.uint8
+    )
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height * scale + gap) + gap, (i % columns) * (width * scale + gap) + gap
+        enlarged = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
+        canvas[top : top + height * scale, left : left + width * scale] = enlarged
+    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) -> None:
+    """Real images on the left, samples on the right, both (N, C, H, W) uint8."""
+    pictures = [("real images", image_grid(real)), (title, image_grid(samples))]
+    width, height = pictures[0][1].size
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5 * height / width + 0.4), layout="constrained")
+    for axis, (name, picture) in zip(axes, pictures, strict=True):
+        grey = picture.mode == "L"
+        axis.imshow(picture, cmap="gray" if grey else None, vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(name, fontsize=10)
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_losses(path: Path, steps: list[int], losses: list[float], title: str) -> None:
+    """Loss of each step, faint, and its running mean over a hundredth of the run."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    values = np.asarray(losses)
+    window = max(1, len(values) // 100)
+    axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
+    if len(values) > window:
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
+    axis.set(xlabel="optimizer step", ylabel="loss", title=title)
+    if (values > 0).all():
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_bits_per_dim(path: Path, curves: dict[str, np.ndarray], title: str) -> None:
+    """Where the bits are: (T,) bits/dim of each timestep, on a log axis, and their running sum from the data upwards.
+
+    Terms are shown as means over 50 ranges of timesteps, which is what few evaluations an image can tell apart.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, bits in curves.items():
+        T = len(bits)
+        edges = np.unique(np.linspace(1, T, min(T, 51)).round().astype(int))
+        means = [bits[a:b].mean() for a, b in itertools.pairwise(edges)]
+        (line,) = left.step(edges[:-1], means, where="post", label=name)
+        left.plot([0], bits[:1], marker="o", color=line.get_color())
+        right.plot(np.arange(T), bits.cumsum(), color=line.get_color(), label=name)
+    left.set(xlabel="timestep t (0, the dot: the decoder)", ylabel="bits/dim of one timestep", yscale="log")
+    right.set(xlabel="timestep t", ylabel="bits/dim of timesteps 0..t", ylim=(0, None))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    right.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
