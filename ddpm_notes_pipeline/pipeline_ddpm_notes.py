@@ -37,7 +37,7 @@ from .scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
 
 # Of the terms drawn for an image, so many (in a hundred) fall where a uniform draw would put them: no term's weight can explode.
 UNIFORM_SHARE = 0.1
-PILOT_IMAGES = 32
+PILOT_IMAGES = 16
 
 
 @dataclass
@@ -302,7 +302,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
         class_labels: Any = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
-        evaluations_per_image: int = 32,
+        evaluations_per_image: int = 38,
         full: bool = False,
         clip: bool | None = None,
         batch_size: int = 128,
@@ -466,20 +466,22 @@ class _BoundTerms:
         """Draw n of the KL terms with p proportional to their root mean square over a pilot: the least noise for the number."""
         K = len(self.t) - 1
         x_0 = _in_model_range(pixels)
-        grid = ((torch.arange(n) + 0.5) * K / n).long()
-        nats = torch.cat(
-            [self._nats(x_0, labels, grid, self._noise(i, n, x_0)) for i, x_0, labels in self._one_by_one(x_0, labels)]
-        )
-        rms = nats.reshape(-1, n).pow(2).mean(0).sqrt()
-        p = torch.from_numpy(np.interp(np.arange(K), grid.numpy(), rms.numpy()))
+        # the pilot's timesteps: half of them even in t, half even in log SNR, where the terms of clean images are large
+        log_alpha_bar = self.scheduler._log_alpha_bar
+        log_snr = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+        share = (log_snr[self.s[:-1]] - log_snr[self.t[:-1]]).nan_to_num(posinf=0.0)
+        density = (0.5 / K + 0.5 * share / share.sum()).cumsum(0)
+        grid = torch.searchsorted(density, (torch.arange(n) + 0.5) / n).clamp(max=K - 1).unique()
+        pilot = [
+            self._nats(
+                x_0[i : i + 1], None if labels is None else labels[i : i + 1], grid, self._noise(-1 - i, len(grid), x_0)
+            )
+            for i in range(len(x_0))
+        ]
+        rms = torch.stack(pilot).pow(2).mean(0).sqrt().clamp(min=1e-12)
+        p = torch.from_numpy(np.exp(np.interp(np.arange(K), grid.numpy(), rms.log().numpy())))
         self.p = (1 - UNIFORM_SHARE) * p / p.sum() + UNIFORM_SHARE / K
         self.per_image = n + 1
-
-    def _one_by_one(
-        self, x_0: torch.Tensor, labels: torch.Tensor | None
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        for i in range(len(x_0)):
-            yield -1 - i, x_0[i : i + 1], None if labels is None else labels[i : i + 1]
 
     def _generator(self, number: int) -> torch.Generator:
         """The random numbers of image `number`; the pilot's are negative."""
@@ -575,7 +577,7 @@ def as_pixels(images: Any, channels: int) -> torch.Tensor:
 
 
 def _in_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.float() / 127.5 - 1
+    return (2 * pixels.float() - 255) / 255
 
 
 def pipeline_source(pipeline_class: type = DDPMNotesPipeline) -> str:

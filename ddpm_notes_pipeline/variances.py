@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from .pipeline_ddpm_notes import DDPMNotesPipeline
+from .pipeline_ddpm_notes import DDPMNotesPipeline, _in_model_range
 from .scheduling_ddpm_notes import DDPMNotesScheduler, discretized_gaussian_log_likelihood
 
 DECODER_FLOOR = 1e-6
@@ -87,7 +87,7 @@ def measure_original_sample_mse(
                     noise = torch.cat(
                         [torch.randn((timesteps_per_image, *pixels.shape[1:]), generator=g) for g in generators]
                     )
-                    x_0 = (pixels[rows].float() / 127.5 - 1).repeat_interleave(timesteps_per_image, 0)
+                    x_0 = _in_model_range(pixels[rows]).repeat_interleave(timesteps_per_image, 0)
                     own_labels = None if labels is None else labels[rows].repeat_interleave(timesteps_per_image)
                     x_0, x_0_hat = _denoise(pipeline, scheduler, x_0, noise, t, own_labels)
                     errors = (x_0 - x_0_hat).pow(2).flatten(1).mean(1, dtype=torch.float64).cpu()
@@ -132,7 +132,7 @@ def fit_decoder_variance(
                 [torch.randn((1, *pixels.shape[1:]), generator=_generator(seed, number + int(row))) for row in rows]
             )
             t = torch.full((len(rows),), last_timestep)
-            x_0 = pixels[rows].float() / 127.5 - 1
+            x_0 = _in_model_range(pixels[rows])
             x_0, x_0_hat = _denoise(pipeline, scheduler, x_0, noise, t, None if labels is None else labels[rows])
             originals.append(x_0.flatten().cpu())
             means.append(x_0_hat.flatten().cpu())

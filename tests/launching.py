@@ -60,9 +60,7 @@ def launch(
     )
     if machines > 1:
         options += ["--main_process_ip", "127.0.0.1", "--rdzv_backend", "c10d"]
-    environment = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1"} | (env or {})
-    if not one:
-        environment["ACCELERATE_USE_CPU"] = "true"
+    environment = environment_of_runs(**({} if one else {"ACCELERATE_USE_CPU": "true"}), **(env or {}))
     with contextlib.ExitStack() as stack:
         started = []
         for rank in range(machines):
@@ -92,10 +90,12 @@ def launch(
     return finished[0]
 
 
-def without_launcher(environment: Any) -> dict[str, str]:
-    """The environment without what a launcher around these tests would have left in it."""
+def environment_of_runs(**more: str) -> dict[str, str]:
+    """One thread, this checkout's code wherever the installed package points, and nothing of a launcher around pytest."""
     names = r"ACCELERATE_.*|WORLD_SIZE|LOCAL_.*|RANK|GROUP_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
-    return {name: value for name, value in environment.items() if not re.fullmatch(names, name)}
+    own = {name: value for name, value in os.environ.items() if not re.fullmatch(names, name)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return own | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
 def free_port() -> int:
@@ -132,7 +132,7 @@ class Trainer:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env=environment_of_runs(),
             text=True,
             start_new_session=True,
         )
@@ -145,20 +145,15 @@ class Trainer:
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
         expect: int | None = 0,
+        timeout: int = 100,
     ) -> subprocess.CompletedProcess[str]:
         """Args: `stop_at`: the process dies on the spot when it asks for the batch of this step, as by `kill -9`.
         `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             argv = [str(script), *map(str, flags)]
-            request = {
-                "argv": argv,
-                "stop_at": stop_at,
-                "env": env or {},
-                "cwd": str(cwd),
-                "out": str(out),
-                "err": str(err),
-            }
+            request = {"argv": argv, "stop_at": stop_at, "env": env or {}, "cwd": str(cwd), "timeout": timeout}
+            request |= {"out": str(out), "err": str(err)}
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
             answer = self.server.stdout.readline()
@@ -192,6 +187,7 @@ def run_request(request: dict[str, Any]) -> int:
         opened = os.open(name, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, descriptor)
         os.close(opened)
+    signal.alarm(request["timeout"])  # nobody handles it: it ends the process
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     if request["stop_at"] is not None:

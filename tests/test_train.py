@@ -15,12 +15,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import train as train_script
-from arguments import parse_arguments
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from launching import ROOT, TINY, TRAIN, Trainer, describe, error_lines, launch, once
 from safetensors.torch import load_file
 
+import train as train_script
+from arguments import parse_arguments
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.data import StepBatches, load_images
 
@@ -176,14 +176,14 @@ def test_summary_is_five_lines_that_a_user_can_act_on(straight, train, tmp_path)
     assert image.size == (8, 8) and image.mode == "L"
 
 
-def run_as_printed(train: Trainer, result: object, name: str, **replacements: str) -> object:
-    """Run the command that the summary prints behind `name`, as a user would paste it."""
+def run_as_printed(train: Trainer, result: object, name: str, *more: object, **replacements: str) -> object:
+    """Run the command that the summary prints behind `name`, as a user would paste it; `more` flags behind it."""
     line = next(line for line in result.stdout.splitlines() if line.startswith(name))
     for placeholder, value in replacements.items():
         line = line.replace(placeholder, value)
     launcher, _, script, *flags = shlex.split(line.removeprefix(f"{name}:"))
     assert launcher == "accelerate" and (ROOT / script) == TRAIN
-    return train(*flags)
+    return train(*flags, *more)
 
 
 @pytest.mark.parametrize("given", ["flags", "a file and flags", "--config=FILE", "overwriting"])
@@ -207,7 +207,7 @@ def test_the_your_own_line_trains_on_a_folder_of_images(train, tmp_path):
     first = train(*TINY, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
     folder = pngs(tmp_path / "pngs", "RGB")
     own = run_as_printed(
-        train, first, "Your own", FOLDER_OF_IMAGES=str(folder), **{"outputs/mine": str(tmp_path / "mine")}
+        train, first, "Your own", *TINY[2:], FOLDER_OF_IMAGES=str(folder), **{"outputs/mine": str(tmp_path / "mine")}
     )
     assert own.stdout.startswith("9 images of 3x32x32")
     assert (tmp_path / "mine" / "model_index.json").exists()
@@ -406,7 +406,6 @@ def test_a_resumed_run_keeps_the_losses_from_before_the_stop(stopped):
 
 def test_a_resumed_run_leaves_the_settings_that_the_straight_one_leaves(stopped):
     """They are published with the model: to train it again, not to resume in, or write over, somebody's folder."""
-    whole, resumed = stopped
     texts = [(folder / "training_config.yaml").read_text().replace(str(folder), "FOLDER") for folder in stopped]
     assert texts[1] == texts[0]
 
@@ -432,10 +431,10 @@ def test_going_on_passes_over_a_damaged_checkpoint(train, straight, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--seed 5", "seed was 0 and is now 5"),
-        ("--train_batch_size 16", "train_batch_size was 8 and is now 16"),
+        ("--seed 5", "seed was 0 and is 5"),
+        ("--train_batch_size 16", "train_batch_size was 8 and is 16"),
         ("--max_train_samples 100", "images"),
-        ("--use_ema false", "use_ema was True and is now False"),
+        ("--use_ema false", "use_ema was True and is False"),
         ("--prediction_type v_prediction", "prediction_type"),
         ("--ddpm_beta_schedule squaredcos_cap_v2", "beta_schedule"),
         ("--ddpm_num_steps 1000", "steps"),

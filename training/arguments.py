@@ -208,8 +208,8 @@ class EvaluationArguments:
         default=32, metadata={"help": "Network evaluations for each image, without --full."}
     )
     batch_size: int = field(default=128, metadata={"help": "Noisy images through the network at once."})
-    seed: int = field(default=0, metadata={"help": "Of the noise."})
-    output_dir: str | None = field(
+    noise_seed: int = field(default=0, metadata={"help": "Of the noise."})
+    results_dir: str | None = field(
         default=None, metadata={"help": "Where results go. Default: the model's folder, or outputs/evaluation."}
     )
 

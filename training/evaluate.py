@@ -160,7 +160,7 @@ def measure(
         evaluations_per_image=evaluation.evaluations_per_image,
         full=evaluation.full,
         batch_size=evaluation.batch_size,
-        seed=evaluation.seed,
+        seed=evaluation.noise_seed,
         first_image=first,
         pilot_images=images.take(range(min(PILOT_IMAGES, n))),
     )
@@ -207,7 +207,7 @@ def line(row: Row) -> str:
 def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) -> None:
     """evaluation.json and bits_per_dim.png, and where they are."""
     folder = Path(
-        evaluation.output_dir or (evaluation.model if Path(evaluation.model).is_dir() else "outputs/evaluation")
+        evaluation.results_dir or (evaluation.model if Path(evaluation.model).is_dir() else "outputs/evaluation")
     )
     folder.mkdir(parents=True, exist_ok=True)
     protocol = {
@@ -217,7 +217,7 @@ def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) ->
         "images": len(images),
         "dims": rows[0].result.dims,
         "fingerprint": images.fingerprint,
-        "seed": evaluation.seed,
+        "seed": evaluation.noise_seed,
         "evaluations_per_image": "all" if evaluation.full else evaluation.evaluations_per_image,
     }
     results = [

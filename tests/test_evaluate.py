@@ -1,0 +1,105 @@
+"""training/evaluate.py as users start it, on an untrained network: what it prints, writes and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from launching import ROOT, describe, launch, once
+
+from ddpm_notes_pipeline.data import load_images
+from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
+from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+
+EVALUATE = ROOT / "training" / "evaluate.py"
+FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21".split()
+
+
+def save_model(folder):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4)).save_pretrained(folder)
+
+
+def evaluated(name, *flags, processes=1):
+    def run(folder):
+        save_model(folder)
+        config = ROOT / "training" / "configs" / "digits.yaml"
+        command = ["--model", folder, "--config", config, "--evaluations_per_image", "6", *flags]
+        return launch(*command, processes=processes, script=EVALUATE)
+
+    return once(name, run)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return evaluated("evaluate-1", *FLAGS, "--save_variances")
+
+
+def results(folder):
+    return json.loads((Path(folder) / "evaluation.json").read_text())
+
+
+def test_a_table_a_file_and_a_picture(one):
+    folder, done = one
+    table = [line for line in done.stdout.splitlines() if "|" in line]
+    assert [cell.strip() for cell in table[0].split("|")][:8] == ["variance", "path", "K", "L_T", "sum KL", "L_0", "total", "s.e."]
+    written = results(folder)
+    assert (written["data"], written["split"], written["images"], written["dims"], written["unit"]) == ("digits", "test", 21, 64, "bits/dim")
+    keys = [(row["variance_type"], row["num_inference_steps"], row["path"]) for row in written["results"]]
+    assert keys == [(v, *k) for v in ("fixed_small", "optimal") for k in ((5, "even"), (5, "best"), (40, "even"))]
+    assert len(table) == 1 + len(keys)
+    for line, row in zip(table[1:], written["results"], strict=True):
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[3:8] == [f"{row[k]:.5f}" for k in ("prior", "diffusion", "decoder", "total", "standard_error")]
+        assert row["total"] == pytest.approx(row["prior"] + row["diffusion"] + row["decoder"], rel=1e-9)
+    assert (folder / "bits_per_dim.png").stat().st_size > 10_000
+
+
+def test_one_fitted_decoder_serves_every_variance(one):
+    variances = {row["decoder_variance"] for row in results(one[0])["results"]}
+    assert len(variances) == 1
+
+
+def test_what_was_measured_is_kept_in_the_models_folder(one):
+    scheduler = DDPMNotesPipeline.from_pretrained(one[0]).scheduler
+    assert scheduler.variance_type == "optimal" and len(scheduler.original_sample_mse) == 40
+    assert list(scheduler.decoder_variance) == [0]
+
+
+def test_the_table_is_what_the_pipeline_says(one):
+    folder, _ = one
+    pipe = DDPMNotesPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    images = load_images("digits", split="test", max_samples=21)
+    result = pipe.bits_per_dim(images.take(range(21)), evaluations_per_image=6)
+    row = results(folder)["results"][-1]
+    assert row["total"] == pytest.approx(result.total, rel=1e-5)
+    assert row["network_evaluations"] == result.network_evaluations
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_numbers(one):
+    folder, done = evaluated("evaluate-2", *FLAGS, processes=2)
+    mine, theirs = results(one[0])["results"], results(folder)["results"]
+    for a, b in zip(mine, theirs, strict=True):
+        for name in ("total", "standard_error", "prior", "diffusion", "decoder"):
+            assert b[name] == pytest.approx(a[name], rel=2e-6, abs=1e-9), (name, describe(done))
+    # the same images, each once; every process finds the ranges on the same pilot images
+    assert sum(b["network_evaluations"] - a["network_evaluations"] for a, b in zip(mine, theirs, strict=True)) == 2 * 16 * 5
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
+    save_model(tmp_path)
+    done = launch("--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None)
+    assert done.returncode != 0
+    assert "evaluate.py: error:" in done.stderr and "'validation'" in done.stderr and "test" in done.stderr
