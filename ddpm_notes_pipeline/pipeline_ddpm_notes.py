@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -89,6 +89,11 @@ class BitsPerDimOutput(BaseOutput):
         )
 
 
+def _is_ours(scheduler: Any) -> bool:
+    """Told by what it can do: a second folder's pipeline.py runs in the first one's module and replaces the class there."""
+    return hasattr(scheduler, "vlb_terms")
+
+
 class DDPMNotesPipeline(DiffusionPipeline):
     """A DDPM: a UNet and the scheduler that is its math.
 
@@ -107,7 +112,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
     # Kept by the class: the file of a pipeline loaded from a folder may be replaced while this class lives on.
     _own_source = Path(__file__).read_text(encoding="utf-8")
 
-    def __init__(self, unet: torch.nn.Module, scheduler: SchedulerMixin) -> None:
+    def __init__(self, unet: UNet2DModel | torch.nn.Module, scheduler: SchedulerMixin) -> None:
         super().__init__()
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMNotesScheduler.from_config(scheduler.config)
@@ -192,7 +197,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
                     break
                 model_input = self.scheduler.scale_model_input(x_t, t)
                 model_output = self._predict(model_input, t_network, labels, guidance_scale if guided else None)
-                x_t = self.scheduler.step(model_output, t, x_t, **step_arguments, return_dict=False)[0]
+                x_t = self.scheduler.step(model_output.to(x_t.dtype), t, x_t, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     x_t = (callback_on_step_end(self, i, t, {"latents": x_t}) or {}).get("latents", x_t)
                 bar.update()
@@ -221,7 +226,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
 
     def _for_scheduler(self, model_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Other schedulers know no learned variance: they get the mean's half."""
-        return model_output if isinstance(self.scheduler, DDPMNotesScheduler) else model_output[:, : x.shape[1]]
+        return model_output if _is_ours(self.scheduler) else model_output[:, : x.shape[1]]
 
     def _labels(self, class_labels: Any, batch_size: int, device: torch.device) -> torch.Tensor | None:
         """class_labels as an int64 tensor (B,) on the device, checked."""
@@ -252,18 +257,20 @@ class DDPMNotesPipeline(DiffusionPipeline):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Set the scheduler's path; returns it and what its `step` takes besides."""
         scheduler = self.scheduler
-        ours = isinstance(scheduler, DDPMNotesScheduler)
+        ours = _is_ours(scheduler)
         if n is not None and timesteps is not None:
             raise ValueError(f"num_inference_steps is {n} and timesteps is given too; allowed: one of the two")
+        if n is not None and n < 1:
+            raise ValueError(f"num_inference_steps is {n}; allowed: a whole number of at least 1")
         path = (
             {"timesteps": timesteps}
             if timesteps is not None
-            else {"num_inference_steps": n or (len(scheduler) if ours else 50)}
+            else {"num_inference_steps": n if n is not None else len(scheduler) if ours else 50}
         )
         step_parameters = inspect.signature(scheduler.step).parameters
         arguments = {"generator": generator} if "generator" in step_parameters else {}
         if ours:
-            scheduler.set_timesteps(**path, **({} if eta is None else {"eta": eta}))
+            scheduler.set_timesteps(**path, eta=eta)
             return scheduler.timesteps, arguments
         if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(
@@ -339,7 +346,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
             raise ValueError(
                 f"guidance_scale is {guidance_scale}; allowed: 1 (guided sampling is no normalised reverse process: no bound)"
             )
-        if not isinstance(self.scheduler, DDPMNotesScheduler):
+        if not _is_ours(self.scheduler):
             raise ValueError(
                 f"the scheduler is {type(self.scheduler).__name__}, whose steps are no posteriors; allowed: a DDPM, such as "
                 "DDPMNotesScheduler.from_config(pipeline.scheduler.config)"
@@ -357,7 +364,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
             warnings.warn(
                 f"alpha_bar at the path's first timestep {int(path[0])} is {alpha_bar:.3g}: the image shines through, samples start from "
                 "the wrong distribution, and the prior's part of the bound is large",
-                stacklevel=2,
+                stacklevel=3,  # through torch.no_grad, to the caller
             )
 
         batches = self._image_batches(images, class_labels)
@@ -428,13 +435,19 @@ class DDPMNotesPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string())
         index["_class_name"] = "DDPMPipeline"
         index.pop("_name_or_path", None)  # where it was loaded from: often a path of the owner's machine
-        if isinstance(self.scheduler, DDPMNotesScheduler):
+        if _is_ours(self.scheduler):
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """model_index.json and, beside it, this class as the one file pipeline.py."""
         super().save_config(save_directory, **kwargs)
+        for config in Path(save_directory).glob(
+            "*/config.json"
+        ):  # diffusers writes there, too, where it was loaded from
+            values = json.loads(config.read_text(encoding="utf-8"))
+            if values.pop("_name_or_path", None) is not None:
+                config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (Path(save_directory) / "pipeline.py").write_text(pipeline_source(type(self)), encoding="utf-8")
 
 

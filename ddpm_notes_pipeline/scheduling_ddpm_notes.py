@@ -41,7 +41,7 @@ HALF_PIXEL = 1 / 255  # half the distance between two neighbouring levels of an 
 # without a word, and `variance_type` holds the type that they can fall back to.
 PRIVATE_ENTRY = "_ddpm_notes"
 PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "eta")
-STOCK_FALLBACK = "fixed_small"
+STOCK_CLASS, STOCK_FALLBACK = "DDPMScheduler", "fixed_small"
 
 Timesteps = int | torch.Tensor
 
@@ -145,16 +145,13 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("variance_type", variance_type, VARIANCE_TYPES)
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if (
-            isinstance(num_train_timesteps, bool)
-            or int(num_train_timesteps) != num_train_timesteps
-            or num_train_timesteps < 1
-        ):
+        if not _is_whole(num_train_timesteps) or num_train_timesteps < 1 or isinstance(num_train_timesteps, float):
             raise ValueError(f"num_train_timesteps is {num_train_timesteps!r}; allowed: a whole number of at least 1")
-        if isinstance(steps_offset, bool) or int(steps_offset) != steps_offset or steps_offset < 0:
+        if not _is_whole(steps_offset) or steps_offset < 0:
             raise ValueError(f"steps_offset is {steps_offset!r}; allowed: a whole number of at least 0")
-        if clip_sample_range <= 0:
-            raise ValueError(f"clip_sample_range is {clip_sample_range!r}; allowed: above 0")
+        for name, limit in (("clip_sample_range", clip_sample_range), ("sample_max_value", sample_max_value)):
+            if not limit > 0:
+                raise ValueError(f"{name} is {limit!r}; allowed: above 0")
         if not 0 < dynamic_thresholding_ratio <= 1:
             raise ValueError(
                 f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio!r}; allowed: above 0, at most 1"
@@ -177,7 +174,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
 
         self.variance_type = variance_type
-        self.eta = _check_eta(eta)
+        self.eta = self._configured_eta = _check_eta(eta)
         self.original_sample_mse = self._check_original_sample_mse(original_sample_mse)
         self.decoder_variance = self._check_decoder_variance(decoder_variance)
         self._keep_private_settings()
@@ -199,6 +196,10 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             config[PRIVATE_ENTRY] = ours
         self._internal_dict = FrozenDict(config)
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As diffusers', under the stock class's name: by it `from_config` knows what to pass over without a warning."""
+        super().register_to_config(**{**kwargs, **({"_class_name": STOCK_CLASS} if "_class_name" in kwargs else {})})
+
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Like diffusers' `from_config`: from this class's config or any compatible scheduler's, changed by `kwargs`."""
@@ -213,12 +214,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the stock class, so that any diffusers loads it."""
-        return (
-            json.dumps(
-                {**json.loads(super().to_json_string()), "_class_name": "DDPMScheduler"}, indent=2, sort_keys=True
-            )
-            + "\n"
-        )
+        config = json.loads(super().to_json_string())
+        self.register_to_config(_class_name=STOCK_CLASS)
+        return json.dumps({**config, "_class_name": STOCK_CLASS}, indent=2, sort_keys=True) + "\n"
 
     def _check_original_sample_mse(self, values: Any) -> list[float] | None:
         if values is None:
@@ -265,7 +263,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: how many of the T timesteps, 1..T, spaced as `timestep_spacing` says.
             device: where `scheduler.timesteps` is put.
             timesteps: or the timesteps themselves, strictly falling, in 0..T-1.
-            eta: as in the constructor, for the steps to come; None leaves it as it is.
+            eta: as in the constructor, for this path; None takes the constructor's.
 
         Raises:
             ValueError: both or neither of the two given; a number or a timestep out of range; timesteps not falling.
@@ -275,37 +273,41 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps!r} and timesteps is {timesteps!r}; allowed: exactly one of the two"
             )
-        if eta is not None:
-            self.eta = _check_eta(eta)
+        eta = self._configured_eta if eta is None else _check_eta(eta)
+        custom = timesteps is not None
         if timesteps is not None:
-            path = [int(t) for t in timesteps]
-            if not path:
+            timesteps = [t.item() if isinstance(t, (torch.Tensor, np.generic)) else t for t in timesteps]
+            if not timesteps:
                 raise ValueError("timesteps is empty; allowed: at least one timestep")
-            if any(int(t) != t for t in timesteps) or not all(0 <= t < T for t in path):
+            if not all(_is_whole(t) and 0 <= t < T for t in timesteps):
                 raise ValueError(f"timesteps has {_outside(timesteps, T)}; allowed: whole numbers from 0 to {T - 1}")
+            path = [int(t) for t in timesteps]
             if any(s >= t for t, s in itertools.pairwise(path)):
                 raise ValueError(
                     f"timesteps is {_shorten(path)}; allowed: strictly falling (each below the one before)"
                 )
         else:
             path = self._spaced_timesteps(num_inference_steps)
-        self.custom_timesteps = timesteps is not None
+        self.eta = eta
+        self.custom_timesteps = custom
         self.num_inference_steps = len(path)
         self._set_path(path, device)
 
     def _spaced_timesteps(self, n: Any) -> list[int]:
         """n timesteps by arXiv 2305.08891, table 2."""
         T, spacing = len(self), self.config.timestep_spacing
-        if isinstance(n, bool) or int(n) != n or not 1 <= n <= T:
+        if not _is_whole(n) or not 1 <= n <= T:
             raise ValueError(
                 f"num_inference_steps is {n!r}; allowed: a whole number from 1 to {T} (num_train_timesteps)"
             )
+        n = int(n)
+        path: Any
         if spacing == "linspace":
             path = np.linspace(0, T - 1, n).round()[::-1]
         elif spacing == "leading":
             path = np.arange(n)[::-1] * (T // n) + self.config.steps_offset
         else:  # trailing
-            path = np.round(T - np.arange(n) * (T / n)) - 1
+            path = np.round(np.arange(T, 0, -T / n)[:n]) - 1  # rounding may make that range one longer
         if path[0] >= T:
             raise ValueError(
                 f"steps_offset is {self.config.steps_offset} and the {n} timesteps would start at {int(path[0])}; "
@@ -373,7 +375,10 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
                 and timestep.ndim == 0
             ):
                 return self._path_timesteps[timestep.storage_offset()]
-        return int(timestep)
+        value = timestep.item() if isinstance(timestep, torch.Tensor) and timestep.numel() == 1 else timestep
+        if not _is_whole(value):
+            raise ValueError(f"timestep is {timestep!r}; allowed: one whole number on the path")
+        return int(value)
 
     # ------------------------------------------------------------------------------------------------ numbers of a pair (t, s)
 
@@ -670,6 +675,8 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
     def _split_output(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The network's guess, and its second half where the variance type uses it."""
         learned = self.variance_type in LEARNED_VARIANCES
+        if not model_output.is_floating_point():
+            raise ValueError(f"model_output has dtype {model_output.dtype}; allowed: floating point")
         if model_output.shape == x_t.shape:
             if learned and self.eta is None:
                 raise ValueError(
@@ -708,11 +715,14 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         """
         _check_images(x_0=x_0)
         t = self._timestep(next(iter(self._path)) if t is None else t)
-        log_t = self._table("log_alpha_bar", self._log_alpha_bar, t.device, torch.float64)[t].to(x_0.device)
+        log_t = self._table("log_alpha_bar", self._log_alpha_bar, t.device, torch.float64)[t]
+        log_t = _like(log_t, x_0, torch.float64).flatten()
         alpha_bar = log_t.exp()
         dims = x_0[0].numel()
         squares = x_0.flatten(1).pow(2).sum(1, dtype=torch.float64)
-        return 0.5 * (alpha_bar * squares - dims * (alpha_bar + torch.log(-torch.expm1(log_t))))
+        # log(1 - alpha_bar), from whichever of its two forms keeps its digits
+        log_noise = torch.where(alpha_bar < 0.5, torch.log1p(-alpha_bar), torch.log(-torch.expm1(log_t)))
+        return 0.5 * (alpha_bar * squares - dims * (alpha_bar + log_noise))
 
     def vlb_terms(
         self,
@@ -893,8 +903,12 @@ def _check_eta(eta: float | None) -> float | None:
     return eta
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and float(value).is_integer()
+
+
 def _outside(values: Any, T: int, lowest: int = 0) -> str:
-    return _shorten([v for v in values if int(v) != v or not lowest <= v < T])
+    return _shorten([v for v in values if not _is_whole(v) or not lowest <= v < T])
 
 
 def _shorten(values: list) -> str:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "training" / "train.py"
 
@@ -68,7 +70,6 @@ def launch(
             command = [sys.executable, "-m", "accelerate.commands.launch", *options]
             command += ["--machine_rank", str(rank)] if machines > 1 else []
             command += [str(script), *map(str, flags)]
-            # A session of its own: stopping the launcher alone would leave its children running.
             process = subprocess.Popen(
                 command,
                 cwd=cwd,
@@ -78,7 +79,7 @@ def launch(
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            stack.callback(kill_session, process)
+            stack.callback(kill_tree, process)
             started.append((process, out, err))
         finished = []
         for process, out, err in started:
@@ -104,9 +105,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def kill_tree(process: subprocess.Popen) -> None:
+    """End a process and all that it started: a launcher that is stopped alone leaves its children running."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in [psutil.Process(process.pid), *family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
     process.wait()
 
 
@@ -163,7 +168,7 @@ class Trainer:
         return result
 
     def close(self) -> None:
-        kill_session(self.server)
+        kill_tree(self.server)
         self.server.stdin.close(), self.server.stdout.close()
 
 

@@ -78,6 +78,7 @@ def test_the_fitted_decoder_brings_the_coin_below_1_01_bits(coin_mse):
     assert result.total < 1.01 + 2 * result.standard_error and result.standard_error < 0.02
 
 
+@pytest.mark.filterwarnings("ignore:alpha_bar at the path's first timestep")
 def test_the_fitted_decoder_variance_is_a_minimum():
     pipe = coin(T=50, beta_end=0.4)
     images = torch.randint(0, 256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
