@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,10 +29,11 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "training" / "train.py"
 
-# A run of a second or two: flags given after these win.
+# A run of a second or two: flags given after these win. Some weights have no gradient but rounding (biases that a norm
+# or a softmax takes out again); Adam would walk them at full speed if its epsilon were not above that.
 TINY = (
     "--dataset_name digits --block_out_channels 32 32 --layers_per_block 1 --max_train_steps 12 --train_batch_size 8 "
-    "--lr_warmup_steps 4 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2"
+    "--lr_warmup_steps 4 --adam_epsilon 1e-5 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2"
 ).split()
 
 
@@ -46,7 +48,7 @@ def launch(
     env: dict[str, str] | None = None,
     cwd: Path = ROOT,
     expect: int | None = 0,
-    timeout: float = 240,
+    timeout: float = 150,
 ) -> subprocess.CompletedProcess[str]:
     """`accelerate launch training/train.py *flags` on CPUs; what the first launcher returned and wrote.
 
@@ -57,9 +59,8 @@ def launch(
     """
     one = processes == 1
     options = f"--num_processes {processes} --num_machines {machines} --mixed_precision no --dynamo_backend no".split()
-    options += (
-        ["--num_cpu_threads_per_process", "1"] if one else ["--multi_gpu", "--main_process_port", str(free_port())]
-    )
+    port = free_port()
+    options += ["--num_cpu_threads_per_process", "1"] if one else ["--multi_gpu", "--main_process_port", str(port)]
     if machines > 1:
         options += ["--main_process_ip", "127.0.0.1", "--rdzv_backend", "c10d"]
     environment = environment_of_runs(**({} if one else {"ACCELERATE_USE_CPU": "true"}), **(env or {}))
@@ -81,9 +82,12 @@ def launch(
             )
             stack.callback(kill_tree, process)
             started.append((process, out, err))
+            if machines > 1 and rank == 0:
+                wait_for_listener(process, port)  # the second launcher would take the port, and the first one mind
         finished = []
+        end = time.monotonic() + timeout
         for process, out, err in started:
-            code = process.wait(timeout)
+            code = process.wait(max(1, end - time.monotonic()))
             out.seek(0), err.seek(0)
             finished.append(subprocess.CompletedProcess(process.args, code, out.read(), err.read()))
     for result in finished:
@@ -103,6 +107,17 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def wait_for_listener(process: subprocess.Popen, port: int, timeout: float = 60) -> None:
+    """Until a process listens on a port, has ended, or takes too long."""
+    end = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < end:
+        if any(
+            c.laddr.port == port and c.status == "LISTEN" for c in psutil.Process(process.pid).net_connections("tcp")
+        ):
+            return
+        time.sleep(0.1)
 
 
 def kill_tree(process: subprocess.Popen) -> None:

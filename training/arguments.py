@@ -205,7 +205,7 @@ class EvaluationArguments:
     save_variances: bool = field(default=False, metadata={"help": "Keep what was measured in the model's folder."})
     full: bool = field(default=False, metadata={"help": "Evaluate every term of the bound."})
     evaluations_per_image: int = field(
-        default=32, metadata={"help": "Network evaluations for each image, without --full."}
+        default=38, metadata={"help": "Network evaluations for each image, without --full."}
     )
     batch_size: int = field(default=128, metadata={"help": "Noisy images through the network at once."})
     noise_seed: int = field(default=0, metadata={"help": "Of the noise."})
@@ -275,11 +275,13 @@ def _parse(classes: tuple[Any, ...], argv: list[str] | None, ignored: set[str] =
 def _read_config(parser: _Parser, path: str, line: list[str], ignored: set[str]) -> list[str]:
     """The flags that a YAML file stands for, so that argparse checks them as it checks the line's."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # As text: argparse does the converting, and YAML would make a number of 1e3, but a string of 1e-3, and `no` false.
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path}: {error}")
+        parser.error(f"--config {path}: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
         parser.error(f"--config {path} holds {type(values).__name__}; allowed: lines of the form 'flag: value'")
+    values = {key.replace("-", "_"): value for key, value in values.items()}
     given = {word.partition("=")[0].replace("-", "_") for word in line}
     source = {"dataset_name", "dataset_config_name", "train_data_dir"}
     if given & {"__dataset_name", "__train_data_dir"}:  # another source of images: nothing of the file's own fits it
@@ -299,7 +301,7 @@ def _read_config(parser: _Parser, path: str, line: list[str], ignored: set[str])
             )
         if isinstance(value, dict):
             parser.error(f"--config {path}: {key} is {value!r}; allowed: one value, or a list")
-        if value is not None:
+        if value not in ("", "~", "null"):
             tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return tokens
 
@@ -333,6 +335,8 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         "--learning_rate": run.learning_rate,
         "--max_grad_norm": run.max_grad_norm,
         "--snr_gamma": run.snr_gamma,
+        "--ema_inv_gamma": run.ema_inv_gamma,
+        "--ema_power": run.ema_power,
     }.items():
         if not (number > 0 and math.isfinite(number)):
             raise ValueError(f"{name} is {number}; allowed: above 0")
@@ -341,9 +345,10 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         "--dataloader_num_workers": data.dataloader_num_workers,
         "--seed": run.seed,
         "--adam_weight_decay": run.adam_weight_decay,
+        "--adam_epsilon": run.adam_epsilon,
     }
     for name, number in at_least_0.items():
-        if number < 0:
+        if not number >= 0:
             raise ValueError(f"{name} is {number}; allowed: at least 0")
     fractions = {
         "--dropout": model.dropout,
@@ -376,5 +381,10 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
 
 
 def as_config(*arguments: Any) -> dict[str, Any]:
-    """The settings that were given or differ from nothing, as a YAML file can hold them: what `--config` reads back."""
-    return {name: value for part in arguments for name, value in asdict(part).items() if value is not None}
+    """The settings as `--config` reads them back, less what was asked of one launch alone."""
+    return {
+        name: value
+        for part in arguments
+        for name, value in asdict(part).items()
+        if value is not None and name not in ("overwrite_output_dir", "resume_from_checkpoint")
+    }

@@ -41,7 +41,8 @@ def save_checkpoint(
     Raises:
         RuntimeError: the disk is full or the like; older checkpoints are as they were.
     """
-    final, aside = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    final = output_dir / f"checkpoint-{step}"
+    aside, replaced = output_dir / f".checkpoint-{step}.partial", output_dir / f".checkpoint-{step}.replaced"
     try:
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
@@ -63,16 +64,21 @@ def save_checkpoint(
             state = {"step": step, "ema_step": ema.optimization_step if ema else None, "run": run, "files": listed}
             (aside / MANIFEST).write_text(json.dumps(state, indent=2), encoding="utf-8")
             _flush(aside / MANIFEST)
-            shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier try
+            if final.exists():  # the same step of an earlier try: kept until this one stands in its place
+                os.rename(final, replaced)
             os.replace(aside, final)
             _flush(output_dir)
-    except OSError as error:
+            shutil.rmtree(replaced, ignore_errors=True)
+    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
         shutil.rmtree(aside, ignore_errors=True)
         raise RuntimeError(
             f"could not write {final}: {error}. Older checkpoints in {output_dir} are as they were."
         ) from error
     if accelerator.is_main_process and total_limit is not None:
-        for old in list_checkpoints(output_dir)[total_limit:]:
+        others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != final]
+        for old in others[total_limit - 1 :]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
@@ -112,8 +118,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        state = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        listed = state["files"]
+        if checkpoint.name != f"checkpoint-{state['step']}":
+            return f"{MANIFEST} is that of step {state['step']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     for name, expected in listed.items():
         path = checkpoint / name

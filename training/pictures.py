@@ -39,7 +39,7 @@ def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) 
         axis.imshow(picture, cmap="gray" if grey else None, vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(name, fontsize=10)
         axis.axis("off")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -57,7 +57,7 @@ def save_losses(path: Path, steps: list[int], losses: list[float], title: str) -
         axis.set_yscale("log")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -80,5 +80,5 @@ def save_bits_per_dim(path: Path, curves: dict[str, np.ndarray], title: str) -> 
         axis.grid(alpha=0.3)
     right.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
