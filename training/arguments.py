@@ -36,6 +36,10 @@ class DataArguments:
     label_column: str | None = field(
         default=None, metadata={"help": "Column of class labels, for class-conditional training."}
     )
+    label_dropout: float = field(
+        default=0.1,
+        metadata={"help": "Share of labels left out in training, so that guidance has something to guide away from."},
+    )
     resolution: list[int] | None = field(
         default=None,
         metadata={"help": "Side, or height and width, to resize and crop to. Default: the images' own size."},
@@ -352,6 +356,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
             raise ValueError(f"{name} is {number}; allowed: at least 0")
     fractions = {
         "--dropout": model.dropout,
+        "--label_dropout": data.label_dropout,
         "--adam_beta1": run.adam_beta1,
         "--adam_beta2": run.adam_beta2,
         "--ema_max_decay": run.ema_max_decay,

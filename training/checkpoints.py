@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those written before are as they were."""
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
@@ -39,7 +43,7 @@ def save_checkpoint(
         total_limit: keep only the newest so many checkpoints, this one among them.
 
     Raises:
-        RuntimeError: the disk is full or the like; older checkpoints are as they were.
+        CheckpointError: the disk is full or the like; older checkpoints are as they were.
     """
     final = output_dir / f"checkpoint-{step}"
     aside, replaced = output_dir / f".checkpoint-{step}.partial", output_dir / f".checkpoint-{step}.replaced"
@@ -73,7 +77,7 @@ def save_checkpoint(
         if replaced.exists() and not final.exists():
             os.rename(replaced, final)
         shutil.rmtree(aside, ignore_errors=True)
-        raise RuntimeError(
+        raise CheckpointError(
             f"could not write {final}: {error}. Older checkpoints in {output_dir} are as they were."
         ) from error
     if accelerator.is_main_process and total_limit is not None:

@@ -256,4 +256,4 @@ if __name__ == "__main__":
     try:
         main(*settings)
     except (ValueError, FileNotFoundError, OSError) as fault:
-        sys.exit(f"evaluate.py: error: {fault}")
+        sys.exit(f"evaluate.py: error: {' '.join(str(fault).split())}")

@@ -8,11 +8,13 @@ n alone, so the number of processes and accumulation steps changes nothing, and 
 `--output_dir` becomes the Hub folder of the model; checkpoints are in `checkpoint-N/` beside its files.
 """
 
+import argparse
 import contextlib
 import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -29,8 +31,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
-from checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
-from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, to_model_range, to_uint8
+from checkpoints import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range, to_uint8
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
@@ -105,10 +107,17 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
         "images": images.fingerprint,
         "use_ema": run.use_ema,
     }
+    for part, config in (("unet", unet.config), ("scheduler", scheduler.config)):
+        identity |= {f"{part}.{name}": value for name, value in config.items() if not name.startswith("_")}
+    identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
     done = 0
     if run.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, run.resume_from_checkpoint)
         done = load_checkpoint(accelerator, checkpoint, ema, timestep_sampler, identity)
+        if done > steps:
+            raise ValueError(
+                f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; give more steps"
+            )
         say(accelerator, f"going on from {checkpoint} at step {done}")
     # Not prepared: accelerate would step it once a process; here it is stepped once an optimizer step.
     for group in optimizer.param_groups:
@@ -127,6 +136,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         random_flip=data.random_flip,
+        label_dropout=0.0 if images.labels is None else data.label_dropout,
+        null_label=images.num_classes,
     )
     loader = DataLoader(
         batches,
@@ -153,7 +164,9 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
     unet.train()
     started = time.monotonic()
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
+    batch: dict[str, torch.Tensor]
     for step, batch in enumerate(loader, start=done):
+        torch.manual_seed(step_seed(run.seed, step, f"dropout of process {accelerator.process_index}"))
         t, weight = timestep_sampler.sample(batch["u"], positions, run.train_batch_size)
         x_0 = to_model_range(batch["pixel_values"].to(accelerator.device, non_blocking=True))
         noise = batch["noise"].to(accelerator.device, non_blocking=True)
@@ -188,9 +201,10 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
             )
         log.add((unweighted * weight).mean(), grad_norm, learning_rate)
         bar.update()
-        if (step + 1) % run.logging_steps == 0 or step + 1 == steps:
+        checkpoint_due = (step + 1) % run.checkpointing_steps == 0
+        if (step + 1) % run.logging_steps == 0 or step + 1 == steps or checkpoint_due:
             log.write(bar)
-        if (step + 1) % run.checkpointing_steps == 0 and step + 1 < steps:
+        if checkpoint_due and step + 1 < steps:
             save_checkpoint(
                 accelerator, output_dir, step + 1, ema, timestep_sampler, identity, run.checkpoints_total_limit
             )
@@ -272,6 +286,7 @@ def make_model(model: ModelArguments, images: ImageSet) -> tuple[UNet2DModel, DD
                 "allowed: the same (see --image_mode)"
             )
         check_size(images.size, len(unet.config.block_out_channels))
+        unet.register_to_config(sample_size=list(images.size))
         return unet.float(), scheduler
     scheduler = DDPMNotesScheduler(
         num_train_timesteps=model.ddpm_num_steps,
@@ -341,8 +356,7 @@ class LossLog:
     def __init__(self, accelerator: Accelerator, path: Path, done: int) -> None:
         self.accelerator, self.path, self.step = accelerator, path, done
         self.waiting: list[tuple[torch.Tensor, Any, float]] = []
-        lines = path.read_text().splitlines() if done and path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= done]
+        self.rows = [row for row in read_rows(path) if row["step"] <= done] if done else []
         if accelerator.is_main_process:
             path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -377,6 +391,15 @@ class LossLog:
     def history(self) -> tuple[list[int], list[float]]:
         """Steps and losses of the whole run, from before an interruption too."""
         return [row["step"] for row in self.rows], [row["loss"] for row in self.rows]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a last one that a stop cut short is passed over."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for text in path.read_text().splitlines():
+            rows.append(json.loads(text))
+    return rows
 
 
 @contextlib.contextmanager
@@ -439,6 +462,13 @@ def say(accelerator: Accelerator, text: str) -> None:
         tqdm.write(text)
 
 
+def config_words() -> list[str]:
+    """The value of --config on the command line, if it is there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    return parser.parse_known_args()[0].config
+
+
 def summary(
     images: ImageSet,
     unet: UNet2DModel,
@@ -455,17 +485,18 @@ def summary(
     rate = fresh * run.train_batch_size / seconds if seconds > 0 else 0.0
     weights = "averaged (EMA)" if run.use_ema else "raw"
     skipped = f" ({images.skipped} bad ones skipped)" if images.skipped else ""
-    config = next((sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word == "--config"), None)
-    command = "accelerate launch training/train.py" + (f" --config {config}" if config else "")
+    script = "accelerate launch training/train.py"
+    same = shlex.join(sys.argv[1:])  # a later flag wins over an earlier one
+    config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
             f"Learned:   {steps} steps on {len(images)} images{skipped}, {run.objective} loss {sum(tail) / len(tail):.4f} over the last "
             f"{len(tail)} steps; {rate:.0f} images/s, {seconds / 60:.1f} min.",
             f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
-            f"P.from_pretrained('{output_dir}')().images[0].save('one.png')\"",
-            f"Longer:    {command} --output_dir {output_dir} --resume_from_checkpoint latest --max_train_steps {2 * steps}",
-            f"Your own:  {command} --train_data_dir FOLDER_OF_IMAGES --resolution 32 --output_dir outputs/mine",
+            f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
+            f"Longer:    {script} {same} --resume_from_checkpoint latest --max_train_steps {2 * steps}",
+            f"Your own:  {script}{config} --train_data_dir FOLDER_OF_IMAGES --resolution 32 --output_dir outputs/mine",
         ]
     )
 
@@ -475,5 +506,5 @@ if __name__ == "__main__":
     settings = parse_arguments()
     try:
         main(*settings)
-    except (ValueError, FileNotFoundError) as fault:
-        sys.exit(f"train.py: error: {fault}")
+    except (ValueError, OSError, FloatingPointError, CheckpointError) as fault:
+        sys.exit(f"train.py: error: {' '.join(str(fault).split())}")
