@@ -299,7 +299,9 @@ def test_two_accumulating_processes_learn_what_one_does(train, tmp_path, machine
 # ------------------------------------------------------------------------------------------------ an independent loop
 
 
-def stock_folder(path: Path, num_train_timesteps: int = 100, **scheduler: object) -> UNet2DModel:
+def stock_folder(
+    path: Path, num_train_timesteps: int = 100, num_class_embeds: int | None = None, **scheduler: object
+) -> UNet2DModel:
     """A DDPM as stock diffusers saves one."""
     torch.manual_seed(3)
     unet = UNet2DModel(
@@ -309,6 +311,7 @@ def stock_folder(path: Path, num_train_timesteps: int = 100, **scheduler: object
         layers_per_block=1,
         block_out_channels=(32, 32),
         norm_num_groups=8,
+        num_class_embeds=num_class_embeds,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
@@ -381,6 +384,36 @@ def test_another_number_of_channels_than_the_given_model_is_refused(train, tmp_p
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--image_mode", "RGB"]
     result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=1)
     assert "1 channels and the images have 3" in error_lines(result)[-1]
+
+
+@pytest.mark.parametrize("embeddings", [10, None, 5])
+def test_labels_go_with_the_embeddings_of_the_given_model(train, tmp_path, embeddings):
+    """A stock class-conditional model has none for "no label"; with too few, or none at all, there is one line to read."""
+    stock_folder(tmp_path / "stock", num_class_embeds=embeddings)
+    source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--label_column", "label", "--max_train_steps", 4]
+    result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=0 if embeddings == 10 else None)
+    if embeddings == 10:
+        assert unet_config(tmp_path / "run")["num_class_embeds"] == 10
+        assert DDPMNotesPipeline.from_pretrained(tmp_path / "run").null_label is None
+    else:
+        assert result.returncode == 1
+        assert error_lines(result)[-1].startswith("train.py: error: ") and "Traceback" not in result.stderr
+
+
+def test_images_without_labels_do_not_go_with_a_class_conditional_model(train, tmp_path):
+    stock_folder(tmp_path / "stock", num_class_embeds=10)
+    source = ["--pretrained_model_name_or_path", tmp_path / "stock"]
+    result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=1)
+    assert error_lines(result)[-1].startswith("train.py: error: ") and "Traceback" not in result.stderr
+
+
+def test_the_smallest_network_hears_of_t(train, tmp_path):
+    """A group norm with a group for each channel takes out the time embedding, which adds a number to each channel."""
+    train(*TINY, "--learning_rate", 1e-9, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
+    unet = DDPMNotesPipeline.from_pretrained(tmp_path / "run").unet
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (unet(x, 10).sample - unet(x, 90).sample).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ going on after a stop

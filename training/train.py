@@ -107,8 +107,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
         "images": images.fingerprint,
         "use_ema": run.use_ema,
     }
-    for part, config in (("unet", unet.config), ("scheduler", scheduler.config)):
-        identity |= {f"{part}.{name}": value for name, value in config.items() if not name.startswith("_")}
+    for owner, config in (("unet", unet.config), ("scheduler", scheduler.config)):
+        identity |= {f"{owner}.{name}": value for name, value in config.items() if not name.startswith("_")}
     identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
     done = 0
     if run.resume_from_checkpoint:
@@ -164,7 +164,6 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
     unet.train()
     started = time.monotonic()
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
-    batch: dict[str, torch.Tensor]
     for step, batch in enumerate(loader, start=done):
         torch.manual_seed(step_seed(run.seed, step, f"dropout of process {accelerator.process_index}"))
         t, weight = timestep_sampler.sample(batch["u"], positions, run.train_batch_size)
@@ -231,6 +230,9 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
             output_dir / "samples.png", show(images, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
         )
         print(summary(images, unet, run, log, steps, steps - done, seconds, output_dir), flush=True)
+    # The wrapper for several processes goes before the processes' connection does: its destructor may wait on that for ever.
+    del network
+    accelerator.free_memory()
     accelerator.end_training()
 
 
