@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
-from checkpoints import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range, to_uint8
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
@@ -129,6 +130,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
         num_training_steps=steps,
         last_epoch=done - 1,
     )
+    null_label = (unet.config.get(PRIVATE_ENTRY) or {}).get("null_label")
     batches = StepBatches(
         images,
         run.train_batch_size,
@@ -136,8 +138,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         random_flip=data.random_flip,
-        label_dropout=0.0 if images.labels is None else data.label_dropout,
-        null_label=images.num_classes,
+        label_dropout=0.0 if null_label is None else data.label_dropout,
+        null_label=null_label,
     )
     loader = DataLoader(
         batches,
@@ -257,6 +259,9 @@ def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArgum
         )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if not run.resume_from_checkpoint:  # an old run's would be the "latest" of the new one
+            for old in list_checkpoints(output_dir):
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
@@ -288,6 +293,12 @@ def make_model(model: ModelArguments, images: ImageSet) -> tuple[UNet2DModel, DD
                 "allowed: the same (see --image_mode)"
             )
         check_size(images.size, len(unet.config.block_out_channels))
+        embeddings = unet.config.num_class_embeds
+        if (embeddings is None) != (images.labels is None) or (images.num_classes or 0) > (embeddings or 0):
+            raise ValueError(
+                f"{model.pretrained_model_name_or_path} has {embeddings or 0} class embeddings and the images have "
+                f"{images.num_classes or 0} classes; allowed: an embedding for each class, or neither (see --label_column)"
+            )
         unet.register_to_config(sample_size=list(images.size))
         return unet.float(), scheduler
     scheduler = DDPMNotesScheduler(
@@ -326,6 +337,8 @@ def make_model(model: ModelArguments, images: ImageSet) -> tuple[UNet2DModel, DD
         out_channels=out_channels,
         block_out_channels=tuple(channels),
         layers_per_block=model.layers_per_block,
+        # a group of one channel would normalise away the time embedding, a number added to each channel
+        norm_num_groups=max(1, min(math.gcd(32, *channels), min(channels) // 2)),
         down_block_types=tuple(
             "AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(channels))
         ),
