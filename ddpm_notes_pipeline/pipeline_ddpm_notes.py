@@ -35,8 +35,8 @@ from tqdm.auto import tqdm
 
 from .scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
 
-# Of the terms drawn for an image, so many (in a hundred) fall where a uniform draw would put them: no term's weight can explode.
-UNIFORM_SHARE = 0.1
+# Share of an image's terms that is drawn whatever the pilot images said.
+DEFENSIVE_SHARE = 0.3
 PILOT_IMAGES = 16
 
 
@@ -493,7 +493,9 @@ class _BoundTerms:
         ]
         rms = torch.stack(pilot).pow(2).mean(0).sqrt().clamp(min=1e-12)
         p = torch.from_numpy(np.exp(np.interp(np.arange(K), grid.numpy(), rms.log().numpy())))
-        self.p = (1 - UNIFORM_SHARE) * p / p.sum() + UNIFORM_SHARE / K
+        # part of the draws follow no pilot, which may have missed rare large terms: no weight can explode
+        even = torch.diff(density, prepend=torch.zeros(1, dtype=torch.float64))
+        self.p = (1 - DEFENSIVE_SHARE) * p / p.sum() + DEFENSIVE_SHARE * even
         self.per_image = n + 1
 
     def _generator(self, number: int) -> torch.Generator:

@@ -137,7 +137,11 @@ def describe(result: subprocess.CompletedProcess[str]) -> str:
 def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     """What a user reads on stderr: without progress bars, which end in a carriage return."""
     lines = [line.rpartition("\r")[2].rstrip() for line in result.stderr.split("\n")]
-    return [line for line in lines if line and not re.match(r"(decoding .*|train|sample|Loading pipeline components...): +\d+%|Generating ", line)]
+    return [
+        line
+        for line in lines
+        if line and not re.match(r"(decoding .*|train|sample|Loading pipeline components...): +\d+%|Generating ", line)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ one process a run
