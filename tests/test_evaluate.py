@@ -52,7 +52,7 @@ def results(folder):
 def test_a_table_a_file_and_a_picture(one):
     folder, done = one
     table = [line for line in done.stdout.splitlines() if "|" in line]
-    assert [cell.strip() for cell in table[0].split("|")][:8] == ["variance", "path", "K", "L_T", "sum KL", "L_0", "total", "s.e."]
+    assert [cell.strip() for cell in table[0].split("|")][:7] == ["variance", "path", "K", "L_T", "sum KL", "L_0", "total"]
     written = results(folder)
     assert (written["data"], written["split"], written["images"], written["dims"], written["unit"]) == ("digits", "test", 21, 64, "bits/dim")
     keys = [(row["variance_type"], row["num_inference_steps"], row["path"]) for row in written["results"]]
@@ -60,7 +60,8 @@ def test_a_table_a_file_and_a_picture(one):
     assert len(table) == 1 + len(keys)
     for line, row in zip(table[1:], written["results"], strict=True):
         cells = [cell.strip() for cell in line.split("|")]
-        assert cells[3:8] == [f"{row[k]:.5f}" for k in ("prior", "diffusion", "decoder", "total", "standard_error")]
+        errors = {**row["standard_errors"], "total": row["standard_error"]}
+        assert cells[3:7] == [f"{row[k]:.5f} ± {errors[k]:.5f}" for k in ("prior", "diffusion", "decoder", "total")]
         assert row["total"] == pytest.approx(row["prior"] + row["diffusion"] + row["decoder"], rel=1e-9)
     assert (folder / "bits_per_dim.png").stat().st_size > 10_000
 

@@ -175,33 +175,38 @@ def measure(
     return BitsPerDimOutput.from_parts(parts[~parts[:, 0].isnan()], sums[:-1], result.dims, int(sums[-1]))
 
 
+COLUMNS = {  # name: width
+    "variance": 13,
+    "path": 4,
+    "K": 5,
+    "L_T": 17,
+    "sum KL": 19,
+    "L_0": 17,
+    "total": 19,
+    "decoder var": 11,
+    "evaluations": 11,
+}
+
+
 def header() -> str:
-    """Names and units of the columns."""
-    columns = ("variance", "path", "K", "L_T", "sum KL", "L_0", "total", "s.e.", "decoder var", "evaluations")
-    return (
-        " | ".join(f"{name:>{width}}" for name, width in zip(columns, WIDTHS, strict=True))
-        + "\n"
-        + "-+-".join("-" * w for w in WIDTHS)
-    )
-
-
-WIDTHS = (13, 4, 5, 9, 9, 9, 9, 7, 11, 11)
+    """Names of the columns; the four parts are bits/dim with their standard errors."""
+    names = " | ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
+    return names + "\n" + "-+-".join("-" * width for width in COLUMNS.values())
 
 
 def line(row: Row) -> str:
-    """One row of the table; bits/dim throughout."""
+    """One row of the table."""
     r = row.result
-    decoder = "network's" if row.decoder_variance is None else f"{row.decoder_variance:.3e}"
+    errors = (*(r.standard_errors[name] for name in ("prior", "diffusion", "decoder")), r.standard_error)
     cells = (
         row.variance,
         row.path,
         str(row.steps),
-        *(f"{value:.5f}" for value in (r.prior, r.diffusion, r.decoder, r.total)),
-        f"{r.standard_error:.5f}",
-        decoder,
+        *(f"{x:.5f} ± {e:.5f}" for x, e in zip((r.prior, r.diffusion, r.decoder, r.total), errors, strict=True)),
+        "network's" if row.decoder_variance is None else f"{row.decoder_variance:.3e}",
         str(r.network_evaluations),
     )
-    return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
 
 
 def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) -> None:
