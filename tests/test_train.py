@@ -591,6 +591,28 @@ def test_overwriting_leaves_no_checkpoint_of_the_old_run_to_go_on_from(train, st
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_a_mistake_costs_no_checkpoint_of_the_folder_that_was_to_be_written_over(train, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    flags = [*TINY[2:], "--train_data_dir", tmp_path / "nowhere", "--output_dir", folder, "--overwrite_output_dir"]
+    train(*flags, expect=1)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
+
+
+def test_what_a_stop_left_half_written_is_taken_away(train, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / ".checkpoint-9.partial").mkdir()
+    train(*TINY, "--output_dir", folder, "--resume_from_checkpoint", "checkpoint-6")
+    assert not (folder / ".checkpoint-9.partial").exists() and (folder / "checkpoint-6").exists()
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(train, tmp_path):
+    flags = "--dataset_name digits --block_out_channels 32 32 --max_train_samples 16 --train_batch_size 8 --num_epochs 3".split()
+    result = train(*flags, "--output_dir", tmp_path / "run", expect=1)
+    assert "--lr_warmup_steps is 500 and training ends after 6 steps" in error_lines(result)[-1]
+
+
 def test_a_launch_that_only_looks_distributed_is_refused(train, tmp_path):
     result = train(*TINY, "--output_dir", tmp_path / "run", env={"WORLD_SIZE": "2"}, expect=1)
     (line,) = error_lines(result)

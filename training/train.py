@@ -72,6 +72,10 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
         )
     steps = run.max_train_steps or math.ceil(run.num_epochs * len(images) / run.train_batch_size)
     share = share_of_batch(run, accelerator)
+    if run.lr_warmup_steps > steps:
+        raise ValueError(
+            f"--lr_warmup_steps is {run.lr_warmup_steps} and training ends after {steps} steps; allowed: at most those"
+        )
 
     # network and math
     unet, scheduler = make_model(model, images)
@@ -162,6 +166,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
     )
 
     # train
+    clear_leftovers(accelerator, output_dir, run)
     log = LossLog(accelerator, output_dir / "loss.jsonl", done)
     unet.train()
     started = time.monotonic()
@@ -259,9 +264,18 @@ def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArgum
         )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if not run.resume_from_checkpoint:  # an old run's would be the "latest" of the new one
-            for old in list_checkpoints(output_dir):
-                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
+    """Take away what a stop left half-written and, in a folder that is written over, the old run's checkpoints.
+
+    Those would be the "latest" of the new one. Not before training starts: nothing is lost to a mistake in the settings.
+    """
+    if accelerator.is_main_process:
+        old = [] if run.resume_from_checkpoint else list_checkpoints(output_dir)
+        for folder in (*old, *output_dir.glob(".checkpoint-*.partial")):
+            shutil.rmtree(folder)
     accelerator.wait_for_everyone()
 
 
