@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -610,3 +611,14 @@ def pipeline_source(pipeline_class: type = DDPMNotesPipeline) -> str:
     )
     version = sys.modules[__name__.rpartition(".")[0]].__version__  # type: ignore[attr-defined]
     return f"# ddpm_notes_pipeline {version}, sha256 of the lines below {hashlib.sha256(joined.encode()).hexdigest()}\n{joined}"
+
+
+if DDPMNotesScheduler.__module__ == __name__ and not __name__.startswith("ddpm_notes_pipeline_"):
+    # This is the joined file. diffusers runs the pipeline.py of every local folder as one and the same module, each over the names of the
+    # last: functions of one version would find constants of another. So what the file defines lives in a module named by its digest.
+    _name = "ddpm_notes_pipeline_" + hashlib.sha256(DDPMNotesPipeline._own_source.encode()).hexdigest()[:16]
+    if _name not in sys.modules:
+        _own = sys.modules[_name] = types.ModuleType(_name, __doc__)
+        _own.__file__ = __file__
+        exec(compile(DDPMNotesPipeline._own_source, __file__, "exec"), vars(_own))
+    globals().update({name: value for name, value in vars(sys.modules[_name]).items() if not name.startswith("__")})

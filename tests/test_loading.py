@@ -358,6 +358,30 @@ def test_a_second_folder_leaves_the_first_as_it_was(shelf, tmp_path, way, first,
     assert files(tmp_path) == LAYOUT
 
 
+def test_two_versions_of_the_code_in_one_process_each_run_their_own(shelf, tmp_path):
+    """Also what a method finds by name in its module: a helper function, a constant."""
+    folders = {version: tmp_path / version for version in ("old", "new")}
+    own = (shelf / "plain" / "pipeline.py").read_text()
+    for version, folder in folders.items():
+        DDPMPipeline.from_pretrained(shelf / "plain").save_pretrained(folder)
+        code = own.replace("def _in_model_range(", f"VERSION = {version!r}\n\n\ndef _in_model_range(")
+        code = code.replace(
+            "    @property\n    def null_label",
+            "    def version(self):\n        return _ask(), VERSION\n\n    @property\n    def null_label",
+        )
+        code = code.replace("def _in_model_range(", f"def _ask():\n    return {version!r}\n\n\ndef _in_model_range(")
+        assert code.count(repr(version)) == 2 and code.count("return _ask(), VERSION") == 1
+        (folder / "pipeline.py").write_text(code)
+    pipes = {version: load("trusted", folder) for version, folder in folders.items()}
+    assert {version: pipe.version() for version, pipe in pipes.items()} == {v: (v, v) for v in folders}
+    for version, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / "again" / version)
+        assert (tmp_path / "again" / version / "pipeline.py").read_text() == (
+            folders[version] / "pipeline.py"
+        ).read_text()
+    assert load("trusted", folders["old"]).version() == ("old", "old")
+
+
 def test_components_may_be_shared_between_loaded_code_and_the_package(shelf):
     trusted = load("trusted", shelf / "learned")
     pipe = DDPMNotesPipeline(trusted.unet, trusted.scheduler)
