@@ -33,6 +33,10 @@ import torch
 from tqdm.auto import tqdm
 
 MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # image mode -> channels
+EMBEDDED_LICENSES = {
+    "digits": "CC BY 4.0 (UCI: Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998)",
+    "mnist": None,  # its authors state none
+}
 FORMAT = 1  # of the decoded file and how it is made: raise it, and every set is decoded anew
 
 
@@ -52,6 +56,7 @@ class ImageSet:
             one set of training images, on whatever machine.
         skipped: number of bad images left out (`on_bad_image="skip"`).
         num_images: N, also `len()`.
+        license: of the images, where the data set states one.
     """
 
     name: str
@@ -65,6 +70,7 @@ class ImageSet:
     fingerprint: str
     skipped: int
     num_images: int
+    license: str | None = None
 
     def __len__(self) -> int:
         return self.num_images
@@ -178,7 +184,11 @@ def load_images(
     else:
         table = _load_table(dataset_name, dataset_config_name, train_data_dir, split)
         source = _table_source(table, image_column, label_column, max_samples)
+        local = dataset_name is None or Path(dataset_name).expanduser().is_dir()
+        source = source._replace(license=table.info.license or None, is_local=local)
     name = str(train_data_dir if dataset_name is None else dataset_name)
+    if source.is_local:  # a name for cards and pictures, that tells nobody where things lie on this machine
+        name = Path(name).expanduser().resolve().name
 
     default = None if cache_dir else Path(_optional("datasets", "train").config.HF_CACHE_HOME) / "ddpm_notes_pipeline"
     folder = default or Path(str(cache_dir)).expanduser()
@@ -216,6 +226,7 @@ def load_images(
         fingerprint=meta["fingerprint"],
         skipped=meta["skipped"],
         num_images=len(kept),
+        license=source.license,
     )
 
 
@@ -225,6 +236,8 @@ class _Source(NamedTuple):
     rows: Callable[[], Iterator[tuple[str, Any]]]  # name for errors; array, {"bytes", "path"} or None
     labels: np.ndarray | None
     class_names: list[str] | None
+    license: str | None = None
+    is_local: bool = False  # a folder here, not a name that means the same elsewhere
 
 
 class _Transform(NamedTuple):
@@ -253,6 +266,7 @@ def _embedded_source(
         rows=lambda: ((f"{name} image {n}", images[n]) for n in chosen),
         labels=labels[chosen] if label_column else None,
         class_names=[str(digit) for digit in range(10)] if label_column else None,
+        license=EMBEDDED_LICENSES[name],
     )
 
 

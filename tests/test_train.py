@@ -124,6 +124,8 @@ def test_a_run_leaves_the_folder_of_a_model(straight):
         "loss.png",
         "loss.jsonl",
         "training_config.yaml",
+        "training_run.json",
+        "README.md",
         "checkpoint-6",
         "checkpoint-12",
     }
@@ -158,7 +160,8 @@ def test_every_step_leaves_one_finite_row(straight):
 def test_training_config_reads_back_to_the_settings_of_the_run(straight):
     folder, _ = straight
     flags = [*TINY, "--output_dir", str(folder), "--checkpointing_steps", "6"]
-    assert parse_arguments(["--config", str(folder / "training_config.yaml")]) == parse_arguments(flags)
+    again = ["--config", str(folder / "training_config.yaml"), "--output_dir", str(folder)]
+    assert parse_arguments(again) == parse_arguments(flags)
 
 
 def test_summary_is_five_lines_that_a_user_can_act_on(straight, train, tmp_path):
@@ -706,7 +709,7 @@ def test_a_folder_of_images_takes_the_place_of_the_data_set_of_the_file(train, t
     flags += " --ddpm_num_inference_steps 2 --label_column label"
     config = ["--config", ROOT / "training" / "configs" / "digits.yaml", "--train_data_dir", folder]
     result = train(*config, *flags.split(), "--output_dir", tmp_path / "run")
-    assert result.stdout.startswith(f"9 images of {channels}x16x24 from {folder}")
+    assert result.stdout.startswith(f"9 images of {channels}x16x24 from pngs,")
     config = unet_config(tmp_path / "run")
     assert (config["in_channels"], config["out_channels"], config["sample_size"]) == (channels, channels, [16, 24])
     assert config["num_class_embeds"] == 3

@@ -176,6 +176,26 @@ class RunArguments:
     ddpm_num_inference_steps: int | None = field(
         default=None, metadata={"help": "Steps of the path that samples are made with. Default: all."}
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish the model with its code and card. The token is HF_TOKEN, or that of `hf auth login`."
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository, 'user/name'. Default: yours, named as the output folder."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make it private."})
+    hub_strategy: Literal["end", "every_save"] = field(
+        default="end",
+        metadata={"help": "Push when training ends, or also, in the background, with every checkpoint."},
+    )
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model's licence, as the Hub names licences. Default: apache-2.0, or that of the card before."
+        },
+    )
 
 
 @dataclass

@@ -20,7 +20,9 @@ from accelerate import Accelerator
 
 from arguments import DataArguments, EvaluationArguments, parse_evaluation_arguments
 from ddpm_notes_pipeline.data import ImageSet, load_images
+from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
+from ddpm_notes_pipeline.publishing import push_command
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from ddpm_notes_pipeline.variances import (
     best_timesteps,
@@ -224,6 +226,7 @@ def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) ->
         "fingerprint": images.fingerprint,
         "seed": evaluation.noise_seed,
         "evaluations_per_image": "all" if evaluation.full else evaluation.evaluations_per_image,
+        "weights": weights_digest(evaluation.model) if Path(evaluation.model).is_dir() else evaluation.revision,
     }
     results = [
         {
@@ -254,6 +257,9 @@ def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) ->
         f"Written: {folder}/evaluation.json"
         + (f" and {folder}/bits_per_dim.png" if longest == len(rows[0].result.per_timestep) else "")
     )
+    if (folder / "model_index.json").exists() and folder.samefile(evaluation.model):
+        write_card(folder)
+        print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
@@ -34,15 +34,20 @@ from tqdm.auto import tqdm
 from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
 from checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range, to_uint8
+from ddpm_notes_pipeline.model_card import write_card
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
+from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
 from pictures import save_losses, save_samples
+from results import open_repo, publish, run_record, save_model
 
 logger = logging.getLogger("train")
 
 
-def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
+def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str | None:
+    """Train, save and publish; returns what went wrong in publishing."""
+    settings = (data, model, run)
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
@@ -52,6 +57,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
     set_seed(run.seed)
     output_dir = Path(run.output_dir)
     prepare_output_dir(accelerator, output_dir, run)
+    repo_id = open_repo(accelerator, run)
 
     # images
     with accelerator.local_main_process_first():
@@ -168,8 +174,13 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
     # train
     clear_leftovers(accelerator, output_dir, run)
     log = LossLog(accelerator, output_dir / "loss.jsonl", done)
+    pushes = BackgroundPushes(repo_id, run.license) if repo_id and run.hub_strategy == "every_save" else None
     unet.train()
     started = time.monotonic()
+
+    def record() -> dict[str, Any]:
+        return run_record(accelerator, images, *settings, log.history()[1], done, time.monotonic() - started)
+
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
     for step, batch in enumerate(loader, start=done):
         torch.manual_seed(step_seed(run.seed, step, f"dropout of process {accelerator.process_index}"))
@@ -214,6 +225,11 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
             save_checkpoint(
                 accelerator, output_dir, step + 1, ema, timestep_sampler, identity, run.checkpoints_total_limit
             )
+            if pushes is not None and accelerator.is_main_process:
+                snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=output_dir))
+                with averaged_weights(unet, ema):
+                    save_model(snapshot, unet, scheduler, settings, record())
+                pushes.push(snapshot, f"Step {step + 1} of {steps}")
         if run.sample_steps and (step + 1) % run.sample_steps == 0 and step + 1 < steps:
             with averaged_weights(unet, ema):
                 samples = sample(accelerator, unet, scheduler, run)
@@ -223,24 +239,29 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
     seconds = time.monotonic() - started
 
     # what comes out
+    fault = None
     save_checkpoint(accelerator, output_dir, steps, ema, timestep_sampler, identity, run.checkpoints_total_limit)
     if ema is not None:
         ema.copy_to(unet.parameters())
     if accelerator.is_main_process:
-        DDPMNotesPipeline(unet, scheduler).save_pretrained(output_dir)
-        (output_dir / "training_config.yaml").write_text(yaml.safe_dump(as_config(data, model, run), sort_keys=False))
+        save_model(output_dir, unet, scheduler, settings, record())
         save_losses(output_dir / "loss.png", *log.history(), f"{run.objective} loss on {images.name}")
+        write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
     samples = sample(accelerator, unet, scheduler, run)
     if accelerator.is_main_process:
         n = run.ddpm_num_inference_steps or len(scheduler)
         save_samples(
             output_dir / "samples.png", show(images, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
         )
+        write_card(output_dir, repo_id, run.license)
         print(summary(images, unet, run, log, steps, steps - done, seconds, output_dir), flush=True)
+        if repo_id is not None:
+            fault = publish(output_dir, repo_id, run, pushes)
     # The wrapper for several processes goes before the processes' connection does: its destructor may wait on that for ever.
     del network
     accelerator.free_memory()
     accelerator.end_training()
+    return fault
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -532,8 +553,8 @@ def summary(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    settings = parse_arguments()
     try:
-        main(*settings)
-    except (ValueError, OSError, FloatingPointError, CheckpointError) as fault:
+        not_published = main(*parse_arguments())
+    except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
         sys.exit(f"train.py: error: {' '.join(str(fault).split())}")
+    sys.exit(not_published)

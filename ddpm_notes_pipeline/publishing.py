@@ -1,0 +1,227 @@
+"""Pushing a Hub folder, so that no weights are lost and no commit is made twice.
+
+    python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id user/name
+
+Only the folder's own files go up (`HUB_FILES`): never checkpoints, optimizer states or logs. A push is one commit on top of the commit it
+has seen. When the Hub says that the repository has moved on, is busy, or does not answer, the push looks at what is there now and tries
+again: files that did arrive are not committed a second time, and of two pushes at once the later one's files win, all of them.
+The folder itself is never touched but for its card, so a failed push loses nothing: the command above finishes it.
+"""
+
+import argparse
+import logging
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+
+from .model_card import read_facts, write_card
+
+logger = logging.getLogger(__name__)
+
+# What the repository is made of: the layout that loads with diffusers alone, and what a reader of the card looks at.
+HUB_FILES = [
+    "model_index.json",
+    "pipeline.py",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/*.safetensors",
+    "unet/*.safetensors.index.json",
+    "README.md",
+    "samples.png",
+    "bits_per_dim.png",
+    "loss.png",
+    "training_config.yaml",
+    "training_run.json",
+    "evaluation.json",
+]
+ATTEMPTS = 5
+FIRST_WAIT = 1.0  # seconds; doubled after each attempt
+
+
+class PublishingError(RuntimeError):
+    """A repository could not be made, or a push did not arrive. The local folder is complete."""
+
+
+def prepare_repo(repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
+    """Make the repository, or make sure that an existing one can be written to; returns its full name "user/name".
+
+    Raises:
+        PublishingError: no token, no right to write, no Hub, or a public repository where a private one was asked for.
+    """
+    api = api or HfApi()
+
+    def prepare() -> str:
+        # What is there is not asked for anew: a token may be allowed to write to a repository and not to make one.
+        name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        try:
+            found = api.repo_info(name)
+        except RepositoryNotFoundError:
+            return api.create_repo(name, private=private, exist_ok=True).repo_id
+        if private and not found.private:
+            raise PublishingError(
+                f"{name} is public and --hub_private_repo asks for a private one; make it private first, or name another"
+            )
+        api.auth_check(name, write=True)
+        return name
+
+    return _persistently(prepare, f"could not get {repo_id} ready")
+
+
+def push_folder(
+    folder: Path | str,
+    repo_id: str,
+    message: str = "Upload a DDPM",
+    license: str | None = None,
+    api: HfApi | None = None,
+) -> str:
+    """Write the folder's card and push the folder's own files in one commit; returns the repository's address.
+
+    Args:
+        folder: a folder that `DDPMNotesPipeline.save_pretrained` wrote, with what training and evaluation put beside it.
+        repo_id: "user/name" of a repository that is there (`prepare_repo`).
+        message: of the commit.
+        license: see `write_card`.
+
+    Raises:
+        PublishingError: after five attempts, or at once when no attempt can help (no right to write).
+    """
+    api = api or HfApi()
+
+    def push() -> str:
+        head = api.repo_info(repo_id).sha
+        write_card(folder, repo_id, license, _published_card(api, repo_id, head))
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=HUB_FILES, commit_message=message, parent_commit=head
+        )
+        return f"{api.endpoint}/{repo_id}"
+
+    return _persistently(push, f"could not push {folder} to {repo_id}")
+
+
+def push_command(folder: Path | str, repo_id: str, private: bool = False) -> str:
+    """The command that uploads a folder later."""
+    flags = " --hub_private_repo" if private else ""
+    return f"python -m ddpm_notes_pipeline.publishing {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}{flags}"
+
+
+class BackgroundPushes:
+    """Pushes during training: one after the other, in a thread, of folders made for it, which are deleted when they are up.
+
+    While one is on its way only the newest of the others waits. What fails is logged and left to the next one.
+    """
+
+    def __init__(self, repo_id: str, license: str | None = None) -> None:
+        self.repo_id, self.license = repo_id, license
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="push")
+        self._lock = threading.Lock()
+        self._waiting: tuple[Path, Future] | None = None
+
+    def push(self, folder: Path, message: str) -> None:
+        """Push the folder some time soon, then delete it."""
+        with self._lock:
+            if self._waiting is not None and self._waiting[1].cancel():
+                shutil.rmtree(self._waiting[0], ignore_errors=True)
+            self._waiting = (folder, self._pool.submit(self._push, folder, message))
+
+    def _push(self, folder: Path, message: str) -> None:
+        try:
+            push_folder(folder, self.repo_id, message, self.license)
+        except Exception as error:  # whatever it was, training goes on
+            logger.warning("%s. Training goes on; the next push has everything", error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Wait for the push on its way, and for no other."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._waiting is not None:
+            shutil.rmtree(self._waiting[0], ignore_errors=True)
+
+
+def _published_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    try:
+        return Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return None
+
+
+def _persistently(action: Callable[[], str], what: str) -> str:
+    """The action's value, from the first attempt that works."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except PublishingError:
+            raise
+        except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # HfHubHTTPError is an OSError
+            reason, hopeless, asked = _diagnose(error)
+            if hopeless or attempt == ATTEMPTS:
+                tries = "" if attempt == 1 else f" in {attempt} attempts"
+                raise PublishingError(f"{what}{tries}: {reason}") from error
+            wait = max(FIRST_WAIT * 2 ** (attempt - 1), asked)
+            logger.warning("%s: %s; trying again in %.0f s", what, reason, wait)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _diagnose(error: BaseException) -> tuple[str, bool, float]:
+    """The reason in plain words, whether trying again is hopeless, and for how many seconds the Hub asks to be left alone."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (HfHubHTTPError, httpx2.HTTPError)):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+        status = cause.response.status_code
+        said = f"the Hub says {status}" + (f" ({cause.server_message})" if cause.server_message else "")
+        if status == 401:
+            return (
+                f"{said}: the token is missing, expired or wrong; log in by `hf auth login` or set HF_TOKEN",
+                True,
+                0.0,
+            )
+        if status == 403:
+            return f"{said}: the token may not write there; it needs the role `write`", True, 0.0
+        if status == 404:
+            return f"{said}: there is no such repository, or the token may not see it", True, 0.0
+        asked = cause.response.headers.get("Retry-After", "")
+        return said, status not in (408, 409, 412, 423, 429) and status < 500, float(asked) if asked.isdigit() else 0.0
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token; log in by `hf auth login` or set HF_TOKEN", True, 0.0
+    if isinstance(cause, httpx2.HTTPError):
+        return f"the Hub does not answer ({type(cause).__name__}: {cause})", False, 0.0
+    local = isinstance(error, (FileNotFoundError, PermissionError)) or not isinstance(error, (OSError, RuntimeError))
+    return f"{type(error).__name__}: {error}", local, 0.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_notes_pipeline.publishing",
+        description="Push a Hub folder: the pipeline's files, its card (written anew, with what you wrote into it kept), pictures and figures.",
+    )
+    parser.add_argument("folder", type=Path, help="a folder that training wrote, or DDPMNotesPipeline.save_pretrained")
+    parser.add_argument(
+        "--hub_model_id", help='"user/name"; without "user/", your own. Default: the name of the folder.'
+    )
+    parser.add_argument("--hub_private_repo", action="store_true", help="make the repository private")
+    parser.add_argument(
+        "--license", help="the model's licence, as the Hub names licences; default: that of the card, or apache-2.0"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        read_facts(arguments.folder)  # before anything is made on the Hub
+        repo_id = prepare_repo(arguments.hub_model_id or arguments.folder.resolve().name, arguments.hub_private_repo)
+        print(f"Pushed: {push_folder(arguments.folder, repo_id, license=arguments.license)}")
+    except (PublishingError, ValueError) as fault:
+        sys.exit(f"publishing: error: {' '.join(str(fault).split())}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    main()
