@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from .model_card import read_facts, write_card
@@ -51,15 +51,22 @@ class PublishingError(RuntimeError):
     """A repository could not be made, or a push did not arrive. The local folder is complete."""
 
 
-def prepare_repo(repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
+def prepare_repo(repo_id: str, private: bool = False, license: str | None = None, api: HfApi | None = None) -> str:
     """Make the repository, or make sure that an existing one can be written to; returns its full name "user/name".
 
+    Args:
+        repo_id: "user/name", or a name in the token's own namespace.
+        private: make it private.
+        license: asked about too, before anything depends on it.
+
     Raises:
-        PublishingError: no token, no right to write, no Hub, or a public repository where a private one was asked for.
+        PublishingError: a licence that the Hub does not know, no token, no right to write, no Hub, or a public repository where a private one was asked for.
     """
     api = api or HfApi()
 
     def prepare() -> str:
+        if license is not None:
+            ModelCard(f"---\nlicense: {license}\n---\n").validate()
         # What is there is not asked for anew: a token may be allowed to write to a repository and not to make one.
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
@@ -216,7 +223,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         read_facts(arguments.folder)  # before anything is made on the Hub
-        repo_id = prepare_repo(arguments.hub_model_id or arguments.folder.resolve().name, arguments.hub_private_repo)
+        repo_id = prepare_repo(
+            arguments.hub_model_id or arguments.folder.resolve().name, arguments.hub_private_repo, arguments.license
+        )
         print(f"Pushed: {push_folder(arguments.folder, repo_id, license=arguments.license)}")
     except (PublishingError, ValueError) as fault:
         sys.exit(f"publishing: error: {' '.join(str(fault).split())}")

@@ -142,7 +142,9 @@ def open_repo(accelerator: Accelerator, run: RunArguments) -> str | None:
         return None
     with told_to_all(accelerator) as repo_id:
         if accelerator.is_main_process:
-            repo_id[0] = prepare_repo(run.hub_model_id or Path(run.output_dir).resolve().name, run.hub_private_repo)
+            repo_id[0] = prepare_repo(
+                run.hub_model_id or Path(run.output_dir).resolve().name, run.hub_private_repo, run.license
+            )
     return repo_id[0]
 
 
