@@ -244,23 +244,22 @@ def test_a_repository_is_made_once_whatever_happens(hub, api, fault):
     assert hub.repos[REPO].private and list(hub.repos) == [REPO]
 
 
-def test_someone_else_s_commit_in_between_is_built_upon(hub, api, folder):
+def test_a_commit_in_between_makes_no_mixture_of_two_models(hub, api, folder):
+    """The client leaves out what the repository has already; by the time of the commit somebody else may have changed just that."""
     prepare_repo(REPO, api=api)
-    other = HfApi(endpoint=hub.endpoint, token="hf_user")
-    original = api.upload_folder
+    push_folder(folder, REPO, "first", api=api)
+    (folder / "samples.png").write_bytes(b"other samples")
+    other, original = HfApi(endpoint=hub.endpoint, token="hf_user"), api.preupload_lfs_files
 
-    def upload(**arguments):  # the client's own call, late by one commit of somebody else
-        if not commits(hub):
-            other.upload_file(
-                path_or_fileobj=b"theirs", path_in_repo="theirs.txt", repo_id=REPO, commit_message="theirs"
-            )
-        return original(**arguments)
+    def preupload(*arguments, **more):
+        original(*arguments, **more)
+        if len(commits(hub)) == 1:
+            theirs = {"path_or_fileobj": b"theirs", "repo_id": REPO, "commit_message": "theirs"}
+            other.upload_file(path_in_repo="unet/diffusion_pytorch_model.safetensors", **theirs)
 
-    api.upload_folder = upload
+    api.preupload_lfs_files = preupload
     push_folder(folder, REPO, "ours", api=api)
-    files = pushed(hub)
-    assert files.pop("theirs.txt") == b"theirs" and files == here(folder)
-    assert commits(hub) == ["theirs", "ours"]
+    assert commits(hub) == ["first", "theirs", "ours"] and pushed(hub) == here(folder)
 
 
 def test_two_pushes_at_once_end_with_one_of_the_two_models(hub, api, tmp_path):
