@@ -26,7 +26,7 @@ class Request:
     method: str
     path: str  # as sent, without the query
     query: dict[str, list[str]]
-    route: str | None  # the name of the method of `Handler` that serves it
+    route: str | None  # the name of the method of `Routes` that serves it
     headers: dict[str, str]  # names in lower case
     body: bytes = b""
     status: int | None = None
@@ -87,6 +87,10 @@ class Routes:
             if match := pattern.fullmatch(line):
                 return name, needs, {key: value and unquote(value) for key, value in match.groupdict().items()}
         return None, None, {}
+
+    @staticmethod
+    def names() -> set[str]:
+        return {name for _, name, _ in ROUTES}
 
     def answer(self) -> Answer:
         name, needs, groups = self.find(f"{self.call.method} {self.call.path}")
@@ -273,6 +277,8 @@ class Routes:
     def validate_yaml(self) -> Answer:
         """HfApi._validate_yaml: before a README.md is uploaded, and in RepoCard.push_to_hub"""
         errors, warnings = check_card(self.call.json["content"], self.call.json["repoType"])
+        if self.call.headers.get("accept") == "text/plain":  # RepoCard.validate
+            return Answer("\n".join(errors).encode(), 400 if errors else 200)
         found = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
         return Answer(found, 400 if errors else 200)
 
@@ -440,7 +446,7 @@ class Routes:
         size = len(blob.data)
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.call.headers.get("range", ""))
         if span is None or self.call.method == "HEAD":
-            return Answer(blob.data, headers=headers | {"Content-Length": str(size)})
+            return Answer(blob.data, headers=headers)
         first, last = span.groups()
         start = int(first) if first else max(0, size - int(last))
         stop = min(size, int(last) + 1) if first and last else size

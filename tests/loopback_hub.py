@@ -62,7 +62,9 @@ class Fault:
     def meets(self, request: Request) -> bool:
         if self.times is not None and self.hits >= self.times:
             return False
-        return self.where == request.route or bool(re.search(self.where, f"{request.method} {request.path}"))
+        if self.where in Routes.names():
+            return self.where == request.route
+        return bool(re.search(self.where, f"{request.method} {request.path}"))
 
 
 class Dropped(Exception):
@@ -136,7 +138,8 @@ class Hub:
         home = home or Path(tempfile.mkdtemp(prefix="home-", dir=self.root))
         others = "HF_|HUGGING_?FACE|DIFFUSERS_|TRANSFORMERS_|.*_PROXY$"
         own = {name: value for name, value in os.environ.items() if not re.match(others, name, re.IGNORECASE)}
-        own |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*"}
+        own |= {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+        own |= {"NO_PROXY": "*", "no_proxy": "*"}
         own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         own |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_XET_TELEMETRY_ENABLED": "0"}
         own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -157,7 +160,8 @@ class Hub:
         """Make the next requests fail.
 
         Args:
-            where: the name of a route, or a regular expression for "METHOD /path" ("POST .*/commit/main").
+            where: the name of a route, which is that of a method of `Routes`, or a regular expression that is looked
+                for in "METHOD /path": "commit" or "POST .*/commit/main$".
             status: answered in place of what was asked, which is not done.
             times: how many requests; None: all until `clear()`.
             retry_after: seconds, for the header that 429 and 503 may have.
@@ -166,14 +170,16 @@ class Hub:
                 body; "answer": when all was done that was asked; "half": in the middle of the answer's body.
             reset: it ends by a reset, of which the client makes another error than of an end in good order.
         """
+        if where.isidentifier() and where not in Routes.names():
+            raise ValueError(f"No route is called {where!r}; there are {', '.join(sorted(Routes.names()))}")
         headers = {} if retry_after is None else {"Retry-After": f"{retry_after:g}"}
         fault = Fault(where, times, status, message, headers, delay, drop, reset)
         with self.lock:
             self.faults.append(fault)
         return fault
 
-    def calls(self, route: str) -> list[Request]:
-        """The requests so far for one route."""
+    def calls(self, route: str | None) -> list[Request]:
+        """The requests so far for one route; for None, those that nothing serves."""
         with self.lock:
             return [request for request in self.requests if request.route == route]
 
@@ -202,12 +208,12 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """A connection: reads requests, has them answered, and cuts where a fault says so."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Server
     call: Request
-
-    # -------------------------------------------------------------------------------------------- one request
 
     def serve(self) -> None:
         url = urlsplit(self.path)
@@ -302,15 +308,21 @@ def main() -> None:
     parser.add_argument("--user", default="user", help="the account that TOKEN belongs to")
     parser.add_argument("--token", default="hf_user")
     arguments = parser.parse_args()
-    with Hub(arguments.port, verbose=True) as hub:
-        hub.users = {arguments.token: User(arguments.user)}
-        (hub.root / "home").mkdir()
-        print("In another terminal:\n", flush=True)
-        for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "NO_PROXY"):
-            print(f"export {name}={hub.env(arguments.token, hub.root / 'home')[name]}")
-        print(f"\nRepos are {arguments.user}/NAME. Control-C ends it.", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+    hub = Hub(arguments.port, verbose=True)
+    hub.users = {arguments.token: User(arguments.user)}
+    own = hub.env(arguments.token)
+    os.environ["HF_HOME"] = own["HF_HOME"]  # what hf_xet writes down while it serves stays out of the user's
+    try:
+        hub.start()
+    except OSError as error:
+        parser.error(f"port {arguments.port}: {error.strerror}")
+    print("In another terminal:\n")
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "NO_PROXY"):
+        print(f"export {name}={(own | {'HF_ENDPOINT': hub.endpoint})[name]}")
+    print(f"\nRepos are {arguments.user}/NAME. Control-C ends it.", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    hub.close()
 
 
 if __name__ == "__main__":
