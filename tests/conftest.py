@@ -11,7 +11,11 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # "gw0", "gw1", ...; None in a run without -n and in its controller
 
@@ -81,6 +85,16 @@ def use_joined_file() -> None:
 
 if JOINED:
     use_joined_file()
+
+
+@pytest.fixture
+def hub() -> Iterator[Any]:
+    """A Hugging Face Hub on 127.0.0.1 for this test alone: a `loopback_hub.Hub`, started."""
+    from loopback_hub import Hub
+
+    with Hub() as hub:
+        yield hub
+        assert not hub.errors, hub.errors[0]
 
 
 def pytest_report_header() -> str:

@@ -1,5 +1,6 @@
 """What the Hub of loopback_hub.py keeps: repos with their history, Xet's folders, and the rules for cards."""
 
+import functools
 import hashlib
 import itertools
 import re
@@ -10,7 +11,6 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,16 +48,16 @@ class Blob:
     data: bytes
     lfs: bool = False
 
-    @cached_property
+    @functools.cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
 
-    @cached_property
+    @functools.cached_property
     def pointer(self) -> bytes:
         head = "version https://git-lfs.github.com/spec/v1\noid sha256:"
         return f"{head}{self.sha256}\nsize {len(self.data)}\n".encode()
 
-    @cached_property
+    @functools.cached_property
     def oid(self) -> str:
         """The name of git's object: of the content, or of the pointer."""
         content = self.pointer if self.lfs else self.data
@@ -166,11 +166,17 @@ class User:
 # ------------------------------------------------------------------------------------------------ Xet storage
 
 
+@functools.cache
+def session() -> Any:
+    """One for the process: each has threads of its own."""
+    return hf_xet.XetSession()
+
+
 class Xet:
     """Content in and out of the folders in which `hf_xet` keeps a `local://` store."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.session, self.numbers = root, hf_xet.XetSession(), itertools.count()
+        self.root, self.numbers = root, itertools.count()
         self.own = self.new_store()
         self.hashes: dict[str, str] = {}  # sha256 -> Xet's own name of the content
 
@@ -180,7 +186,7 @@ class Xet:
         return folder
 
     def put(self, blobs: Iterable[Blob], store: Path) -> None:
-        with self.session.new_upload_commit(**self.connection(store)) as commit:
+        with session().new_upload_commit(**self.connection(store)) as commit:
             handles = [(blob, commit.start_upload_bytes(blob.data, sha256=blob.sha256)) for blob in blobs]
         for blob, handle in handles:
             self.hashes[blob.sha256] = handle.result().xet_info.hash
@@ -199,7 +205,7 @@ class Xet:
                     with tempfile.TemporaryDirectory(dir=self.root) as folder:
                         copy, target = Path(folder, "store"), Path(folder, "out")
                         shutil.copytree(store, copy)
-                        with self.session.new_file_download_group(**self.connection(copy)) as group:
+                        with session().new_file_download_group(**self.connection(copy)) as group:
                             group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), str(target))
                         data = target.read_bytes()
                     return data if hashlib.sha256(data).hexdigest() == sha256 else None
