@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import UNet2DModel
+from hub_content import Blob
 from huggingface_hub import HfApi
 from loopback_hub import Hub
 from test_model_card import make_folder
@@ -249,16 +250,14 @@ def test_a_commit_in_between_makes_no_mixture_of_two_models(hub, api, folder):
     prepare_repo(REPO, api=api)
     push_folder(folder, REPO, "first", api=api)
     (folder / "samples.png").write_bytes(b"other samples")
-    other, original = HfApi(endpoint=hub.endpoint, token="hf_user"), api.preupload_lfs_files
-
-    def preupload(*arguments, **more):
-        original(*arguments, **more)
-        if len(commits(hub)) == 1:
-            theirs = {"path_or_fileobj": b"theirs", "repo_id": REPO, "commit_message": "theirs"}
-            other.upload_file(path_in_repo="unet/diffusion_pytorch_model.safetensors", **theirs)
-
-    api.preupload_lfs_files = preupload
-    push_folder(folder, REPO, "ours", api=api)
+    late = hub.fail("commit", delay=1)
+    push = threading.Thread(target=push_folder, args=(folder, REPO, "ours"), kwargs={"api": api})
+    push.start()
+    while not late.hits:
+        time.sleep(0.01)
+    with hub.lock:
+        hub.repos[REPO].commit("main", "theirs", "", "other", {"unet/config.json": Blob(b"{}")})
+    push.join()
     assert commits(hub) == ["first", "theirs", "ours"] and pushed(hub) == here(folder)
 
 
