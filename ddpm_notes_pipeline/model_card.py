@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 BITS_PER_DIM = "bits_per_dim"
 OUR_METRICS = (BITS_PER_DIM,)
+KIND_TAGS = ("class-conditional",)  # ours, and gone when the next model in the repository is of another kind
 DEFAULT_LICENSE = "apache-2.0"
 _BLOCK = re.compile(r"<!-- generated:(\w+) ([0-9a-f]{12}) -->\n(.*?)<!-- /generated:\1 -->\n?", re.DOTALL)
 _SEEN = re.compile(r"<!-- card of (\S+): (.*?); ([0-9a-f]{12}) -->\n?")
@@ -295,7 +296,7 @@ def _metadata(facts: dict[str, Any], license: str | None) -> dict[str, Any]:
         license=license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "ddpm", "ddpm_notes_pipeline", "bits-per-dim", *(["class-conditional"] if labels else [])],
+        tags=["diffusers", "ddpm", "ddpm_notes_pipeline", "bits-per-dim", *(KIND_TAGS if labels else ())],
         datasets=[run["hub_dataset"]] if run.get("hub_dataset") else None,
         base_model=run.get("base_model"),
         model_name=facts["repo_id"].split("/")[-1] if results else None,
@@ -336,6 +337,7 @@ def _merged_metadata(ours: dict[str, Any], owner: dict[str, Any]) -> dict[str, A
     merged.setdefault("license", DEFAULT_LICENSE)
     for name in ("tags", "datasets"):
         values = [*_as_list(owner.get(name)), *_as_list(ours.get(name))]
+        values = [value for value in values if value not in KIND_TAGS or value in _as_list(ours.get(name))]
         if values:
             merged[name] = list(dict.fromkeys(values))
     theirs: list[EvalResult] = []

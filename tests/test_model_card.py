@@ -247,6 +247,12 @@ def test_metadata_of_the_owner_wins_and_lists_are_joined():
     assert yaml.safe_load(asked.split("---")[1])["license"] == "cc0-1.0"
 
 
+def test_a_repository_that_turns_unconditional_says_so(shelf):
+    before = write_card(shelf["labelled"], "ada/digits")
+    assert "class-conditional" in ModelCard(before).data.tags
+    assert "class-conditional" not in ModelCard(write_card(shelf["plain"], "ada/digits", published=before)).data.tags
+
+
 def test_measured_numbers_are_replaced_and_the_owner_s_own_stay(tmp_path):
     folder = make_folder(tmp_path / "m")
     card = write_card(folder, "ada/digits")
