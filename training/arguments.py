@@ -146,10 +146,20 @@ class RunArguments:
     adam_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "epsilon of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={
+            "help": "A step whose loss or gradient is not finite changes nothing; so many of them in a row end the run."
+        },
+    )
     use_ema: bool = field(
         default=True, metadata={"help": "Average the weights; the average is what is sampled and saved."}
     )
     ema_max_decay: float = field(default=0.9999, metadata={"help": "Largest decay of the average."})
+    ema_schedule: Literal["warmup", "constant"] = field(
+        default="warmup",
+        metadata={"help": "warmup: the decay rises to --ema_max_decay, see --ema_inv_gamma; constant: it is that."},
+    )
     ema_inv_gamma: float = field(default=1.0, metadata={"help": "decay at step n is 1 - (1 + n / inv_gamma)^-power."})
     ema_power: float = field(default=0.75, metadata={"help": "See --ema_inv_gamma."})
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
@@ -348,6 +358,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         "--checkpointing_steps": run.checkpointing_steps,
         "--checkpoints_total_limit": run.checkpoints_total_limit,
         "--logging_steps": run.logging_steps,
+        "--max_nonfinite_steps": run.max_nonfinite_steps,
         "--sample_steps": run.sample_steps,
         "--num_samples": run.num_samples,
         "--ddpm_num_inference_steps": run.ddpm_num_inference_steps,

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there.
 
 A run is a pure function of (config, seed, step), so a checkpoint is: the weights, their average, the optimizer, the step number, and
-the few things with a history (timestep sampler, loss scale). It is written aside by every process, flushed, listed file by file with
+the few things with a history (timestep sampler, loss scale, counts of updates left out). It is written aside by every process, flushed, listed file by file with
 digests, and only then renamed to `checkpoint-N`. What carries that name and agrees with its list is whole.
 """
 
@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from updates import UpdateGuard
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -33,6 +34,7 @@ def save_checkpoint(
     step: int,
     ema: EMAModel | None,
     sampler: TimestepSampler,
+    guard: UpdateGuard,
     run: dict[str, Any],
     total_limit: int | None = None,
 ) -> Path:
@@ -65,7 +67,8 @@ def save_checkpoint(
             listed = {
                 str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files
             }
-            state = {"step": step, "ema_step": ema.optimization_step if ema else None, "run": run, "files": listed}
+            state = {"step": step, "ema_step": ema.optimization_step if ema else None}
+            state |= {"updates": guard.state_dict(), "run": run, "files": listed}
             (aside / MANIFEST).write_text(json.dumps(state, indent=2), encoding="utf-8")
             _flush(aside / MANIFEST)
             if final.exists():  # the same step of an earlier try: kept until this one stands in its place
@@ -89,7 +92,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None, sampler: TimestepSampler, run: dict[str, Any]
+    accelerator: Accelerator,
+    checkpoint: Path,
+    ema: EMAModel | None,
+    sampler: TimestepSampler,
+    guard: UpdateGuard,
+    run: dict[str, Any],
 ) -> int:
     """Put everything back as it was; returns the number of steps done. Called by every process.
 
@@ -110,6 +118,7 @@ def load_checkpoint(
             parameter.data.copy_(averages[f"{i:05d}"])
         ema.optimization_step = state["ema_step"]
     sampler.load_state_dict(load_file(checkpoint / "timestep_sampler.safetensors"))
+    guard.load_state_dict(state["updates"])
     return state["step"]
 
 

@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -41,6 +40,8 @@ from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
 from pictures import save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
+from stops import Stopped, Stops, resume_command
+from updates import AveragedWeights, UpdateGuard, poisoned
 
 logger = logging.getLogger("train")
 
@@ -48,6 +49,7 @@ logger = logging.getLogger("train")
 def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str | None:
     """Train, save and publish; returns what went wrong in publishing."""
     settings = (data, model, run)
+    stops = Stops()
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
@@ -91,14 +93,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         unet.enable_gradient_checkpointing()
     ema = None
     if run.use_ema:
-        ema = EMAModel(
-            unet.parameters(),
-            decay=run.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=run.ema_inv_gamma,
-            power=run.ema_power,
-            foreach=True,
-        )
+        ema = AveragedWeights(unet.parameters(), run.ema_max_decay, run.ema_schedule, run.ema_inv_gamma, run.ema_power)
         ema.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -109,6 +104,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
     network, optimizer = accelerator.prepare(unet, optimizer)
+    guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
     if run.torch_compile:
         unet.compile()
     # where the run is
@@ -124,7 +120,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     done = 0
     if run.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, run.resume_from_checkpoint)
-        done = load_checkpoint(accelerator, checkpoint, ema, timestep_sampler, identity)
+        done = load_checkpoint(accelerator, checkpoint, ema, timestep_sampler, guard, identity)
         if done > steps:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; give more steps"
@@ -159,6 +155,11 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=False,
     )
+
+    def save(step: int) -> None:
+        limit = run.checkpoints_total_limit
+        save_checkpoint(accelerator, output_dir, step, ema, timestep_sampler, guard, identity, limit)
+
     positions = torch.arange(share) + accelerator.process_index * share
     if run.report_to != "none":
         accelerator.init_trackers(
@@ -173,6 +174,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
 
     # train
     clear_leftovers(accelerator, output_dir, run)
+    stops.hold(accelerator)
+    stop = 0
     log = LossLog(accelerator, output_dir / "loss.jsonl", done)
     pushes = BackgroundPushes(repo_id, run.license) if repo_id and run.hub_strategy == "every_save" else None
     unet.train()
@@ -201,15 +204,15 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 contextlib.nullcontext() if last else accelerator.no_sync(network)
             ):  # gradients are averaged over processes once
                 loss = objective(network, x_0[part], noise[part], t[part], None if labels is None else labels[part])
-                accelerator.backward((loss * weight[part]).mean() / len(parts))
+                accelerator.backward(poisoned((loss * weight[part]).mean() / len(parts)))
             losses.append(loss.detach())
         grad_norm = accelerator.clip_grad_norm_(network.parameters(), run.max_grad_norm)
-        optimizer.step()
+        taken = guard.update(optimizer, grad_norm)
         optimizer.zero_grad(set_to_none=True)
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema is not None:
-            ema.step(unet.parameters())
+            ema.step(unet.parameters(), taken)
 
         unweighted = torch.cat(losses)
         if run.timestep_sampling == "loss_second_moment":
@@ -217,37 +220,49 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 accelerator.gather(t.to(accelerator.device)).cpu(), accelerator.gather(unweighted).cpu()
             )
         log.add((unweighted * weight).mean(), grad_norm, learning_rate)
+        guard.watch(step + 1, t, unweighted, grad_norm)
         bar.update()
-        checkpoint_due = (step + 1) % run.checkpointing_steps == 0
+        stop = stops.agreed()
+        checkpoint_due = stop or (step + 1) % run.checkpointing_steps == 0
         if (step + 1) % run.logging_steps == 0 or step + 1 == steps or checkpoint_due:
             log.write(bar)
+            guard.check()
         if checkpoint_due and step + 1 < steps:
-            save_checkpoint(
-                accelerator, output_dir, step + 1, ema, timestep_sampler, identity, run.checkpoints_total_limit
-            )
-            if pushes is not None and accelerator.is_main_process:
+            save(step + 1)
+            stop = stops.agreed()  # it may have come while that was written
+            if pushes is not None and accelerator.is_main_process and not stop:
                 snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=output_dir))
                 with averaged_weights(unet, ema):
                     save_model(snapshot, unet, scheduler, settings, record())
                 pushes.push(snapshot, f"Step {step + 1} of {steps}")
+        if stop:
+            break
         if run.sample_steps and (step + 1) % run.sample_steps == 0 and step + 1 < steps:
             with averaged_weights(unet, ema):
-                samples = sample(accelerator, unet, scheduler, run)
-            if accelerator.is_main_process:
+                samples = sample(accelerator, unet, scheduler, run, stops)
+            if accelerator.is_main_process and samples is not None:
                 save_samples(output_dir / f"samples-{step + 1}.png", show(images, run), samples, f"step {step + 1}")
     bar.close()
     seconds = time.monotonic() - started
+    if stop and log.step < steps:
+        finish_trackers(accelerator)
+        where = f"behind step {log.step} of {steps}, which {output_dir}/checkpoint-{log.step} holds"
+        raise Stopped(stop, f"{where}. Resume: {resume_command()}")
 
     # what comes out
     fault = None
-    save_checkpoint(accelerator, output_dir, steps, ema, timestep_sampler, identity, run.checkpoints_total_limit)
+    save(steps)
     if ema is not None:
         ema.copy_to(unet.parameters())
     if accelerator.is_main_process:
         save_model(output_dir, unet, scheduler, settings, record())
         save_losses(output_dir / "loss.png", *log.history(), f"{run.objective} loss on {images.name}")
         write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
-    samples = sample(accelerator, unet, scheduler, run)
+    samples = sample(accelerator, unet, scheduler, run, stops)
+    if samples is None:
+        finish_trackers(accelerator)
+        where = f"with training done and the model in {output_dir}, but no samples"
+        raise Stopped(stops.agreed(), f"{where}. Resume: {resume_command()}")
     if accelerator.is_main_process:
         n = run.ddpm_num_inference_steps or len(scheduler)
         save_samples(
@@ -415,11 +430,7 @@ class LossLog:
         self.waiting.append((loss, torch.as_tensor(grad_norm, device=loss.device), learning_rate))
 
     def write(self, bar: Any) -> None:
-        """Average over processes and write what has gathered.
-
-        Raises:
-            FloatingPointError: a loss that is not finite.
-        """
+        """Average over processes and write what has gathered."""
         losses = self.accelerator.reduce(torch.stack([loss for loss, _, _ in self.waiting]), "mean").tolist()
         for loss, (_, norm, learning_rate) in zip(losses, self.waiting, strict=True):
             self.step += 1
@@ -433,14 +444,11 @@ class LossLog:
                 file.writelines(json.dumps(row) + "\n" for row in fresh)
         self.accelerator.log({k: v for k, v in fresh[-1].items() if k != "step"}, step=self.step)
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
-        if not all(map(math.isfinite, losses)):
-            raise FloatingPointError(
-                f"the loss is not finite between steps {fresh[0]['step']} and {self.step}; see {self.path}"
-            )
 
     def history(self) -> tuple[list[int], list[float]]:
-        """Steps and losses of the whole run, from before an interruption too."""
-        return [row["step"] for row in self.rows], [row["loss"] for row in self.rows]
+        """Steps and finite losses of the whole run, from before an interruption too."""
+        rows = [row for row in self.rows if math.isfinite(row["loss"])]
+        return [row["step"] for row in rows], [row["loss"] for row in rows]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -453,7 +461,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def averaged_weights(unet: UNet2DModel, ema: EMAModel | None) -> Any:
+def averaged_weights(unet: UNet2DModel, ema: AveragedWeights | None) -> Any:
     """The UNet with its averaged weights, for as long as the block lasts."""
     if ema is None:
         yield
@@ -466,14 +474,26 @@ def averaged_weights(unet: UNet2DModel, ema: EMAModel | None) -> Any:
         ema.restore(unet.parameters())
 
 
-def sample(accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments) -> Any:
-    """`num_samples` images (N, C, H, W) uint8, image i from seed i whatever the number of processes, each of which makes its part."""
+def sample(
+    accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments, stops: Stops
+) -> Any:
+    """`num_samples` images (N, C, H, W) uint8, image i from seed i whatever the number of processes, each of which makes its part.
+
+    None if a signal stops the run meanwhile.
+    """
+
+    def end_if_stopped(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipeline._interrupt = stops.received != 0
+        return {}
+
     pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
     pipeline.set_progress_bar_config(desc="sample", unit="step", disable=not accelerator.is_main_process)
     unet.eval()
     mine = range(run.num_samples)[accelerator.process_index :: accelerator.num_processes]
     made = []
     for i in range(0, len(mine), run.eval_batch_size):
+        if stops.received:
+            break
         seeds = mine[i : i + run.eval_batch_size]
         labels = None if pipeline.num_classes is None else [seed % pipeline.num_classes for seed in seeds]
         with accelerator.autocast():
@@ -483,10 +503,13 @@ def sample(accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesSche
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 num_inference_steps=run.ddpm_num_inference_steps,
                 output_type="latent",
+                callback_on_step_end=end_if_stopped,
                 return_dict=False,
             )[0]
         made.append(to_uint8(images.float()))
     unet.train()
+    if stops.agreed():
+        return None
     size = unet.config.sample_size
     none = torch.empty(
         (0, unet.config.in_channels, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8
@@ -505,6 +528,12 @@ def show(images: ImageSet, run: RunArguments) -> Any:
     """Real images for the left half of the picture, spread over the set."""
     count = min(run.num_samples, len(images))
     return images.take([i * len(images) // count for i in range(count)]).numpy()
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Of a run that a signal stops: `end_training` would also end the connection of its processes, see `leave`."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def say(accelerator: Accelerator, text: str) -> None:
@@ -536,7 +565,6 @@ def summary(
     weights = "averaged (EMA)" if run.use_ema else "raw"
     skipped = f" ({images.skipped} bad ones skipped)" if images.skipped else ""
     script = "accelerate launch training/train.py"
-    same = shlex.join(sys.argv[1:])  # a later flag wins over an earlier one
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
@@ -545,16 +573,37 @@ def summary(
             f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
             f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
-            f"Longer:    {script} {same} --resume_from_checkpoint latest --max_train_steps {2 * steps}",
+            f"Longer:    {resume_command()} --max_train_steps {2 * steps}",  # a later flag wins over an earlier one
             f"Your own:  {script}{config} --train_data_dir FOLDER_OF_IMAGES --resolution 32 --output_dir outputs/mine",
         ]
     )
 
 
+def how_to_go_on(fault: Exception, output_dir: Path) -> str:
+    """What is left after a failure that is not the settings', and the command that goes on from there."""
+    checkpoints = [] if isinstance(fault, ValueError) else list_checkpoints(output_dir)
+    return f". {checkpoints[0]} is left. Resume: {resume_command()}" if checkpoints else ""
+
+
+def leave(status: int, text: str) -> None:
+    """End this process, with one line on stderr."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        tqdm.write(text, file=sys.stderr)  # clear of a progress bar
+        sys.exit(status)
+    # Of several, all come here or their launcher ends the others. Destructors of what connects them may wait for ever.
+    if status == 1 or os.environ.get("RANK") == "0":
+        tqdm.write(text, file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    settings = parse_arguments()
     try:
-        not_published = main(*parse_arguments())
+        not_published = main(*settings)
+    except Stopped as stop:
+        leave(stop.status, f"train.py: {stop}")
     except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
-        sys.exit(f"train.py: error: {' '.join(str(fault).split())}")
+        leave(1, f"train.py: error: {' '.join(str(fault).split())}{how_to_go_on(fault, Path(settings[2].output_dir))}")
     sys.exit(not_published)
