@@ -269,7 +269,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
             output_dir / "samples.png", show(images, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
         )
         write_card(output_dir, repo_id, run.license)
-        print(summary(images, unet, run, log, steps, steps - done, seconds, output_dir), flush=True)
+        print(summary(images, unet, run, log, guard, steps, steps - done, seconds, output_dir), flush=True)
         if repo_id is not None:
             fault = publish(output_dir, repo_id, run, pushes)
     # The wrapper for several processes goes before the processes' connection does: its destructor may wait on that for ever.
@@ -553,6 +553,7 @@ def summary(
     unet: UNet2DModel,
     run: RunArguments,
     log: LossLog,
+    guard: UpdateGuard,
     steps: int,
     fresh: int,
     seconds: float,
@@ -564,12 +565,13 @@ def summary(
     rate = fresh * run.train_batch_size / seconds if seconds > 0 else 0.0
     weights = "averaged (EMA)" if run.use_ema else "raw"
     skipped = f" ({images.skipped} bad ones skipped)" if images.skipped else ""
+    left_out = f"{guard.skipped} updates left out, not finite; " if guard.skipped else ""
     script = "accelerate launch training/train.py"
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
             f"Learned:   {steps} steps on {len(images)} images{skipped}, {run.objective} loss {sum(tail) / len(tail):.4f} over the last "
-            f"{len(tail)} steps; {rate:.0f} images/s, {seconds / 60:.1f} min.",
+            f"{len(tail)} steps; {left_out}{rate:.0f} images/s, {seconds / 60:.1f} min.",
             f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
             f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
