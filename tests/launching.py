@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import glob
 import importlib
 import itertools
 import json
@@ -171,6 +172,7 @@ class Trainer:
         script: Path | str = TRAIN,
         stop_at: int | tuple[str, int] | None = None,
         by: int = signal.SIGKILL,
+        kill_after: tuple[float, str] | None = None,
         file_size: int | None = None,
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
@@ -178,13 +180,14 @@ class Trainer:
         timeout: int = 100,
     ) -> subprocess.CompletedProcess[str]:
         """Args: `stop_at`: when the process asks for the batch of this step, or calls ("module:function", n) for the n-th time,
-        it sends itself the signal `by`: the default is death on the spot. `file_size`: no file may grow beyond so many bytes.
+        it sends itself the signal `by`: the default is death on the spot. `kill_after`: another process kills it so many seconds after a file of
+        that pattern is there. `file_size`: no file may grow beyond so many bytes.
         `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             argv = [str(script), *map(str, flags)]
             request = {"argv": argv, "stop_at": stop_at, "env": env or {}, "cwd": str(cwd), "timeout": timeout}
-            request |= {"by": int(by), "file_size": file_size}
+            request |= {"by": int(by), "kill_after": kill_after, "file_size": file_size}
             request |= {"out": str(out), "err": str(err)}
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
@@ -224,6 +227,8 @@ def run_request(request: dict[str, Any]) -> int:
     os.environ.update(request["env"])
     if request["stop_at"] is not None:
         signal_at(request["stop_at"], request["by"])
+    if request["kill_after"] is not None:
+        start_killer(*request["kill_after"])
     if request["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
     script, *flags = request["argv"]
@@ -261,6 +266,19 @@ def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None
         return original(*args, **kwargs)
 
     setattr(owner, name, call)
+
+
+def start_killer(seconds: float, pattern: str) -> None:
+    """Have this process killed from outside, so many seconds after a file of the pattern is there."""
+    victim = os.getpid()
+    if os.fork():
+        return
+    while not glob.glob(pattern) and os.getppid() == victim:
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    if os.getppid() == victim:  # not ended by itself
+        os.kill(victim, signal.SIGKILL)
+    os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------ shared by workers

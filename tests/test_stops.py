@@ -1,7 +1,10 @@
 """A run that is told to stop leaves one whole checkpoint and the command that goes on; killed at any moment it goes on too."""
 
+import os
+import random
 import shlex
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -10,7 +13,7 @@ from comparing import assert_same, assert_same_checkpoint, rows, weights
 from launching import ROOT, TINY, TRAIN, Trainer, describe, error_lines, launch, once
 
 import stops
-from checkpoints import damage
+from checkpoints import damage, list_checkpoints
 
 # All that has a history or could carry one wrongly; 20 steps of 8 of 100 images end in the midst of the second epoch.
 HISTORY = (
@@ -147,7 +150,7 @@ sys.path.insert(0, {training!r})
 import stops
 stops.REPEATED = 1.0
 told = stops.Stops()
-told.training = True
+told.where = None
 for _ in range(3):  # as several senders of one and the same stop do
     os.kill(os.getpid(), signal.SIGTERM)
 print("still here", told.agreed(), flush=True)
@@ -191,6 +194,84 @@ def test_the_command_starts_as_many_processes_and_resumes_once(monkeypatch, envi
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["t.py", *argv.split("|")])
     assert stops.resume_command() == expected
+
+
+# ------------------------------------------------------------------------------------------------ killed
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_bit_for_bit_as_if_nothing_had_happened(train, tmp_path):
+    """Five moments of wall-clock time, from the start of the process on, and five inside the write of a checkpoint."""
+    seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"KILL_SEED={seed}")
+    moments = random.Random(seed)
+    flags = [*TINY, *HISTORY, "--max_train_steps", 150, "--checkpointing_steps", 3, "--checkpoints_total_limit", 2]
+    started = time.monotonic()
+    train(*flags, "--output_dir", tmp_path / "whole")
+    seconds = time.monotonic() - started
+
+    folder, killed, inside, steps = tmp_path / "run", 0, 0, []
+    plan = ["time", "write"] * 5
+    while plan or inside < 3:
+        if (plan.pop() if plan else "write") == "time":
+            kill_after = (moments.uniform(0, seconds / 10), "/")
+        else:  # the write of a later step than has been reached
+            at = 3 * (max(steps, default=0) // 3 + moments.randint(1, 2))
+            kill_after = (moments.uniform(0, 0.02), str(folder / f".checkpoint-{at}.partial" / "*"))
+        go_on = ["--resume_from_checkpoint", "latest"] if list_checkpoints(folder) else ["--overwrite_output_dir"]
+        train(*flags, "--output_dir", folder, *go_on, kill_after=kill_after, expect=-signal.SIGKILL)
+        killed += 1
+        inside += bool(list(folder.glob(".checkpoint-*.partial")))
+        if found := list_checkpoints(folder):
+            steps.append(int(found[0].name.removeprefix("checkpoint-")))
+    print(f"{killed} kills, {inside} inside a write, at checkpoints {steps} of a run of {seconds:.1f} s")
+    assert killed >= 10 and inside >= 3 and len(set(steps)) > 3
+    train(*flags, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    assert_ended_as(folder, tmp_path / "whole", 150)
+    assert checkpoint_names(folder) == ["checkpoint-147", "checkpoint-150"]
+
+
+# ------------------------------------------------------------------------------------------------ what fails on the way
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["checkpoint-15", "loss.jsonl"])
+def test_a_disk_that_takes_no_more_costs_nothing_that_was_written(train, whole, tmp_path, what):
+    """The kernel refuses to let a file grow: a checkpoint's, or, earlier, that of the losses."""
+    folder = tmp_path / "run"
+    flags = [*TINY, *HISTORY, "--output_dir", folder, "--checkpointing_steps", 5]
+    train(*flags, stop_at=("torch.optim:AdamW.step", 10), by=signal.SIGTERM, expect=143)
+    before = contents(folder / "checkpoint-10")
+    file_size = 100_000 if what == "checkpoint-15" else (folder / "loss.jsonl").stat().st_size + 100
+    result = train(*flags, "--resume_from_checkpoint", "latest", file_size=file_size, expect=1)
+    line = error_lines(result)[-1]
+    assert line.startswith("train.py: error: could not write ") and what in line.partition(": ")[2], describe(result)
+    assert "File too large" in line or "PytorchStreamWriter" in line or "I/O error" in line
+    assert f"{folder}/checkpoint-10 is left. Resume: " in line and "Traceback" not in result.stderr
+    assert checkpoint_names(folder) == ["checkpoint-10", "checkpoint-5"]
+    assert contents(folder / "checkpoint-10") == before
+    train(*resume_flags(result))
+    assert_ended_as(folder, whole, 20)
+
+
+def test_a_full_disk_under_the_finished_model_leaves_its_checkpoint(train, tmp_path):
+    """A device that is always full stands in for one of the model's files."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "training_config.yaml").symlink_to("/dev/full")
+    result = train(*TINY, "--output_dir", folder, "--overwrite_output_dir", expect=1)
+    line = error_lines(result)[-1]
+    assert line.startswith(
+        f"train.py: error: could not write the model to {folder}: [Errno 28] No space left on device"
+    )
+    assert f"{folder}/checkpoint-12 is left. Resume: " in line and "Traceback" not in result.stderr
+    assert damage(folder / "checkpoint-12") is None
+    (folder / "training_config.yaml").unlink()
+    train(*resume_flags(result))
+    assert (folder / "samples.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------ by a launcher

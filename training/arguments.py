@@ -149,7 +149,7 @@ class RunArguments:
     max_nonfinite_steps: int = field(
         default=10,
         metadata={
-            "help": "A step whose loss or gradient is not finite changes nothing; so many of them in a row end the run."
+            "help": "A step whose loss or gradient is not finite changes nothing; this many in a row end the run."
         },
     )
     use_ema: bool = field(

@@ -1,16 +1,18 @@
-"""Stopping on a signal: what a spot machine, a Slurm time limit or ctrl-C ends the run by.
+"""Stopping together: on a signal, as a spot machine, a Slurm time limit or ctrl-C sends it, or by a failure of one of several processes.
 
 The handler only remembers the signal. Training looks at it once a step, together with all other processes, so that they all stop behind the
 same step, with one whole checkpoint, whichever of them was told. Before training starts there is nothing to save, and the signal ends the
 process where it is. A second signal, later than launchers repeat the first one, ends it at once.
 """
 
+import contextlib
 import os
 import re
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class Stops:
     def __init__(self) -> None:
         self.received = 0  # number of the first signal
         self.first = 0.0  # when it came
-        self.training = False
+        self.where: str | None = "before training started; start it again by the same command"
         self.accelerator: Accelerator | None = None
         self.group: Any = None
         for number in SIGNALS:
@@ -47,7 +49,7 @@ class Stops:
 
     def hold(self, accelerator: Accelerator) -> None:
         """From now on a signal waits for `agreed`. Called by every process, when there is something to save."""
-        self.training = True
+        self.where = None
         if accelerator.num_processes > 1:
             # Of CPU tensors, beside the one for gradients: asking whether to stop waits for no accelerator.
             self.group = torch.distributed.new_group(backend="gloo")
@@ -63,9 +65,15 @@ class Stops:
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(number)
 
+    def release(self, where: str) -> None:
+        """From now on a signal ends the process where it is again: there is nothing left to save. `where`, in words."""
+        self.where = where
+        if self.received:
+            raise Stopped(self.received, where)
+
     def _handle(self, number: int, frame: Any) -> None:
-        if not self.training:
-            raise Stopped(number, "before training started; start it again by the same command")
+        if self.where is not None:
+            raise Stopped(number, self.where)
         now = time.monotonic()
         if not self.received:
             self.received, self.first = number, now
@@ -74,6 +82,31 @@ class Stops:
                 os.write(2, f"\n{name}: stopping behind this step; a second one ends the run at once\n".encode())
         elif now - self.first > REPEATED:
             os._exit(128 + number)
+
+
+class FailedElsewhere(Exception):
+    """Another process failed, and says why."""
+
+
+@contextlib.contextmanager
+def failing_together(accelerator: Accelerator, what: str | None = None) -> Iterator[None]:
+    """A block that each process runs, with as many exchanges between them in it: if it fails in one, it fails in all.
+
+    Else the others would wait for that one. `what` goes before its message, and makes an OSError of it.
+
+    Raises:
+        FailedElsewhere: in the processes in which it did not fail.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    failures = accelerator.reduce(torch.tensor(float(fault is not None), device=accelerator.device))
+    if fault is not None:
+        raise fault if what is None else OSError(f"{what}: {fault}") from fault
+    if float(failures) > 0:
+        raise FailedElsewhere
 
 
 def resume_command() -> str:

@@ -40,10 +40,11 @@ from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
 from pictures import save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
-from stops import Stopped, Stops, resume_command
+from stops import FailedElsewhere, Stopped, Stops, failing_together, resume_command
 from updates import AveragedWeights, UpdateGuard, poisoned
 
 logger = logging.getLogger("train")
+LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")  # folders that a stop left half-written
 
 
 def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str | None:
@@ -225,7 +226,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         stop = stops.agreed()
         checkpoint_due = stop or (step + 1) % run.checkpointing_steps == 0
         if (step + 1) % run.logging_steps == 0 or step + 1 == steps or checkpoint_due:
-            log.write(bar)
+            with failing_together(accelerator, f"could not write {log.path}"):
+                log.write(bar)
             guard.check()
         if checkpoint_due and step + 1 < steps:
             save(step + 1)
@@ -240,8 +242,10 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         if run.sample_steps and (step + 1) % run.sample_steps == 0 and step + 1 < steps:
             with averaged_weights(unet, ema):
                 samples = sample(accelerator, unet, scheduler, run, stops)
-            if accelerator.is_main_process and samples is not None:
-                save_samples(output_dir / f"samples-{step + 1}.png", show(images, run), samples, f"step {step + 1}")
+            picture = output_dir / f"samples-{step + 1}.png"
+            with failing_together(accelerator, f"could not write {picture}"):
+                if accelerator.is_main_process and samples is not None:
+                    save_samples(picture, show(images, run), samples, f"step {step + 1}")
     bar.close()
     seconds = time.monotonic() - started
     if stop and log.step < steps:
@@ -254,15 +258,17 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     save(steps)
     if ema is not None:
         ema.copy_to(unet.parameters())
-    if accelerator.is_main_process:
-        save_model(output_dir, unet, scheduler, settings, record())
-        save_losses(output_dir / "loss.png", *log.history(), f"{run.objective} loss on {images.name}")
-        write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
+    with failing_together(accelerator, f"could not write the model to {output_dir}"):
+        if accelerator.is_main_process:
+            save_model(output_dir, unet, scheduler, settings, record())
+            save_losses(output_dir / "loss.png", *log.history(), f"{run.objective} loss on {images.name}")
+            write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
     samples = sample(accelerator, unet, scheduler, run, stops)
     if samples is None:
         finish_trackers(accelerator)
         where = f"with training done and the model in {output_dir}, but no samples"
         raise Stopped(stops.agreed(), f"{where}. Resume: {resume_command()}")
+    stops.release(f"with training done and the model in {output_dir}")
     if accelerator.is_main_process:
         n = run.ddpm_num_inference_steps or len(scheduler)
         save_samples(
@@ -310,7 +316,7 @@ def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArgument
     """
     if accelerator.is_main_process:
         old = [] if run.resume_from_checkpoint else list_checkpoints(output_dir)
-        for folder in (*old, *output_dir.glob(".checkpoint-*.partial")):
+        for folder in (*old, *(path for name in LEFTOVERS for path in output_dir.glob(name))):
             shutil.rmtree(folder)
     accelerator.wait_for_everyone()
 
@@ -446,9 +452,8 @@ class LossLog:
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
 
     def history(self) -> tuple[list[int], list[float]]:
-        """Steps and finite losses of the whole run, from before an interruption too."""
-        rows = [row for row in self.rows if math.isfinite(row["loss"])]
-        return [row["step"] for row in rows], [row["loss"] for row in rows]
+        """Steps and losses of the whole run, from before an interruption too."""
+        return [row["step"] for row in self.rows], [row["loss"] for row in self.rows]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -561,7 +566,7 @@ def summary(
 ) -> str:
     """Five lines: what was learned, where it is, how to load it, how to go on, how to train on other images."""
     _, losses = log.history()
-    tail = losses[-max(1, len(losses) // 20) :]
+    tail = [loss for loss in losses[-max(1, len(losses) // 20) :] if math.isfinite(loss)] or [math.nan]
     rate = fresh * run.train_batch_size / seconds if seconds > 0 else 0.0
     weights = "averaged (EMA)" if run.use_ema else "raw"
     skipped = f" ({images.skipped} bad ones skipped)" if images.skipped else ""
@@ -581,22 +586,15 @@ def summary(
     )
 
 
-def how_to_go_on(fault: Exception, output_dir: Path) -> str:
-    """What is left after a failure that is not the settings', and the command that goes on from there."""
-    checkpoints = [] if isinstance(fault, ValueError) else list_checkpoints(output_dir)
-    return f". {checkpoints[0]} is left. Resume: {resume_command()}" if checkpoints else ""
-
-
-def leave(status: int, text: str) -> None:
-    """End this process, with one line on stderr."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def leave(status: int, text: str, several: bool = False) -> None:
+    """End this process, with one line on stderr. `several`: all processes come here with the same line, and one of them writes it."""
+    if text and (not several or os.environ.get("RANK", "0") == "0"):
         tqdm.write(text, file=sys.stderr)  # clear of a progress bar
-        sys.exit(status)
-    # Of several, all come here or their launcher ends the others. Destructors of what connects them may wait for ever.
-    if status == 1 or os.environ.get("RANK") == "0":
-        tqdm.write(text, file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(status)
+    if several or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # The end of the interpreter waits for pushes on their way, and for the other processes, which may be for ever.
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
@@ -605,7 +603,13 @@ if __name__ == "__main__":
     try:
         not_published = main(*settings)
     except Stopped as stop:
-        leave(stop.status, f"train.py: {stop}")
+        leave(stop.status, f"train.py: {stop}", several=True)
+    except FailedElsewhere:
+        leave(1, "")
     except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
-        leave(1, f"train.py: error: {' '.join(str(fault).split())}{how_to_go_on(fault, Path(settings[2].output_dir))}")
+        text = f"train.py: error: {' '.join(str(fault).split())}".rstrip(".")
+        left = list_checkpoints(Path(settings[2].output_dir))
+        if left and not isinstance(fault, ValueError):  # a mistake in the settings is not the run's end
+            text += f". {left[0]} is left. Resume: {resume_command()}"
+        leave(1, text, several=isinstance(fault, FloatingPointError))
     sys.exit(not_published)
