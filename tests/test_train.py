@@ -249,10 +249,48 @@ def test_two_accumulating_processes_learn_what_one_does(train, tmp_path, machine
     """On two machines too; and where the place in the batch, or the losses of all processes, decide on t."""
     flags = [*TINY, *flags.split(), "--label_column", "label", "--output_dir"]
     train(*flags, tmp_path / "one")
-    result = launch(*flags, tmp_path / "two", "--gradient_accumulation_steps", 2, processes=2, machines=machines)
+    result = launch(*flags, tmp_path / "two", "--gradient_accumulation_steps", 4, processes=2, machines=machines)
     assert "on 2 process(es) of cpu" in result.stdout
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    rates = [row["learning_rate"] for row in rows(tmp_path / "two")]
+    assert rates == pytest.approx([closed_form(n) for n in range(STEPS)], rel=1e-12, abs=1e-18)
     assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-5)
+
+
+SEEN = """
+import runpy, sys
+sys.path.insert(0, {training!r})
+import torch
+from ddpm_notes_pipeline.objectives import Objective
+seen = []
+def call(self, network, x_0, noise, t, labels=None, original=Objective.__call__):
+    output = lambda *args, **kwargs: (seen[-1].append(result := network(*args, **kwargs)[0]), (result,))[1]
+    seen.append([x_0, noise, t, self.scheduler.add_noise(x_0, noise, t), self._target(x_0, noise, t)])
+    return original(self, output, x_0, noise, t, labels)
+Objective.__call__ = call
+try:
+    runpy.run_path({train!r}, run_name="__main__")
+finally:
+    torch.save([[value.detach() for value in call] for call in seen], {path!r})
+"""
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_bf16_sees_the_noise_and_the_targets_of_float32_bit_for_bit(train, tmp_path, prediction_type):
+    """Rounded to bf16 they would not be: noise at hundreds of timesteps is below its resolution. The network does compute in it."""
+    seen = {}
+    for precision in ("no", "bf16"):
+        path, driver = tmp_path / f"{precision}.pt", tmp_path / f"{precision}.py"
+        driver.write_text(SEEN.format(training=str(TRAIN.parent), train=str(TRAIN), path=str(path)))
+        flags = ["--max_train_steps", 5, "--mixed_precision", precision, "--prediction_type", prediction_type]
+        train(*TINY, *flags, "--output_dir", tmp_path / precision, script=driver)
+        seen[precision] = torch.load(path)
+    assert len(seen["no"]) == len(seen["bf16"]) == 5
+    for exact, half in zip(seen["no"], seen["bf16"], strict=True):
+        assert_same(half[:5], exact[:5])
+        assert {value.dtype for value in half[:5]} == {torch.float32, torch.int64}
+        assert not torch.equal(half[4], half[4].bfloat16().float())
+        assert 1e-4 < float((half[5] - exact[5]).abs().max()) < 0.2, "the network did not compute in bf16"
 
 
 # ------------------------------------------------------------------------------------------------ an independent loop
