@@ -181,7 +181,8 @@ class Trainer:
     ) -> subprocess.CompletedProcess[str]:
         """Args: `stop_at`: when the process asks for the batch of this step, or calls ("module:function", n) for the n-th time,
         it sends itself the signal `by`: the default is death on the spot. `kill_after`: another process kills it so many seconds after a file of
-        that pattern is there. `file_size`: no file may grow beyond so many bytes.
+        that pattern is there. `file_size`: no file may grow beyond so many bytes,
+        that of stderr neither.
         `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
@@ -193,7 +194,9 @@ class Trainer:
             self.server.stdin.flush()
             answer = self.server.stdout.readline()
             assert answer, "the server of train.py died; its stderr is above"
-            result = subprocess.CompletedProcess(argv, json.loads(answer), out.read_text(), err.read_text())
+            result = subprocess.CompletedProcess(
+                argv, json.loads(answer), out.read_text(), err.read_text(errors="replace")
+            )
         assert expect is None or result.returncode == expect, describe(result)
         return result
 

@@ -7,10 +7,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
 from launching import ROOT, TINY, TRAIN, Trainer, describe, error_lines, launch, once
+from PIL import Image
 
 import stops
 from checkpoints import damage, list_checkpoints
@@ -246,7 +248,8 @@ def test_a_disk_that_takes_no_more_costs_nothing_that_was_written(train, whole, 
     train(*flags, stop_at=("torch.optim:AdamW.step", 10), by=signal.SIGTERM, expect=143)
     before = contents(folder / "checkpoint-10")
     file_size = 100_000 if what == "checkpoint-15" else (folder / "loss.jsonl").stat().st_size + 100
-    result = train(*flags, "--resume_from_checkpoint", "latest", file_size=file_size, expect=1)
+    quiet = {"TQDM_MININTERVAL": "60"}  # stderr is a file too
+    result = train(*flags, "--resume_from_checkpoint", "latest", file_size=file_size, env=quiet, expect=1)
     line = error_lines(result)[-1]
     assert line.startswith("train.py: error: could not write ") and what in line.partition(": ")[2], describe(result)
     assert "File too large" in line or "PytorchStreamWriter" in line or "I/O error" in line
@@ -352,6 +355,8 @@ def test_two_processes_stop_behind_the_same_step_whoever_is_told(tmp_path, told,
         resume = ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"]
         assert "on 2 process(es) of cpu" in launch(*TINY, *HISTORY, *resume, "--num_samples", 1, processes=2).stdout
         assert_ended_as(tmp_path / "run", whole, 20)
+        one, two = (np.asarray(Image.open(path / "samples.png"), float) for path in (tmp_path / "run", whole))
+        assert np.array_equal(one, two)  # of one sample, which one process made and the other had no part of
     if told == "one of them":  # by one: the same curve, within rounding
         flags = [*TINY, *HISTORY, *flags, "--output_dir"]
         train(*flags, tmp_path / "whole")

@@ -172,7 +172,11 @@ class RunArguments:
         default=None, metadata={"help": "Keep only the newest so many checkpoints."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest', or the path of a checkpoint."}
+        default=None,
+        metadata={
+            "help": "'latest', or the path of a checkpoint. SIGTERM and ctrl-C to the training process (`accelerate launch` of one process "
+            "passes nothing on: signal the group) write one and print the command that goes on from it."
+        },
     )
     logging_steps: int = field(default=10, metadata={"help": "Write losses every so many steps."})
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = field(

@@ -422,14 +422,19 @@ def check_size(size: tuple[int, int], levels: int) -> None:
 
 
 class LossLog:
-    """Loss, gradient norm and learning rate of every step, as one JSON line each; read from the accelerator only now and then."""
+    """Loss, gradient norm and learning rate of every step, as one JSON line each; read from the accelerator only now and then.
+
+    JSON has no NaN and no infinity: what is not finite is null.
+    """
 
     def __init__(self, accelerator: Accelerator, path: Path, done: int) -> None:
         self.accelerator, self.path, self.step = accelerator, path, done
         self.waiting: list[tuple[torch.Tensor, Any, float]] = []
         self.rows = [row for row in read_rows(path) if row["step"] <= done] if done else []
         if accelerator.is_main_process:
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            aside = path.with_name(f".{path.name}.partial")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            os.replace(aside, path)  # a full disk costs no row
 
     def add(self, loss: torch.Tensor, grad_norm: Any, learning_rate: float) -> None:
         """Remember one step, without waiting for it."""
@@ -440,20 +445,21 @@ class LossLog:
         losses = self.accelerator.reduce(torch.stack([loss for loss, _, _ in self.waiting]), "mean").tolist()
         for loss, (_, norm, learning_rate) in zip(losses, self.waiting, strict=True):
             self.step += 1
-            self.rows.append(
-                {"step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": learning_rate}
-            )
+            row = {"step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": learning_rate}
+            self.rows.append({key: value if math.isfinite(value) else None for key, value in row.items()})
         fresh = self.rows[-len(losses) :]
         self.waiting.clear()
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in fresh)
-        self.accelerator.log({k: v for k, v in fresh[-1].items() if k != "step"}, step=self.step)
+        self.accelerator.log({k: v for k, v in fresh[-1].items() if k != "step" and v is not None}, step=self.step)
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
 
     def history(self) -> tuple[list[int], list[float]]:
-        """Steps and losses of the whole run, from before an interruption too."""
-        return [row["step"] for row in self.rows], [row["loss"] for row in self.rows]
+        """Steps and losses of the whole run, from before an interruption too; NaN for a loss that was not finite."""
+        return [row["step"] for row in self.rows], [
+            math.nan if row["loss"] is None else row["loss"] for row in self.rows
+        ]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
