@@ -187,7 +187,7 @@ def test_a_second_signal_stops_at_once_but_not_a_repetition(train):
     ],
 )
 @pytest.mark.parametrize(
-    "argv", ["--a|b c", "--resume_from_checkpoint|x|--a|b c", "--a|b c|--resume_from_checkpoint=checkpoint-6"]
+    "argv", ["--a|b c", "--resume_from_checkpoint|x|--a|b c", "--a|b c|--resume-from-checkpoint=checkpoint-6"]
 )
 def test_the_command_starts_as_many_processes_and_resumes_once(monkeypatch, environment, expected, argv):
     for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE", "ACCELERATE_USE_CPU"):

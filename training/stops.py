@@ -28,11 +28,12 @@ class Stopped(BaseException):
 
     Attributes:
         status: exit status as shells know it, 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT.
+        together: whether all processes stop so, having agreed on it.
     """
 
-    def __init__(self, number: int, where: str) -> None:
+    def __init__(self, number: int, where: str, together: bool = True) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} {where}")
-        self.status = 128 + number
+        self.status, self.together = 128 + number, together
 
 
 class Stops:
@@ -42,7 +43,6 @@ class Stops:
         self.received = 0  # number of the first signal
         self.first = 0.0  # when it came
         self.where: str | None = "before training started; start it again by the same command"
-        self.accelerator: Accelerator | None = None
         self.group: Any = None
         for number in SIGNALS:
             signal.signal(number, self._handle)
@@ -69,11 +69,11 @@ class Stops:
         """From now on a signal ends the process where it is again: there is nothing left to save. `where`, in words."""
         self.where = where
         if self.received:
-            raise Stopped(self.received, where)
+            raise Stopped(self.received, where, together=False)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.where is not None:
-            raise Stopped(number, self.where)
+            raise Stopped(number, self.where, together=False)
         now = time.monotonic()
         if not self.received:
             self.received, self.first = number, now
@@ -111,7 +111,7 @@ def failing_together(accelerator: Accelerator, what: str | None = None) -> Itera
 
 def resume_command() -> str:
     """The command that goes on with this process's run from its newest whole checkpoint."""
-    flags = re.sub(r"(^|\0)--resume_from_checkpoint[=\0][^\0]*", "", "\0".join(sys.argv[1:])).split("\0")
+    flags = re.sub(r"(^|\0)--resume[-_]from[-_]checkpoint[=\0][^\0]*", "", "\0".join(sys.argv[1:])).split("\0")
     launch = "accelerate launch"
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         launch += " OPTIONS_AS_BEFORE"  # of each machine: its rank, the first one's address

@@ -177,7 +177,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     clear_leftovers(accelerator, output_dir, run)
     stops.hold(accelerator)
     stop = 0
-    log = LossLog(accelerator, output_dir / "loss.jsonl", done)
+    with failing_together(accelerator, f"could not write {output_dir}/loss.jsonl"):
+        log = LossLog(accelerator, output_dir / "loss.jsonl", done)
     pushes = BackgroundPushes(repo_id, run.license) if repo_id and run.hub_strategy == "every_save" else None
     unet.train()
     started = time.monotonic()
@@ -592,15 +593,13 @@ def summary(
     )
 
 
-def leave(status: int, text: str, several: bool = False) -> None:
-    """End this process, with one line on stderr. `several`: all processes come here with the same line, and one of them writes it."""
-    if text and (not several or os.environ.get("RANK", "0") == "0"):
+def leave(status: int, text: str, together: bool = False) -> None:
+    """End this process, with one line on stderr. `together`: all processes come here with the same line, and one of them writes it."""
+    if text and (not together or os.environ.get("RANK", "0") == "0"):
         tqdm.write(text, file=sys.stderr)  # clear of a progress bar
     sys.stdout.flush(), sys.stderr.flush()
-    if several or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # The end of the interpreter waits for pushes on their way, and for the other processes, which may be for ever.
-        os._exit(status)
-    sys.exit(status)
+    # Not by the interpreter's own end: it waits for pushes on their way, and for the other processes, which may be for ever.
+    os._exit(status)
 
 
 if __name__ == "__main__":
@@ -609,7 +608,7 @@ if __name__ == "__main__":
     try:
         not_published = main(*settings)
     except Stopped as stop:
-        leave(stop.status, f"train.py: {stop}", several=True)
+        leave(stop.status, f"train.py: {stop}", stop.together)
     except FailedElsewhere:
         leave(1, "")
     except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
@@ -617,5 +616,8 @@ if __name__ == "__main__":
         left = list_checkpoints(Path(settings[2].output_dir))
         if left and not isinstance(fault, ValueError):  # a mistake in the settings is not the run's end
             text += f". {left[0]} is left. Resume: {resume_command()}"
-        leave(1, text, several=isinstance(fault, FloatingPointError))
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            tqdm.write(text, file=sys.stderr)
+            sys.exit(1)
+        leave(1, text, isinstance(fault, FloatingPointError))
     sys.exit(not_published)
