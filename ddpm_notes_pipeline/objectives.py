@@ -176,8 +176,10 @@ class TimestepSampler:
         return t, 1 / (T * p[t])
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Remember the unweighted losses (B,) of the whole global batch at t (B,), in its order."""
+        """Remember the unweighted losses (B,) of the whole global batch at t (B,), in its order; those that are finite."""
         for index, loss in zip(t.tolist(), losses.tolist()):
+            if not math.isfinite(loss):
+                continue
             self.losses[index, int(self.counts[index]) % self.losses.shape[1]] = loss
             self.counts[index] += 1
 

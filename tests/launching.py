@@ -7,10 +7,15 @@ output and accelerate state. `once` keeps what an expensive run left for every t
 
 import contextlib
 import fcntl
+import functools
 import gc
+import glob
+import importlib
+import itertools
 import json
 import os
 import re
+import resource
 import runpy
 import signal
 import socket
@@ -165,24 +170,33 @@ class Trainer:
         self,
         *flags: Any,
         script: Path | str = TRAIN,
-        stop_at: int | None = None,
+        stop_at: int | tuple[str, int] | None = None,
+        by: int = signal.SIGKILL,
+        kill_after: tuple[float, str] | None = None,
+        file_size: int | None = None,
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
         expect: int | None = 0,
         timeout: int = 100,
     ) -> subprocess.CompletedProcess[str]:
-        """Args: `stop_at`: the process dies on the spot when it asks for the batch of this step, as by `kill -9`.
+        """Args: `stop_at`: when the process asks for the batch of this step, or calls ("module:function", n) for the n-th time,
+        it sends itself the signal `by`: the default is death on the spot. `kill_after`: another process kills it so many seconds after a file of
+        that pattern is there. `file_size`: no file may grow beyond so many bytes,
+        that of stderr neither.
         `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             argv = [str(script), *map(str, flags)]
             request = {"argv": argv, "stop_at": stop_at, "env": env or {}, "cwd": str(cwd), "timeout": timeout}
+            request |= {"by": int(by), "kill_after": kill_after, "file_size": file_size}
             request |= {"out": str(out), "err": str(err)}
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
             answer = self.server.stdout.readline()
             assert answer, "the server of train.py died; its stderr is above"
-            result = subprocess.CompletedProcess(argv, json.loads(answer), out.read_text(), err.read_text())
+            result = subprocess.CompletedProcess(
+                argv, json.loads(answer), out.read_text(), err.read_text(errors="replace")
+            )
         assert expect is None or result.returncode == expect, describe(result)
         return result
 
@@ -215,7 +229,11 @@ def run_request(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     if request["stop_at"] is not None:
-        die_at(request["stop_at"])
+        signal_at(request["stop_at"], request["by"])
+    if request["kill_after"] is not None:
+        start_killer(*request["kill_after"])
+    if request["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
     script, *flags = request["argv"]
     code = 0
     try:
@@ -237,16 +255,33 @@ def run_request(request: dict[str, Any]) -> int:
     return code
 
 
-def die_at(step: int) -> None:
-    """Make the process kill itself, without a chance to tidy up, when training asks for the batch of `step`."""
-    from ddpm_notes_pipeline.data import StepBatches
+def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None:
+    """Make the process send itself a signal: see `Trainer.__call__`. By SIGKILL there is no chance to tidy up."""
+    where, count = ("ddpm_notes_pipeline.data:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    original, calls = getattr(owner, name), itertools.count(1)
 
-    def getitem(self: Any, index: int, original: Any = StepBatches.__getitem__) -> Any:
-        if index == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, index)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args[1] == stop_at if count is None else next(calls) == count:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
 
-    StepBatches.__getitem__ = getitem
+    setattr(owner, name, call)
+
+
+def start_killer(seconds: float, pattern: str) -> None:
+    """Have this process killed from outside, so many seconds after a file of the pattern is there."""
+    victim = os.getpid()
+    if os.fork():
+        return
+    while not glob.glob(pattern) and os.getppid() == victim:
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    if os.getppid() == victim:  # not ended by itself
+        os.kill(victim, signal.SIGKILL)
+    os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------ shared by workers

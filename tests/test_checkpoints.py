@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 import checkpoints
 from checkpoints import damage, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from updates import UpdateGuard
 
 IDENTITY = {"seed": 3, "train_batch_size": 8, "images": "abc"}
 
@@ -41,6 +42,7 @@ class Run:
         )
         self.ema = EMAModel(network.parameters(), use_ema_warmup=True) if use_ema else None
         self.sampler = TimestepSampler(4, "loss_second_moment", history=2)
+        self.guard = UpdateGuard(self.accelerator, limit=10)
         self.steps = 0
 
     def step(self, count=1):
@@ -53,14 +55,16 @@ class Run:
             if self.ema is not None:
                 self.ema.step(self.network.parameters())
             self.sampler.update(torch.tensor([self.steps % 4]), torch.tensor([float(self.steps)]))
+            self.guard.skipped += self.steps % 2
+            self.guard.in_a_row, self.guard.scale_skipped = self.steps % 2, self.steps
         return self
 
     def save(self, total_limit=None, identity=IDENTITY):
-        args = self.accelerator, self.folder, self.steps, self.ema, self.sampler, identity, total_limit
+        args = self.accelerator, self.folder, self.steps, self.ema, self.sampler, self.guard, identity, total_limit
         return save_checkpoint(*args)
 
     def load(self, checkpoint, identity=IDENTITY):
-        self.steps = load_checkpoint(self.accelerator, checkpoint, self.ema, self.sampler, identity)
+        self.steps = load_checkpoint(self.accelerator, checkpoint, self.ema, self.sampler, self.guard, identity)
         return self
 
     def state(self):
@@ -72,6 +76,7 @@ class Run:
         if self.ema is not None:
             found |= {f"ema/{i}": value.clone() for i, value in enumerate(self.ema.shadow_params)}
             found["ema/step"] = torch.tensor(self.ema.optimization_step)
+        found |= {f"updates/{name}": torch.tensor(count) for name, count in self.guard.state_dict().items()}
         return found | self.sampler.state_dict() | {"steps": torch.tensor(self.steps)}
 
 

@@ -146,10 +146,20 @@ class RunArguments:
     adam_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "epsilon of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={
+            "help": "A step whose loss or gradient is not finite changes nothing; this many in a row end the run."
+        },
+    )
     use_ema: bool = field(
         default=True, metadata={"help": "Average the weights; the average is what is sampled and saved."}
     )
     ema_max_decay: float = field(default=0.9999, metadata={"help": "Largest decay of the average."})
+    ema_schedule: Literal["warmup", "constant"] = field(
+        default="warmup",
+        metadata={"help": "warmup: the decay rises to --ema_max_decay, see --ema_inv_gamma; constant: it is that."},
+    )
     ema_inv_gamma: float = field(default=1.0, metadata={"help": "decay at step n is 1 - (1 + n / inv_gamma)^-power."})
     ema_power: float = field(default=0.75, metadata={"help": "See --ema_inv_gamma."})
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
@@ -162,7 +172,11 @@ class RunArguments:
         default=None, metadata={"help": "Keep only the newest so many checkpoints."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest', or the path of a checkpoint."}
+        default=None,
+        metadata={
+            "help": "'latest', or the path of a checkpoint. SIGTERM and ctrl-C to the training process (`accelerate launch` of one process "
+            "passes nothing on: signal the group) write one and print the command that goes on from it."
+        },
     )
     logging_steps: int = field(default=10, metadata={"help": "Write losses every so many steps."})
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = field(
@@ -348,6 +362,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         "--checkpointing_steps": run.checkpointing_steps,
         "--checkpoints_total_limit": run.checkpoints_total_limit,
         "--logging_steps": run.logging_steps,
+        "--max_nonfinite_steps": run.max_nonfinite_steps,
         "--sample_steps": run.sample_steps,
         "--num_samples": run.num_samples,
         "--ddpm_num_inference_steps": run.ddpm_num_inference_steps,

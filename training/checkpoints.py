@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there.
 
 A run is a pure function of (config, seed, step), so a checkpoint is: the weights, their average, the optimizer, the step number, and
-the few things with a history (timestep sampler, loss scale). It is written aside by every process, flushed, listed file by file with
+the few things with a history (timestep sampler, loss scale, counts of updates left out). It is written aside by every process, flushed, listed file by file with
 digests, and only then renamed to `checkpoint-N`. What carries that name and agrees with its list is whole.
 """
 
@@ -18,6 +18,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from stops import FailedElsewhere, failing_together
+from updates import UpdateGuard
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -33,6 +35,7 @@ def save_checkpoint(
     step: int,
     ema: EMAModel | None,
     sampler: TimestepSampler,
+    guard: UpdateGuard,
     run: dict[str, Any],
     total_limit: int | None = None,
 ) -> Path:
@@ -44,39 +47,33 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the disk is full or the like; older checkpoints are as they were.
+        FailedElsewhere: so it is for another process.
     """
     final = output_dir / f"checkpoint-{step}"
     aside, replaced = output_dir / f".checkpoint-{step}.partial", output_dir / f".checkpoint-{step}.replaced"
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(aside))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if ema is not None:
-                averages = {f"{i:05d}": p.contiguous() for i, p in enumerate(ema.shadow_params)}
-                save_file(averages, aside / "ema.safetensors", {"optimization_step": str(ema.optimization_step)})
-            save_file(sampler.state_dict(), aside / "timestep_sampler.safetensors")
-            files = sorted(path for path in aside.rglob("*") if path.is_file())
-            for path in files:
-                _flush(path)
-            listed = {
-                str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files
-            }
-            state = {"step": step, "ema_step": ema.optimization_step if ema else None, "run": run, "files": listed}
-            (aside / MANIFEST).write_text(json.dumps(state, indent=2), encoding="utf-8")
-            _flush(aside / MANIFEST)
-            if final.exists():  # the same step of an earlier try: kept until this one stands in its place
-                os.rename(final, replaced)
-            os.replace(aside, final)
-            _flush(output_dir)
-            shutil.rmtree(replaced, ignore_errors=True)
+        with failing_together(accelerator):
+            if accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+        with failing_together(accelerator):
+            accelerator.save_state(str(aside))
+        with failing_together(accelerator):
+            if accelerator.is_main_process:
+                state = {"step": step, "ema_step": ema.optimization_step if ema else None}
+                _complete(aside, ema, sampler, state | {"updates": guard.state_dict(), "run": run})
+                if final.exists():  # the same step of an earlier try: kept until this one stands in its place
+                    os.rename(final, replaced)
+                os.replace(aside, final)
+                _flush(output_dir)
+                shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
-        if replaced.exists() and not final.exists():
-            os.rename(replaced, final)
-        shutil.rmtree(aside, ignore_errors=True)
+        if accelerator.is_main_process:
+            if replaced.exists() and not final.exists():
+                os.rename(replaced, final)
+            shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, FailedElsewhere):
+            raise
         raise CheckpointError(
             f"could not write {final}: {error}. Older checkpoints in {output_dir} are as they were."
         ) from error
@@ -88,8 +85,27 @@ def save_checkpoint(
     return final
 
 
+def _complete(aside: Path, ema: EMAModel | None, sampler: TimestepSampler, state: dict[str, Any]) -> None:
+    """Add what only one process writes, flush all files, and list them with `state` in the manifest."""
+    if ema is not None:
+        averages = {f"{i:05d}": p.contiguous() for i, p in enumerate(ema.shadow_params)}
+        save_file(averages, aside / "ema.safetensors", {"optimization_step": str(ema.optimization_step)})
+    save_file(sampler.state_dict(), aside / "timestep_sampler.safetensors")
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    for path in files:
+        _flush(path)
+    listed = {str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    (aside / MANIFEST).write_text(json.dumps(state | {"files": listed}, indent=2), encoding="utf-8")
+    _flush(aside / MANIFEST)
+
+
 def load_checkpoint(
-    accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None, sampler: TimestepSampler, run: dict[str, Any]
+    accelerator: Accelerator,
+    checkpoint: Path,
+    ema: EMAModel | None,
+    sampler: TimestepSampler,
+    guard: UpdateGuard,
+    run: dict[str, Any],
 ) -> int:
     """Put everything back as it was; returns the number of steps done. Called by every process.
 
@@ -110,6 +126,7 @@ def load_checkpoint(
             parameter.data.copy_(averages[f"{i:05d}"])
         ema.optimization_step = state["ema_step"]
     sampler.load_state_dict(load_file(checkpoint / "timestep_sampler.safetensors"))
+    guard.load_state_dict(state["updates"])
     return state["step"]
 
 

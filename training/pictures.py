@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -43,10 +44,11 @@ def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) 
     plt.close(figure)
 
 
-def save_losses(path: Path, steps: list[int], losses: list[float], title: str) -> None:
+def save_losses(path: Path, steps: Sequence[int], losses: Sequence[float], title: str) -> None:
     """Loss of each step, faint, and its running mean over a hundredth of the run."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     values = np.asarray(losses)
+    steps, values = np.asarray(steps)[np.isfinite(values)], values[np.isfinite(values)]
     window = max(1, len(values) // 100)
     axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
     if len(values) > window:

@@ -5,6 +5,7 @@ Nothing here names the machine, its user or a path on it: the folder may be publ
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -67,7 +68,7 @@ def run_record(
 ) -> dict[str, Any]:
     """training_run.json, which the card is filled from. `losses` of every step so far; this launch began after `first_step`."""
     steps = len(losses)
-    tail = losses[-max(1, steps // 20) :]
+    tail = [loss for loss in losses[-max(1, steps // 20) :] if math.isfinite(loss)]
     name = Path(run.output_dir).resolve().name
     versions = {package: importlib.metadata.version(package) for package in PACKAGES[1:]}
     return {

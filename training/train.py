@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -41,13 +40,17 @@ from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
 from pictures import save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
+from stops import FailedElsewhere, Stopped, Stops, failing_together, resume_command
+from updates import AveragedWeights, UpdateGuard, poisoned
 
 logger = logging.getLogger("train")
+LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")  # folders that a stop left half-written
 
 
 def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str | None:
     """Train, save and publish; returns what went wrong in publishing."""
     settings = (data, model, run)
+    stops = Stops()
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
@@ -91,14 +94,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         unet.enable_gradient_checkpointing()
     ema = None
     if run.use_ema:
-        ema = EMAModel(
-            unet.parameters(),
-            decay=run.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=run.ema_inv_gamma,
-            power=run.ema_power,
-            foreach=True,
-        )
+        ema = AveragedWeights(unet.parameters(), run.ema_max_decay, run.ema_schedule, run.ema_inv_gamma, run.ema_power)
         ema.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -109,6 +105,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
     network, optimizer = accelerator.prepare(unet, optimizer)
+    guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
     if run.torch_compile:
         unet.compile()
     # where the run is
@@ -124,7 +121,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     done = 0
     if run.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, run.resume_from_checkpoint)
-        done = load_checkpoint(accelerator, checkpoint, ema, timestep_sampler, identity)
+        done = load_checkpoint(accelerator, checkpoint, ema, timestep_sampler, guard, identity)
         if done > steps:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; give more steps"
@@ -159,6 +156,11 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=False,
     )
+
+    def save(step: int) -> None:
+        limit = run.checkpoints_total_limit
+        save_checkpoint(accelerator, output_dir, step, ema, timestep_sampler, guard, identity, limit)
+
     positions = torch.arange(share) + accelerator.process_index * share
     if run.report_to != "none":
         accelerator.init_trackers(
@@ -173,7 +175,10 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
 
     # train
     clear_leftovers(accelerator, output_dir, run)
-    log = LossLog(accelerator, output_dir / "loss.jsonl", done)
+    stops.hold(accelerator)
+    stop = 0
+    with failing_together(accelerator, f"could not write {output_dir}/loss.jsonl"):
+        log = LossLog(accelerator, output_dir / "loss.jsonl", done)
     pushes = BackgroundPushes(repo_id, run.license) if repo_id and run.hub_strategy == "every_save" else None
     unet.train()
     started = time.monotonic()
@@ -201,15 +206,15 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 contextlib.nullcontext() if last else accelerator.no_sync(network)
             ):  # gradients are averaged over processes once
                 loss = objective(network, x_0[part], noise[part], t[part], None if labels is None else labels[part])
-                accelerator.backward((loss * weight[part]).mean() / len(parts))
+                accelerator.backward(poisoned((loss * weight[part]).mean() / len(parts)))
             losses.append(loss.detach())
         grad_norm = accelerator.clip_grad_norm_(network.parameters(), run.max_grad_norm)
-        optimizer.step()
+        taken = guard.update(optimizer, grad_norm)
         optimizer.zero_grad(set_to_none=True)
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema is not None:
-            ema.step(unet.parameters())
+            ema.step(unet.parameters(), taken)
 
         unweighted = torch.cat(losses)
         if run.timestep_sampling == "loss_second_moment":
@@ -217,44 +222,61 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 accelerator.gather(t.to(accelerator.device)).cpu(), accelerator.gather(unweighted).cpu()
             )
         log.add((unweighted * weight).mean(), grad_norm, learning_rate)
+        guard.watch(step + 1, t, unweighted, grad_norm)
         bar.update()
-        checkpoint_due = (step + 1) % run.checkpointing_steps == 0
+        stop = stops.agreed()
+        checkpoint_due = stop or (step + 1) % run.checkpointing_steps == 0
         if (step + 1) % run.logging_steps == 0 or step + 1 == steps or checkpoint_due:
-            log.write(bar)
+            with failing_together(accelerator, f"could not write {log.path}"):
+                log.write(bar)
+            guard.check()
         if checkpoint_due and step + 1 < steps:
-            save_checkpoint(
-                accelerator, output_dir, step + 1, ema, timestep_sampler, identity, run.checkpoints_total_limit
-            )
-            if pushes is not None and accelerator.is_main_process:
+            save(step + 1)
+            stop = stops.agreed()  # it may have come while that was written
+            if pushes is not None and accelerator.is_main_process and not stop:
                 snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=output_dir))
                 with averaged_weights(unet, ema):
                     save_model(snapshot, unet, scheduler, settings, record())
                 pushes.push(snapshot, f"Step {step + 1} of {steps}")
+        if stop:
+            break
         if run.sample_steps and (step + 1) % run.sample_steps == 0 and step + 1 < steps:
             with averaged_weights(unet, ema):
-                samples = sample(accelerator, unet, scheduler, run)
-            if accelerator.is_main_process:
-                save_samples(output_dir / f"samples-{step + 1}.png", show(images, run), samples, f"step {step + 1}")
+                samples = sample(accelerator, unet, scheduler, run, stops)
+            picture = output_dir / f"samples-{step + 1}.png"
+            with failing_together(accelerator, f"could not write {picture}"):
+                if accelerator.is_main_process and samples is not None:
+                    save_samples(picture, show(images, run), samples, f"step {step + 1}")
     bar.close()
     seconds = time.monotonic() - started
+    if stop and log.step < steps:
+        finish_trackers(accelerator)
+        where = f"behind step {log.step} of {steps}, which {output_dir}/checkpoint-{log.step} holds"
+        raise Stopped(stop, f"{where}. Resume: {resume_command()}")
 
     # what comes out
     fault = None
-    save_checkpoint(accelerator, output_dir, steps, ema, timestep_sampler, identity, run.checkpoints_total_limit)
+    save(steps)
     if ema is not None:
         ema.copy_to(unet.parameters())
-    if accelerator.is_main_process:
-        save_model(output_dir, unet, scheduler, settings, record())
-        save_losses(output_dir / "loss.png", *log.history(), f"{run.objective} loss on {images.name}")
-        write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
-    samples = sample(accelerator, unet, scheduler, run)
+    with failing_together(accelerator, f"could not write the model to {output_dir}"):
+        if accelerator.is_main_process:
+            save_model(output_dir, unet, scheduler, settings, record())
+            save_losses(output_dir / "loss.png", *log.history(), f"{run.objective} loss on {images.name}")
+            write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
+    samples = sample(accelerator, unet, scheduler, run, stops)
+    if samples is None:
+        finish_trackers(accelerator)
+        where = f"with training done and the model in {output_dir}, but no samples"
+        raise Stopped(stops.agreed(), f"{where}. Resume: {resume_command()}")
+    stops.release(f"with training done and the model in {output_dir}")
     if accelerator.is_main_process:
         n = run.ddpm_num_inference_steps or len(scheduler)
         save_samples(
             output_dir / "samples.png", show(images, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
         )
         write_card(output_dir, repo_id, run.license)
-        print(summary(images, unet, run, log, steps, steps - done, seconds, output_dir), flush=True)
+        print(summary(images, unet, run, log, guard, steps, steps - done, seconds, output_dir), flush=True)
         if repo_id is not None:
             fault = publish(output_dir, repo_id, run, pushes)
     # The wrapper for several processes goes before the processes' connection does: its destructor may wait on that for ever.
@@ -295,7 +317,7 @@ def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArgument
     """
     if accelerator.is_main_process:
         old = [] if run.resume_from_checkpoint else list_checkpoints(output_dir)
-        for folder in (*old, *output_dir.glob(".checkpoint-*.partial")):
+        for folder in (*old, *(path for name in LEFTOVERS for path in output_dir.glob(name))):
             shutil.rmtree(folder)
     accelerator.wait_for_everyone()
 
@@ -401,46 +423,44 @@ def check_size(size: tuple[int, int], levels: int) -> None:
 
 
 class LossLog:
-    """Loss, gradient norm and learning rate of every step, as one JSON line each; read from the accelerator only now and then."""
+    """Loss, gradient norm and learning rate of every step, as one JSON line each; read from the accelerator only now and then.
+
+    JSON has no NaN and no infinity: what is not finite is null.
+    """
 
     def __init__(self, accelerator: Accelerator, path: Path, done: int) -> None:
         self.accelerator, self.path, self.step = accelerator, path, done
         self.waiting: list[tuple[torch.Tensor, Any, float]] = []
         self.rows = [row for row in read_rows(path) if row["step"] <= done] if done else []
         if accelerator.is_main_process:
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            aside = path.with_name(f".{path.name}.partial")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            os.replace(aside, path)  # a full disk costs no row
 
     def add(self, loss: torch.Tensor, grad_norm: Any, learning_rate: float) -> None:
         """Remember one step, without waiting for it."""
         self.waiting.append((loss, torch.as_tensor(grad_norm, device=loss.device), learning_rate))
 
     def write(self, bar: Any) -> None:
-        """Average over processes and write what has gathered.
-
-        Raises:
-            FloatingPointError: a loss that is not finite.
-        """
+        """Average over processes and write what has gathered."""
         losses = self.accelerator.reduce(torch.stack([loss for loss, _, _ in self.waiting]), "mean").tolist()
         for loss, (_, norm, learning_rate) in zip(losses, self.waiting, strict=True):
             self.step += 1
-            self.rows.append(
-                {"step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": learning_rate}
-            )
+            row = {"step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": learning_rate}
+            self.rows.append({key: value if math.isfinite(value) else None for key, value in row.items()})
         fresh = self.rows[-len(losses) :]
         self.waiting.clear()
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in fresh)
-        self.accelerator.log({k: v for k, v in fresh[-1].items() if k != "step"}, step=self.step)
+        self.accelerator.log({k: v for k, v in fresh[-1].items() if k != "step" and v is not None}, step=self.step)
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
-        if not all(map(math.isfinite, losses)):
-            raise FloatingPointError(
-                f"the loss is not finite between steps {fresh[0]['step']} and {self.step}; see {self.path}"
-            )
 
     def history(self) -> tuple[list[int], list[float]]:
-        """Steps and losses of the whole run, from before an interruption too."""
-        return [row["step"] for row in self.rows], [row["loss"] for row in self.rows]
+        """Steps and losses of the whole run, from before an interruption too; NaN for a loss that was not finite."""
+        return [row["step"] for row in self.rows], [
+            math.nan if row["loss"] is None else row["loss"] for row in self.rows
+        ]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -453,7 +473,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def averaged_weights(unet: UNet2DModel, ema: EMAModel | None) -> Any:
+def averaged_weights(unet: UNet2DModel, ema: AveragedWeights | None) -> Any:
     """The UNet with its averaged weights, for as long as the block lasts."""
     if ema is None:
         yield
@@ -466,14 +486,26 @@ def averaged_weights(unet: UNet2DModel, ema: EMAModel | None) -> Any:
         ema.restore(unet.parameters())
 
 
-def sample(accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments) -> Any:
-    """`num_samples` images (N, C, H, W) uint8, image i from seed i whatever the number of processes, each of which makes its part."""
+def sample(
+    accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments, stops: Stops
+) -> Any:
+    """`num_samples` images (N, C, H, W) uint8, image i from seed i whatever the number of processes, each of which makes its part.
+
+    None if a signal stops the run meanwhile.
+    """
+
+    def end_if_stopped(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipeline._interrupt = stops.received != 0
+        return {}
+
     pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
     pipeline.set_progress_bar_config(desc="sample", unit="step", disable=not accelerator.is_main_process)
     unet.eval()
     mine = range(run.num_samples)[accelerator.process_index :: accelerator.num_processes]
     made = []
     for i in range(0, len(mine), run.eval_batch_size):
+        if stops.received:
+            break
         seeds = mine[i : i + run.eval_batch_size]
         labels = None if pipeline.num_classes is None else [seed % pipeline.num_classes for seed in seeds]
         with accelerator.autocast():
@@ -483,10 +515,13 @@ def sample(accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesSche
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 num_inference_steps=run.ddpm_num_inference_steps,
                 output_type="latent",
+                callback_on_step_end=end_if_stopped,
                 return_dict=False,
             )[0]
         made.append(to_uint8(images.float()))
     unet.train()
+    if stops.agreed():
+        return None
     size = unet.config.sample_size
     none = torch.empty(
         (0, unet.config.in_channels, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8
@@ -507,6 +542,12 @@ def show(images: ImageSet, run: RunArguments) -> Any:
     return images.take([i * len(images) // count for i in range(count)]).numpy()
 
 
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Of a run that a signal stops: `end_training` would also end the connection of its processes, see `leave`."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def say(accelerator: Accelerator, text: str) -> None:
     if accelerator.is_main_process:
         tqdm.write(text)
@@ -524,6 +565,7 @@ def summary(
     unet: UNet2DModel,
     run: RunArguments,
     log: LossLog,
+    guard: UpdateGuard,
     steps: int,
     fresh: int,
     seconds: float,
@@ -531,30 +573,51 @@ def summary(
 ) -> str:
     """Five lines: what was learned, where it is, how to load it, how to go on, how to train on other images."""
     _, losses = log.history()
-    tail = losses[-max(1, len(losses) // 20) :]
+    tail = [loss for loss in losses[-max(1, len(losses) // 20) :] if math.isfinite(loss)] or [math.nan]
     rate = fresh * run.train_batch_size / seconds if seconds > 0 else 0.0
     weights = "averaged (EMA)" if run.use_ema else "raw"
     skipped = f" ({images.skipped} bad ones skipped)" if images.skipped else ""
+    left_out = f"{guard.skipped} updates left out, not finite; " if guard.skipped else ""
     script = "accelerate launch training/train.py"
-    same = shlex.join(sys.argv[1:])  # a later flag wins over an earlier one
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
             f"Learned:   {steps} steps on {len(images)} images{skipped}, {run.objective} loss {sum(tail) / len(tail):.4f} over the last "
-            f"{len(tail)} steps; {rate:.0f} images/s, {seconds / 60:.1f} min.",
+            f"{len(tail)} steps; {left_out}{rate:.0f} images/s, {seconds / 60:.1f} min.",
             f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
             f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
-            f"Longer:    {script} {same} --resume_from_checkpoint latest --max_train_steps {2 * steps}",
+            f"Longer:    {resume_command()} --max_train_steps {2 * steps}",  # a later flag wins over an earlier one
             f"Your own:  {script}{config} --train_data_dir FOLDER_OF_IMAGES --resolution 32 --output_dir outputs/mine",
         ]
     )
 
 
+def leave(status: int, text: str, together: bool = False) -> None:
+    """End this process, with one line on stderr. `together`: all processes come here with the same line, and one of them writes it."""
+    if text and (not together or os.environ.get("RANK", "0") == "0"):
+        tqdm.write(text, file=sys.stderr)  # clear of a progress bar
+    sys.stdout.flush(), sys.stderr.flush()
+    # Not by the interpreter's own end: it waits for pushes on their way, and for the other processes, which may be for ever.
+    os._exit(status)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    settings = parse_arguments()
     try:
-        not_published = main(*parse_arguments())
+        not_published = main(*settings)
+    except Stopped as stop:
+        leave(stop.status, f"train.py: {stop}", stop.together)
+    except FailedElsewhere:
+        leave(1, "")
     except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
-        sys.exit(f"train.py: error: {' '.join(str(fault).split())}")
+        text = f"train.py: error: {' '.join(str(fault).split())}".rstrip(".")
+        left = list_checkpoints(Path(settings[2].output_dir))
+        if left and not isinstance(fault, ValueError):  # a mistake in the settings is not the run's end
+            text += f". {left[0]} is left. Resume: {resume_command()}"
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            tqdm.write(text, file=sys.stderr)
+            sys.exit(1)
+        leave(1, text, isinstance(fault, FloatingPointError))
     sys.exit(not_published)
