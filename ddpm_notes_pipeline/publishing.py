@@ -14,7 +14,6 @@ import shlex
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +88,7 @@ def push_folder(
     message: str = "Upload a DDPM",
     license: str | None = None,
     api: HfApi | None = None,
+    ended: threading.Event | None = None,
 ) -> str:
     """Write the folder's card and push the folder's own files in one commit; returns the repository's address.
 
@@ -97,6 +97,7 @@ def push_folder(
         repo_id: "user/name" of a repository that is there (`prepare_repo`).
         message: of the commit.
         license: see `write_card`.
+        ended: once it is set, a failed attempt is the last.
 
     Raises:
         PublishingError: after five attempts, or at once when no attempt can help (no right to write).
@@ -111,7 +112,7 @@ def push_folder(
         )
         return f"{api.endpoint}/{repo_id}"
 
-    return _persistently(push, f"could not push {folder} to {repo_id}")
+    return _persistently(push, f"could not push {folder} to {repo_id}", ended)
 
 
 def push_command(folder: Path | str, repo_id: str, private: bool = False) -> str:
@@ -131,6 +132,7 @@ class BackgroundPushes:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="push")
         self._lock = threading.Lock()
         self._waiting: tuple[Path, Future] | None = None
+        self._ended = threading.Event()
 
     def push(self, folder: Path, message: str) -> None:
         """Push the folder some time soon, then delete it."""
@@ -141,11 +143,16 @@ class BackgroundPushes:
 
     def _push(self, folder: Path, message: str) -> None:
         try:
-            push_folder(folder, self.repo_id, message, self.license)
+            push_folder(folder, self.repo_id, message, self.license, ended=self._ended)
         except Exception as error:  # whatever it was, training goes on
             logger.warning("%s. Training goes on; the next push has everything", error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """End soon, as a process does that was told to: the push on its way is tried no second time, the one that waits not at all."""
+        self._ended.set()
+        self.close()
 
     def close(self) -> None:
         """Wait for the push on its way, and for no other."""
@@ -161,8 +168,9 @@ def _published_card(api: HfApi, repo_id: str, revision: str | None) -> str | Non
         return None
 
 
-def _persistently(action: Callable[[], str], what: str) -> str:
-    """The action's value, from the first attempt that works."""
+def _persistently(action: Callable[[], str], what: str, ended: threading.Event | None = None) -> str:
+    """The action's value, from the first attempt that works; no more attempts once `ended` is set."""
+    ended = ended or threading.Event()
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
@@ -170,12 +178,12 @@ def _persistently(action: Callable[[], str], what: str) -> str:
             raise
         except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # HfHubHTTPError is an OSError
             reason, hopeless, asked = _diagnose(error)
-            if hopeless or attempt == ATTEMPTS:
+            if hopeless or attempt == ATTEMPTS or ended.is_set():
                 tries = "" if attempt == 1 else f" in {attempt} attempts"
                 raise PublishingError(f"{what}{tries}: {reason}") from error
             wait = max(FIRST_WAIT * 2 ** (attempt - 1), asked)
             logger.warning("%s: %s; trying again in %.0f s", what, reason, wait)
-            time.sleep(wait)
+            ended.wait(wait)
     raise AssertionError("the last attempt returns or raises")
 
 

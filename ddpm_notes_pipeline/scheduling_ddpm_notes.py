@@ -676,9 +676,11 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a timestep off the path, shapes that do not fit, an integer sample.
         """
-        quick = isinstance(timestep, torch.Tensor) and timestep.device == CPU and timestep.numel() == 1
-        t = timestep.item() if quick else timestep
-        t = t if type(t) is int else self._path_index(timestep)
+        t: Any = timestep
+        if isinstance(timestep, torch.Tensor) and timestep.device == CPU and timestep.numel() == 1:
+            t = timestep.item()
+        if type(t) is not int:
+            t = self._path_index(timestep)
         if t not in self._path:
             self.previous_timestep(t)  # says what is wrong
         c = self._path[t]

@@ -349,3 +349,15 @@ def test_closing_waits_for_the_push_on_its_way_and_drops_the_one_that_waits(hub,
     background.push(folders[1], "1")
     background.close()
     assert commits(hub) == ["0"] and not any(folder.exists() for folder in folders)
+
+
+def test_a_process_that_has_to_end_waits_for_no_further_attempt(hub, background, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(publishing, "FIRST_WAIT", 60)
+    hub.fail("info", 500, times=None)
+    (folder,) = snapshots(tmp_path, 1)
+    background.push(folder, "0")
+    while "trying again in 60 s" not in caplog.text:
+        time.sleep(0.01)
+    begun = time.monotonic()
+    background.abandon()
+    assert time.monotonic() - begun < 10 and not folder.exists() and commits(hub) == []

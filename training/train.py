@@ -250,6 +250,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     bar.close()
     seconds = time.monotonic() - started
     if stop and log.step < steps:
+        if pushes is not None:
+            pushes.abandon()
         finish_trackers(accelerator)
         where = f"behind step {log.step} of {steps}, which {output_dir}/checkpoint-{log.step} holds"
         raise Stopped(stop, f"{where}. Resume: {resume_command()}")
