@@ -4,6 +4,7 @@ import os
 import random
 import shlex
 import signal
+import tempfile
 import time
 from pathlib import Path
 
