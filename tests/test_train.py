@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import shutil
+import signal
 import types
 from pathlib import Path
 
@@ -576,6 +577,25 @@ def test_an_empty_folder_is_taken(train, tmp_path):
     assert (tmp_path / "model_index.json").exists()
 
 
+def test_one_command_starts_a_run_and_goes_on_with_it(train, straight, tmp_path):
+    """As a machine that may be taken away repeats it: also when that was before the first checkpoint."""
+    folder = tmp_path / "run"
+    flags = [*TINY, "--checkpointing_steps", "6", "--output_dir", folder, "--resume_from_checkpoint", "latest"]
+    result = train(*flags, stop_at=4, expect=-signal.SIGKILL)
+    assert "no checkpoint yet: starting at the beginning" in result.stdout and (folder / "loss.jsonl").exists()
+    assert "no checkpoint yet" in train(*flags, stop_at=8, expect=-signal.SIGKILL).stdout
+    assert f"going on from {folder}/checkpoint-6" in train(*flags).stdout
+    assert_same_checkpoint(folder / "checkpoint-12", straight[0] / "checkpoint-12")
+
+
+def test_latest_in_somebody_s_folder_takes_nothing_over(train, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    result = train(*TINY, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", expect=1)
+    (line,) = error_lines(result)
+    assert "is not empty" in line and "no checkpoint to go on from" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_overwriting_leaves_no_checkpoint_of_the_old_run_to_go_on_from(train, straight, tmp_path):
     """An old checkpoint-12 would be the "latest" of a new run of 8 steps."""
     folder = tmp_path / "run"
@@ -661,7 +681,7 @@ REFUSED = {
     "simple, variance learned": ("--dataset_name digits --variance_type learned_range", "'simple'.*'learned_range'"),
     "zero SNR with epsilon": ("--dataset_name digits --rescale_betas_zero_snr", "'epsilon'.*v_prediction"),
     "the bound weighted": ("--dataset_name digits --objective vlb --loss_weighting min_snr", "'min_snr'.*'vlb'"),
-    "nothing to resume": ("--dataset_name digits --resume_from_checkpoint latest", "no whole checkpoint"),
+    "nothing to resume": ("--dataset_name digits --resume_from_checkpoint checkpoint-5", "no whole checkpoint"),
     "no model there": ("--dataset_name digits --pretrained_model_name_or_path ./nowhere", "nowhere"),
     "no network there": ("--dataset_name digits --model_config_name_or_path ./nowhere.json", "nowhere.json"),
     "a file for a folder": ("--dataset_name digits --output_dir typo.yaml --overwrite_output_dir", "typo.yaml"),

@@ -154,11 +154,13 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def find_checkpoint(output_dir: Path, wanted: str) -> Path:
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, or "latest", the newest whole one.
 
+    None where "latest" finds no checkpoint at all: a machine that is started again with one and the same command begins at the beginning.
+
     Raises:
-        ValueError: there is none, or the one named is damaged.
+        ValueError: all are damaged, or the one named is.
     """
     if wanted != "latest":
         checkpoint = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
@@ -171,7 +173,9 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
         if fault is None:
             return checkpoint
         logger.warning("passing over %s: %s", checkpoint, fault)
-    raise ValueError(f"--resume_from_checkpoint is latest, and {output_dir} has no whole checkpoint")
+    if list_checkpoints(output_dir):
+        raise ValueError(f"--resume_from_checkpoint is latest, and {output_dir} has no whole checkpoint")
+    return None
 
 
 def _digest(path: Path) -> str:

@@ -119,14 +119,16 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         identity |= {f"{owner}.{name}": value for name, value in config.items() if not name.startswith("_")}
     identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
     done = 0
-    if run.resume_from_checkpoint:
-        checkpoint = find_checkpoint(output_dir, run.resume_from_checkpoint)
+    checkpoint = find_checkpoint(output_dir, run.resume_from_checkpoint) if run.resume_from_checkpoint else None
+    if checkpoint is not None:
         done = load_checkpoint(accelerator, checkpoint, ema, timestep_sampler, guard, identity)
         if done > steps:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; give more steps"
             )
         say(accelerator, f"going on from {checkpoint} at step {done}")
+    elif run.resume_from_checkpoint:
+        say(accelerator, f"{output_dir} has no checkpoint yet: starting at the beginning")
     # Not prepared: accelerate would step it once a process; here it is stepped once an optimizer step.
     for group in optimizer.param_groups:
         group["initial_lr"] = run.learning_rate
@@ -300,12 +302,18 @@ def check_processes(accelerator: Accelerator) -> None:
 
 def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
     """Refuse to write over somebody's files."""
-    taken = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
+    if output_dir.exists() and not output_dir.is_dir():
+        sys.exit(f"train.py: error: --output_dir {output_dir} is a file; name a folder")
+    there = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    if run.resume_from_checkpoint and not list_checkpoints(output_dir):  # a run that was stopped before its first one
+        there = {name for name in there if name != "loss.jsonl" and not name.startswith((".checkpoint-", ".push-"))}
+    going_on = run.resume_from_checkpoint and (list_checkpoints(output_dir) or run.resume_from_checkpoint != "latest")
     accelerator.wait_for_everyone()  # before anybody writes
-    if taken and not (run.overwrite_output_dir or run.resume_from_checkpoint):
+    if there and not (run.overwrite_output_dir or going_on):
         sys.exit(
             f"train.py: error: --output_dir {output_dir} is not empty. Go on with it by --resume_from_checkpoint latest, write over it by "
             "--overwrite_output_dir, or name another"
+            + (" (it holds no checkpoint to go on from)" if run.resume_from_checkpoint else "")
         )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
