@@ -793,11 +793,14 @@ def test_a_pipeline_goes_up_and_a_stranger_loads_it(hub, connect, tmp_path):
         code = {"custom_pipeline": "user/digits", "trust_remote_code": True}
         sample(DiffusionPipeline.from_pretrained("user/digits", **code), "trusted-2")
         pipe = DiffusionPipeline.from_pretrained("user/digits", revision=FIRST, custom_revision=FIRST, **code)
-        assert type(pipe).__name__ == "DDPMNotesPipeline" and FIRST in type(pipe).__module__, type(pipe).__module__
+        assert type(pipe).__name__ == "DDPMNotesPipeline", pipe
         sample(pipe, "trusted-1")
     """
     run(hub, stranger.replace("OUT", repr(f"{tmp_path}/")).replace("FIRST", repr(first)), OMP_NUM_THREADS="1")
     assert not hub.calls(None)
+    assert f"/user/digits/resolve/{first}/pipeline.py" in {
+        call.path for call in hub.calls("resolve")
+    }  # custom_revision
     images = {path.stem: np.load(path) for path in tmp_path.glob("*.npy")}
     assert len(images) == 4 and not np.array_equal(images["trusted-1"], images["trusted-2"])
     for seed in (1, 2):
