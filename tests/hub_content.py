@@ -199,12 +199,12 @@ class Xet:
     def get(self, sha256: str, size: int, stores: Iterable[Path]) -> bytes | None:
         """The content that a client wrote to one of the stores, or None."""
         for store in stores:
-            for shard in store.glob("**/shards/*.mdb"):
+            for shard in (store / "xet/xorbs/shards").glob("*.mdb"):
                 if xet_hash := self.files_in(shard).get(sha256):
                     # From a copy: while the client is not done with its commit, it keeps its own locked.
                     with tempfile.TemporaryDirectory(dir=self.root) as folder:
                         copy, target = Path(folder, "store"), Path(folder, "out")
-                        shutil.copytree(store, copy)
+                        shutil.copytree(store / "xet/xorbs", copy / "xet/xorbs")  # not what it is at work on
                         with session().new_file_download_group(**self.connection(copy)) as group:
                             group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), str(target))
                         data = target.read_bytes()
@@ -223,7 +223,7 @@ class Xet:
             return "".join(f"{number:016x}" for number in struct.unpack_from("<4Q", data, at))
 
         data, at, found = shard.read_bytes(), 48, {}
-        while data[at : at + 32] != b"\xff" * 32:
+        while len(data) > at + 48 and data[at : at + 32] != b"\xff" * 32:
             flags, segments = struct.unpack_from("<2I", data, at + 32)
             end = at + 48 + 48 * segments * (2 if flags & 1 << 31 else 1)  # each segment, and its proof where flagged
             if flags & 1 << 30:  # then what git knows of the file

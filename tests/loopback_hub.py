@@ -230,7 +230,6 @@ class Handler(BaseHTTPRequestHandler):
             self.take(fault)
             answer = self.answer(fault)
             self.send(answer, fault)
-            self.call.status = answer.status
         except Dropped:
             self.cut(reset=fault is None or fault.reset)
         finally:
@@ -261,6 +260,7 @@ class Handler(BaseHTTPRequestHandler):
         drop = fault.drop if fault else None
         if drop == "answer":
             raise Dropped
+        self.call.status = answer.status  # now: the client may be quicker than this thread
         body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         kind = "application/octet-stream" if isinstance(answer.body, bytes) else "application/json; charset=utf-8"
         self.send_response(answer.status)
