@@ -9,6 +9,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from launching import ROOT, TINY, TRAIN, Trainer, describe, error_lines, launch, once
+from launching import ROOT, TINY, TRAIN, Trainer, describe, environment_of_runs, error_lines, free_port, launch, once
 from safetensors.torch import load_file
 
 import train as train_script
@@ -803,3 +806,34 @@ def test_epochs_count_the_images_once_each(train, tmp_path):
     flags += ["--num_epochs", 2, "--max_train_samples", 10, "--lr_warmup_steps", 0]
     result = train(*flags, "--output_dir", tmp_path / "run")
     assert result.stdout.startswith("10 images of 1x8x8") and "steps 0 to 3 of 8 images" in result.stdout  # 20 / 8
+
+
+ACCELERATE = {"one_gpu": ("NO", 1, 1), "multi_gpu": ("MULTI_GPU", 4, 1), "two_nodes": ("MULTI_GPU", 8, 2)}
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_the_settings_for_gpus_are_what_accelerate_reads(name):
+    config = load_config_from_file(str(ROOT / "training" / "accelerate" / f"{name}.yaml"))
+    assert (str(config.distributed_type.value), config.num_processes, config.num_machines) == ACCELERATE[name]
+    assert config.mixed_precision == "bf16" and not config.use_cpu
+
+
+@pytest.mark.slow
+def test_the_settings_for_two_cpu_processes_start_two(tmp_path):
+    file = ROOT / "training" / "accelerate" / "two_cpu_processes.yaml"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        file,
+        "--main_process_port",
+        free_port(),
+    ]
+    flags = [TRAIN, *TINY, "--output_dir", tmp_path / "run"]
+    env = environment_of_runs(ACCELERATE_USE_CPU="true")
+    run = subprocess.run(
+        [*map(str, command), *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "on 2 process(es) of cpu" in run.stdout and len(losses(tmp_path / "run")) == 12
