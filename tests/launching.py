@@ -38,7 +38,8 @@ TRAIN = ROOT / "training" / "train.py"
 # or a softmax takes out again); Adam would walk them at full speed if its epsilon were not above that.
 TINY = (
     "--dataset_name digits --block_out_channels 32 32 --layers_per_block 1 --max_train_steps 12 --train_batch_size 8 "
-    "--lr_warmup_steps 4 --adam_epsilon 1e-5 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2"
+    "--lr_warmup_steps 4 --adam_epsilon 1e-5 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2 "
+    "--report_to none"
 ).split()
 
 

@@ -30,6 +30,10 @@ class DataArguments:
         default=None, metadata={"help": "A folder of images, in the place of --dataset_name."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split whose bits/dim are measured while training. Default: none ('test' for the embedded)."},
+    )
     image_column: str | None = field(
         default=None, metadata={"help": "Column of the images. Default: the only one that holds images."}
     )
@@ -49,7 +53,12 @@ class DataArguments:
     image_mode: Literal["L", "RGB", "RGBA"] | None = field(
         default=None, metadata={"help": "Convert images. Default: their own mode."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many images, evenly spaced over the split."}
+    )
+    max_validation_images: int = field(
+        default=256, metadata={"help": "Measure on so many images of --validation_split, evenly spaced over it."}
+    )
     on_bad_image: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What to do with an unreadable image."}
     )
@@ -84,7 +93,8 @@ class ModelArguments:
     attention_levels: list[int] | None = field(
         default=None,
         metadata={
-            "help": "UNet levels with attention, 0 is the full size. Default: those of 16x16 and below, but the first."
+            "help": "UNet levels with attention, 0 is the full size; with no number after it, none. Default: those of 16x16 and "
+            "below, but the first."
         },
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout inside the UNet."})
@@ -179,8 +189,18 @@ class RunArguments:
         },
     )
     logging_steps: int = field(default=10, metadata={"help": "Write losses every so many steps."})
-    report_to: Literal["none", "trackio", "tensorboard", "wandb"] = field(
-        default="none", metadata={"help": "A tracker besides loss.jsonl."}
+    report_to: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = field(
+        default="auto",
+        metadata={
+            "help": "A tracker besides loss.jsonl and validation.jsonl. auto: trackio if it is installed; `trackio show` opens it."
+        },
+    )
+    validation_steps: int = field(
+        default=1000,
+        metadata={
+            "help": "Measure bits/dim of --validation_split every so many steps, and after the last: the averaged weights, the "
+            "same noise each time, 16 network evaluations an image."
+        },
     )
     sample_steps: int | None = field(
         default=None, metadata={"help": "Sample a grid every so many steps. Default: at the end."}
@@ -265,6 +285,11 @@ class _Parser(HfArgumentParser):
             message += f" (did you mean {near[0]}?)" if near else ""
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
 
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        if names[0] == "--attention_levels":  # HfArgumentParser wants one value at least of each list
+            settings["nargs"] = "*"
+        return super().add_argument(*names, **settings)
+
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """The settings of a training run from the command line and, under it, the YAML file of `--config`.
@@ -326,7 +351,7 @@ def _read_config(parser: _Parser, path: str, line: list[str], ignored: set[str])
         values = {
             key: value
             for key, value in values.items()
-            if key not in source | {"train_split", "image_column", "label_column"}
+            if key not in source | {"train_split", "validation_split", "image_column", "label_column"}
         }
     tokens: list[str] = []
     for key, value in values.items():
@@ -363,6 +388,8 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         "--checkpoints_total_limit": run.checkpoints_total_limit,
         "--logging_steps": run.logging_steps,
         "--max_nonfinite_steps": run.max_nonfinite_steps,
+        "--validation_steps": run.validation_steps,
+        "--max_validation_images": data.max_validation_images,
         "--sample_steps": run.sample_steps,
         "--num_samples": run.num_samples,
         "--ddpm_num_inference_steps": run.ddpm_num_inference_steps,

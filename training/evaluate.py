@@ -9,11 +9,9 @@ the data is measured on --variance_split, never on the images that are reported 
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +19,7 @@ from accelerate import Accelerator
 from arguments import DataArguments, EvaluationArguments, parse_evaluation_arguments
 from ddpm_notes_pipeline.data import ImageSet, load_images
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
-from ddpm_notes_pipeline.pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
+from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import push_command
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from ddpm_notes_pipeline.variances import (
@@ -31,6 +29,7 @@ from ddpm_notes_pipeline.variances import (
     optimal_scheduler,
 )
 from pictures import save_bits_per_dim
+from validation import batches, measure_bits_per_dim
 
 
 @dataclass
@@ -52,7 +51,6 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     if not isinstance(pipeline.scheduler, DDPMNotesScheduler):
         pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config)
     images = load(accelerator, data, evaluation.split, evaluation.max_images)
-    labels = images.labels if pipeline.num_classes is not None else None
 
     # what the data has to say first
     own = pipeline.scheduler
@@ -63,7 +61,7 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     decoder = own.decoder_variance or {}
     if fit_needed or (mse is None and ("optimal" in variances or "best" in evaluation.paths)):
         known = load(accelerator, data, evaluation.variance_split, None)
-        known_labels = known.labels if labels is not None else None
+        known_labels = known.labels if pipeline.num_classes is not None else None
         if mse is None:
             measured = measure_original_sample_mse(pipeline, batches(known), known_labels, accelerator=accelerator)
             mse = measured.original_sample_mse.tolist()
@@ -91,7 +89,17 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
             for kind in evaluation.paths if steps < T else ["even"]:
                 path = best_timesteps(own, steps, mse) if kind == "best" else even_timesteps(own, steps)
                 pipeline.scheduler = scheduler
-                result = measure(accelerator, pipeline, images, labels, path, evaluation)
+                result = measure_bits_per_dim(
+                    accelerator,
+                    pipeline,
+                    images,
+                    timesteps=path,
+                    evaluations_per_image=evaluation.evaluations_per_image,
+                    full=evaluation.full,
+                    batch_size=evaluation.batch_size,
+                    seed=evaluation.noise_seed,
+                )
+                assert result is not None  # nothing is told of signals here: one ends the process
                 decoder_variance = None if variance in LEARNED_VARIANCES else decoder_of(scheduler, path)
                 rows.append(Row(variance, kind, steps, decoder_variance, result))
                 if accelerator.is_main_process:
@@ -121,13 +129,6 @@ def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: 
         )
 
 
-def batches(images: ImageSet, first: int = 0, end: int | None = None, size: int = 256) -> Any:
-    """The images first..end in order, a few at a time."""
-    end = len(images) if end is None else end
-    for i in range(first, end, size):
-        yield images.take(range(i, min(i + size, end)))
-
-
 def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
     """K timesteps evenly from T-1 to 0, both included."""
     spaced = DDPMNotesScheduler.from_config(scheduler.config, timestep_spacing="linspace", steps_offset=0)
@@ -140,41 +141,6 @@ def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float:
     scheduler.set_timesteps(timesteps=path)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     return float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
-
-
-def measure(
-    accelerator: Accelerator,
-    pipeline: DDPMNotesPipeline,
-    images: ImageSet,
-    labels: Any,
-    path: list[int],
-    evaluation: EvaluationArguments,
-) -> BitsPerDimOutput:
-    """bits/dim over all images, each process taking a part of them; the same on every process and for any number of them."""
-    n, processes = len(images), accelerator.num_processes
-    if n < processes:
-        raise ValueError(f"{n} images for {processes} processes; allowed: at least one each")
-    first, end = n * accelerator.process_index // processes, n * (accelerator.process_index + 1) // processes
-    result = pipeline.bits_per_dim(
-        batches(images, first, end),
-        class_labels=None if labels is None else labels[first:end],
-        timesteps=path,
-        evaluations_per_image=evaluation.evaluations_per_image,
-        full=evaluation.full,
-        batch_size=evaluation.batch_size,
-        seed=evaluation.noise_seed,
-        first_image=first,
-        pilot_images=images.take(range(min(PILOT_IMAGES, n))),
-    )
-    if processes == 1:
-        return result
-    parts = torch.full((math.ceil(n / processes), 3), math.nan, dtype=torch.float64, device=accelerator.device)
-    parts[: end - first] = result.parts_per_image.to(accelerator.device)
-    parts = accelerator.gather(parts).cpu()
-    counts = torch.tensor([result.network_evaluations], dtype=torch.float64, device=accelerator.device)
-    sums = torch.cat([result.per_timestep.to(accelerator.device) * (end - first), counts])
-    sums = accelerator.reduce(sums, "sum").cpu()
-    return BitsPerDimOutput.from_parts(parts[~parts[:, 0].isnan()], sums[:-1], result.dims, int(sums[-1]))
 
 
 COLUMNS = {  # name: width

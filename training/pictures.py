@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -44,9 +45,21 @@ def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) 
     plt.close(figure)
 
 
-def save_losses(path: Path, steps: Sequence[int], losses: Sequence[float], title: str) -> None:
-    """Loss of each step, faint, and its running mean over a hundredth of the run."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+def save_losses(
+    path: Path,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    title: str,
+    validation: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Loss of each step, faint, and its running mean over a hundredth of the run; below it bits/dim where `validation` has rows.
+
+    A row has "step", "bits_per_dim" and "standard_error", which is drawn as a band; None where one was not finite.
+    """
+    figure, axes = plt.subplots(
+        1 + bool(validation), 1, figsize=(7, 6 if validation else 4), sharex=True, squeeze=False, layout="constrained"
+    )
+    axis = axes[0, 0]
     values = np.asarray(losses)
     steps, values = np.asarray(steps)[np.isfinite(values)], values[np.isfinite(values)]
     window = max(1, len(values) // 100)
@@ -54,11 +67,22 @@ def save_losses(path: Path, steps: Sequence[int], losses: Sequence[float], title
     if len(values) > window:
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
-    axis.set(xlabel="optimizer step", ylabel="loss", title=title)
+    axis.set(ylabel="loss", title=title)
     if (values > 0).all():
         axis.set_yscale("log")
-    axis.grid(alpha=0.3)
     axis.legend()
+    if validation:
+        below = axes[1, 0]
+        columns = ("step", "bits_per_dim", "standard_error")
+        at, bits, errors = (np.array([row[name] for row in validation], float) for name in columns)
+        below.plot(at, bits, color="tab:orange", marker="o", markersize=3, label="validation, ± standard error")
+        below.fill_between(at, bits - errors, bits + errors, color="tab:orange", alpha=0.25)
+        wide = np.nanmax(bits) > 10 * np.nanmin(bits) > 0 if np.isfinite(bits).any() else False
+        below.set(ylabel="bits/dim", yscale="log" if wide else "linear")
+        below.legend()
+    for axis in axes[:, 0]:
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set(xlabel="optimizer step")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

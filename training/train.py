@@ -25,21 +25,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
 from checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range, to_uint8
+from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range
 from ddpm_notes_pipeline.model_card import write_card
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
-from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
-from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
-from pictures import save_losses, save_samples
+from ddpm_notes_pipeline.scheduling_ddpm_notes import PRIVATE_ENTRY
+from logs import LOGS, LossLog, Tracker, ValidationLog, find_tracker
+from networks import make_model
+from pictures import image_grid, save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
+from sampling import averaged_weights, bits_per_dim, sample, show
 from stops import FailedElsewhere, Stopped, Stops, failing_together, resume_command
 from updates import AveragedWeights, UpdateGuard, poisoned
 
@@ -53,7 +54,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     stops = Stops()
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
-        log_with=None if run.report_to == "none" else run.report_to,
+        log_with=find_tracker(run.report_to),
         project_dir=run.output_dir,
     )
     check_processes(accelerator)
@@ -64,21 +65,11 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
 
     # images
     with accelerator.local_main_process_first():
-        images = load_images(
-            dataset_name=data.dataset_name,
-            dataset_config_name=data.dataset_config_name,
-            train_data_dir=data.train_data_dir,
-            split=data.train_split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            resolution=data.resolution,
-            center_crop=data.center_crop,
-            image_mode=data.image_mode,
-            max_samples=data.max_train_samples,
-            cache_dir=data.cache_dir,
-            on_bad_image=data.on_bad_image,
-            show_progress=accelerator.is_local_main_process,
-        )
+        images = load_split(accelerator, data, data.train_split, data.max_train_samples)
+        validation = None
+        if data.validation_split is not None:
+            validation = load_split(accelerator, data, data.validation_split, data.max_validation_images, whole=False)
+    check_validation(accelerator, images, validation)
     steps = run.max_train_steps or math.ceil(run.num_epochs * len(images) / run.train_batch_size)
     share = share_of_batch(run, accelerator)
     if run.lr_warmup_steps > steps:
@@ -164,10 +155,6 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         save_checkpoint(accelerator, output_dir, step, ema, timestep_sampler, guard, identity, limit)
 
     positions = torch.arange(share) + accelerator.process_index * share
-    if run.report_to != "none":
-        accelerator.init_trackers(
-            "ddpm_notes_pipeline", config={k: str(v) for k, v in as_config(data, model, run).items()}
-        )
     say(
         accelerator,
         f"{len(images)} images of {'x'.join(map(str, (images.channels, *images.size)))} from {images.name}, "
@@ -179,8 +166,12 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     clear_leftovers(accelerator, output_dir, run)
     stops.hold(accelerator)
     stop = 0
+    tracker, name = None, find_tracker(run.report_to)
+    if name is not None and accelerator.is_main_process:
+        tracker = Tracker(accelerator, name, as_config(*settings), output_dir, resume=done > 0)
     with failing_together(accelerator, f"could not write {output_dir}/loss.jsonl"):
-        log = LossLog(accelerator, output_dir / "loss.jsonl", done)
+        log = LossLog(accelerator, output_dir / "loss.jsonl", done, run.train_batch_size, tracker)
+        validation_log = ValidationLog(accelerator, output_dir / "validation.jsonl", done, tracker)
     pushes = BackgroundPushes(repo_id, run.license) if repo_id and run.hub_strategy == "every_save" else None
     unet.train()
     started = time.monotonic()
@@ -188,6 +179,19 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     def record() -> dict[str, Any]:
         return run_record(accelerator, images, *settings, log.history()[1], done, time.monotonic() - started)
 
+    def validate(step: int) -> None:
+        """bits/dim of the averaged weights behind `step`, if they are due and not there yet; on the same noise each time."""
+        due = step % run.validation_steps == 0 or step == steps
+        if validation is None or not due or step in (row["step"] for row in validation_log.rows):
+            return
+        with log.paused(), averaged_weights(unet, ema):
+            result = bits_per_dim(accelerator, unet, scheduler, validation, stops)
+        with failing_together(accelerator, f"could not write {validation_log.path}"):
+            if result is not None:
+                validation_log.add(step, result)
+
+    if done or model.pretrained_model_name_or_path:  # weights that were learned: where this run starts from
+        validate(done)
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
     for step, batch in enumerate(loader, start=done):
         torch.manual_seed(step_seed(run.seed, step, f"dropout of process {accelerator.process_index}"))
@@ -233,7 +237,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 log.write(bar)
             guard.check()
         if checkpoint_due and step + 1 < steps:
-            save(step + 1)
+            with log.paused():
+                save(step + 1)
             stop = stops.agreed()  # it may have come while that was written
             if pushes is not None and accelerator.is_main_process and not stop:
                 snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=output_dir))
@@ -242,35 +247,47 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 pushes.push(snapshot, f"Step {step + 1} of {steps}")
         if stop:
             break
+        if step + 1 < steps:
+            validate(step + 1)
         if run.sample_steps and (step + 1) % run.sample_steps == 0 and step + 1 < steps:
-            with averaged_weights(unet, ema):
+            with log.paused(), averaged_weights(unet, ema):
                 samples = sample(accelerator, unet, scheduler, run, stops)
             picture = output_dir / f"samples-{step + 1}.png"
             with failing_together(accelerator, f"could not write {picture}"):
                 if accelerator.is_main_process and samples is not None:
                     save_samples(picture, show(images, run), samples, f"step {step + 1}")
+            if tracker is not None and samples is not None:
+                tracker.log_image(step + 1, "samples", image_grid(samples))
     bar.close()
     seconds = time.monotonic() - started
+    training = seconds - log.pauses
+    rate = (steps - done) * run.train_batch_size / training if training > 0 else 0.0
     if stop and log.step < steps:
         if pushes is not None:
             pushes.abandon()
-        finish_trackers(accelerator)
+        if tracker is not None:
+            tracker.close()
         where = f"behind step {log.step} of {steps}, which {output_dir}/checkpoint-{log.step} holds"
         raise Stopped(stop, f"{where}. Resume: {resume_command()}")
 
     # what comes out
     fault = None
     save(steps)
+    validate(steps)
     if ema is not None:
         ema.copy_to(unet.parameters())
     with failing_together(accelerator, f"could not write the model to {output_dir}"):
         if accelerator.is_main_process:
             save_model(output_dir, unet, scheduler, settings, record())
-            save_losses(output_dir / "loss.png", *log.history(), f"{run.objective} loss on {images.name}")
+            title = f"{run.objective} loss on {images.name}"
+            save_losses(output_dir / "loss.png", *log.history(), title, validation_log.rows)
             write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
     samples = sample(accelerator, unet, scheduler, run, stops)
+    if tracker is not None:
+        if samples is not None:
+            tracker.log_image(steps, "samples", image_grid(samples))
+        tracker.close()
     if samples is None:
-        finish_trackers(accelerator)
         where = f"with training done and the model in {output_dir}, but no samples"
         raise Stopped(stops.agreed(), f"{where}. Resume: {resume_command()}")
     stops.release(f"with training done and the model in {output_dir}")
@@ -280,7 +297,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
             output_dir / "samples.png", show(images, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
         )
         write_card(output_dir, repo_id, run.license)
-        print(summary(images, unet, run, log, guard, steps, steps - done, seconds, output_dir), flush=True)
+        told = summary(images, validation, run, log, validation_log, guard, steps, rate, seconds, output_dir)
+        print(told, flush=True)
         if repo_id is not None:
             fault = publish(output_dir, repo_id, run, pushes)
     # The wrapper for several processes goes before the processes' connection does: its destructor may wait on that for ever.
@@ -306,7 +324,8 @@ def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArgum
         sys.exit(f"train.py: error: --output_dir {output_dir} is a file; name a folder")
     there = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     if run.resume_from_checkpoint and not list_checkpoints(output_dir):  # a run that was stopped before its first one
-        there = {name for name in there if name != "loss.jsonl" and not name.startswith((".checkpoint-", ".push-"))}
+        ours = (".checkpoint-", ".push-", ".loss.", ".validation.", "samples-")
+        there = {name for name in there if name not in LOGS and not name.startswith(ours)}
     going_on = run.resume_from_checkpoint and (list_checkpoints(output_dir) or run.resume_from_checkpoint != "latest")
     accelerator.wait_for_everyone()  # before anybody writes
     if there and not (run.overwrite_output_dir or going_on):
@@ -332,6 +351,42 @@ def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArgument
     accelerator.wait_for_everyone()
 
 
+def load_split(
+    accelerator: Accelerator, data: DataArguments, split: str, max_samples: int | None, whole: bool = True
+) -> ImageSet:
+    """Decoded images of a split; `whole`: stored larger than what a batch holds, to be cropped anew each time."""
+    return load_images(
+        dataset_name=data.dataset_name,
+        dataset_config_name=data.dataset_config_name,
+        train_data_dir=data.train_data_dir,
+        split=split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        resolution=data.resolution,
+        center_crop=data.center_crop or not whole,
+        image_mode=data.image_mode,
+        max_samples=max_samples,
+        cache_dir=data.cache_dir,
+        on_bad_image=data.on_bad_image,
+        show_progress=accelerator.is_local_main_process,
+    )
+
+
+def check_validation(accelerator: Accelerator, images: ImageSet, validation: ImageSet | None) -> None:
+    """Refuse validation images that the network trained on `images` does not fit, and too few of them."""
+    if validation is None:
+        return
+    split = f"--validation_split {validation.split}"
+    ours, theirs = ((one.channels, *one.size, one.class_names) for one in (images, validation))
+    if ours != theirs or (validation.num_classes or 0) > (images.num_classes or 0):
+        raise ValueError(
+            f"{split} has images of {'x'.join(map(str, theirs[:3]))} and {validation.num_classes or 0} classes; allowed: "
+            f"those of the training images, {'x'.join(map(str, ours[:3]))} and {images.num_classes or 0}"
+        )
+    if len(validation) < accelerator.num_processes:
+        raise ValueError(f"{split} has {len(validation)} images; allowed: at least one for each process")
+
+
 def share_of_batch(run: RunArguments, accelerator: Accelerator) -> int:
     """Images of a step that are this process's."""
     parts = accelerator.num_processes * run.gradient_accumulation_steps
@@ -341,221 +396,6 @@ def share_of_batch(run: RunArguments, accelerator: Accelerator) -> int:
             f"--gradient_accumulation_steps {run.gradient_accumulation_steps}; allowed: a multiple of {parts}"
         )
     return run.train_batch_size // accelerator.num_processes
-
-
-def make_model(model: ModelArguments, images: ImageSet) -> tuple[UNet2DModel, DDPMNotesScheduler]:
-    """A new UNet and scheduler, or those of a repository to go on from.
-
-    Raises:
-        ValueError: a network that does not fit the images.
-    """
-    if model.pretrained_model_name_or_path:
-        pipeline = DDPMNotesPipeline.from_pretrained(model.pretrained_model_name_or_path, revision=model.revision)
-        unet, scheduler = pipeline.unet, pipeline.scheduler
-        if not isinstance(scheduler, DDPMNotesScheduler):
-            scheduler = DDPMNotesScheduler.from_config(scheduler.config)
-        if unet.config.in_channels != images.channels:
-            raise ValueError(
-                f"{model.pretrained_model_name_or_path} takes {unet.config.in_channels} channels and the images have {images.channels}; "
-                "allowed: the same (see --image_mode)"
-            )
-        check_size(images.size, len(unet.config.block_out_channels))
-        embeddings = unet.config.num_class_embeds
-        if (embeddings is None) != (images.labels is None) or (images.num_classes or 0) > (embeddings or 0):
-            raise ValueError(
-                f"{model.pretrained_model_name_or_path} has {embeddings or 0} class embeddings and the images have "
-                f"{images.num_classes or 0} classes; allowed: an embedding for each class, or neither (see --label_column)"
-            )
-        unet.register_to_config(sample_size=list(images.size))
-        return unet.float(), scheduler
-    scheduler = DDPMNotesScheduler(
-        num_train_timesteps=model.ddpm_num_steps,
-        beta_schedule=model.ddpm_beta_schedule,
-        rescale_betas_zero_snr=model.rescale_betas_zero_snr,
-        prediction_type=model.prediction_type,
-        variance_type=model.variance_type,
-    )
-    out_channels = images.channels * (2 if model.variance_type in LEARNED_VARIANCES else 1)
-    if model.model_config_name_or_path:
-        config = dict(UNet2DModel.load_config(model.model_config_name_or_path))
-        config.update(sample_size=list(images.size), in_channels=images.channels, out_channels=out_channels)
-        check_size(images.size, len(config["block_out_channels"]))
-        return UNet2DModel.from_config(config), scheduler
-
-    # the shape of Ho et al. 2020: four levels at 32x32, attention at 16x16; six from 64x64, as diffusers' script
-    channels = model.block_out_channels
-    if channels is None:
-        levels = max(
-            (n for n in range(1, 7) if all(side % 2 ** (n - 1) == 0 and side >> (n - 1) >= 4 for side in images.size)),
-            default=1,
-        )
-        channels = [128, 128, 256, 256, 512, 512][:levels] if levels > 4 else [128, 256, 256, 256][:levels]
-    check_size(images.size, len(channels))
-    attention = model.attention_levels
-    if attention is None:
-        attention = [level for level in range(1, len(channels)) if max(images.size) >> level <= 16]
-    if any(not 0 <= level < len(channels) for level in attention):
-        raise ValueError(
-            f"--attention_levels is {attention}; allowed: 0 to {len(channels) - 1}, the levels of --block_out_channels"
-        )
-    unet = UNet2DModel(
-        sample_size=images.size[0] if images.size[0] == images.size[1] else images.size,
-        in_channels=images.channels,
-        out_channels=out_channels,
-        block_out_channels=tuple(channels),
-        layers_per_block=model.layers_per_block,
-        # a group of one channel would normalise away the time embedding, a number added to each channel
-        norm_num_groups=max(1, min(math.gcd(32, *channels), min(channels) // 2)),
-        down_block_types=tuple(
-            "AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(channels))
-        ),
-        up_block_types=tuple(
-            "AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(len(channels)))
-        ),
-        dropout=model.dropout,
-        num_class_embeds=None if images.num_classes is None else images.num_classes + 1,
-    )
-    if images.labels is not None:
-        unet.register_to_config(
-            **{PRIVATE_ENTRY: {"null_label": images.num_classes, "class_names": images.class_names}}
-        )
-    return unet, scheduler
-
-
-def check_size(size: tuple[int, int], levels: int) -> None:
-    """A UNet halves the size levels - 1 times."""
-    divisor = 2 ** (levels - 1)
-    if size[0] % divisor or size[1] % divisor:
-        raise ValueError(
-            f"the images are {size[0]}x{size[1]} and the UNet has {levels} levels; allowed: sides that divide by {divisor} "
-            "(give --resolution), or fewer levels (--block_out_channels)"
-        )
-
-
-class LossLog:
-    """Loss, gradient norm and learning rate of every step, as one JSON line each; read from the accelerator only now and then.
-
-    JSON has no NaN and no infinity: what is not finite is null.
-    """
-
-    def __init__(self, accelerator: Accelerator, path: Path, done: int) -> None:
-        self.accelerator, self.path, self.step = accelerator, path, done
-        self.waiting: list[tuple[torch.Tensor, Any, float]] = []
-        self.rows = [row for row in read_rows(path) if row["step"] <= done] if done else []
-        if accelerator.is_main_process:
-            aside = path.with_name(f".{path.name}.partial")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            os.replace(aside, path)  # a full disk costs no row
-
-    def add(self, loss: torch.Tensor, grad_norm: Any, learning_rate: float) -> None:
-        """Remember one step, without waiting for it."""
-        self.waiting.append((loss, torch.as_tensor(grad_norm, device=loss.device), learning_rate))
-
-    def write(self, bar: Any) -> None:
-        """Average over processes and write what has gathered."""
-        losses = self.accelerator.reduce(torch.stack([loss for loss, _, _ in self.waiting]), "mean").tolist()
-        for loss, (_, norm, learning_rate) in zip(losses, self.waiting, strict=True):
-            self.step += 1
-            row = {"step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": learning_rate}
-            self.rows.append({key: value if math.isfinite(value) else None for key, value in row.items()})
-        fresh = self.rows[-len(losses) :]
-        self.waiting.clear()
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in fresh)
-        self.accelerator.log({k: v for k, v in fresh[-1].items() if k != "step" and v is not None}, step=self.step)
-        bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
-
-    def history(self) -> tuple[list[int], list[float]]:
-        """Steps and losses of the whole run, from before an interruption too; NaN for a loss that was not finite."""
-        return [row["step"] for row in self.rows], [
-            math.nan if row["loss"] is None else row["loss"] for row in self.rows
-        ]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; a last one that a stop cut short is passed over."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for text in path.read_text().splitlines():
-            rows.append(json.loads(text))
-    return rows
-
-
-@contextlib.contextmanager
-def averaged_weights(unet: UNet2DModel, ema: AveragedWeights | None) -> Any:
-    """The UNet with its averaged weights, for as long as the block lasts."""
-    if ema is None:
-        yield
-        return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(unet.parameters())
-
-
-def sample(
-    accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments, stops: Stops
-) -> Any:
-    """`num_samples` images (N, C, H, W) uint8, image i from seed i whatever the number of processes, each of which makes its part.
-
-    None if a signal stops the run meanwhile.
-    """
-
-    def end_if_stopped(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipeline._interrupt = stops.received != 0
-        return {}
-
-    pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
-    pipeline.set_progress_bar_config(desc="sample", unit="step", disable=not accelerator.is_main_process)
-    unet.eval()
-    mine = range(run.num_samples)[accelerator.process_index :: accelerator.num_processes]
-    made = []
-    for i in range(0, len(mine), run.eval_batch_size):
-        if stops.received:
-            break
-        seeds = mine[i : i + run.eval_batch_size]
-        labels = None if pipeline.num_classes is None else [seed % pipeline.num_classes for seed in seeds]
-        with accelerator.autocast():
-            images = pipeline(
-                batch_size=len(seeds),
-                class_labels=labels,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                num_inference_steps=run.ddpm_num_inference_steps,
-                output_type="latent",
-                callback_on_step_end=end_if_stopped,
-                return_dict=False,
-            )[0]
-        made.append(to_uint8(images.float()))
-    unet.train()
-    if stops.agreed():
-        return None
-    size = unet.config.sample_size
-    none = torch.empty(
-        (0, unet.config.in_channels, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8
-    )
-    own = torch.cat([none, *made])
-    gathered = accelerator.gather(accelerator.pad_across_processes(own.to(accelerator.device), dim=0)).cpu()
-    # process r made images r, r + P, ...: put them back in their order
-    per_process = math.ceil(run.num_samples / accelerator.num_processes)
-    order = [
-        (i % accelerator.num_processes) * per_process + i // accelerator.num_processes for i in range(run.num_samples)
-    ]
-    return gathered[order].numpy()
-
-
-def show(images: ImageSet, run: RunArguments) -> Any:
-    """Real images for the left half of the picture, spread over the set."""
-    count = min(run.num_samples, len(images))
-    return images.take([i * len(images) // count for i in range(count)]).numpy()
-
-
-def finish_trackers(accelerator: Accelerator) -> None:
-    """Of a run that a signal stops: `end_training` would also end the connection of its processes, see `leave`."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def say(accelerator: Accelerator, text: str) -> None:
@@ -572,29 +412,34 @@ def config_words() -> list[str]:
 
 def summary(
     images: ImageSet,
-    unet: UNet2DModel,
+    validation: ImageSet | None,
     run: RunArguments,
     log: LossLog,
+    validation_log: ValidationLog,
     guard: UpdateGuard,
     steps: int,
-    fresh: int,
+    rate: float,
     seconds: float,
     output_dir: Path,
 ) -> str:
     """Five lines: what was learned, where it is, how to load it, how to go on, how to train on other images."""
     _, losses = log.history()
     tail = [loss for loss in losses[-max(1, len(losses) // 20) :] if math.isfinite(loss)] or [math.nan]
-    rate = fresh * run.train_batch_size / seconds if seconds > 0 else 0.0
     weights = "averaged (EMA)" if run.use_ema else "raw"
     skipped = f" ({images.skipped} bad ones skipped)" if images.skipped else ""
     left_out = f"{guard.skipped} updates left out, not finite; " if guard.skipped else ""
+    measured, validated = "", "" if validation is None else ", validation.jsonl"
+    if validation is not None and validation_log.rows and validation_log.rows[-1]["bits_per_dim"] is not None:
+        row = validation_log.rows[-1]
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
+        measured = f"{row['bits_per_dim']:.3f}{error} bits/dim on {row['images']} images of {validation.split!r}; "
     script = "accelerate launch training/train.py"
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
             f"Learned:   {steps} steps on {len(images)} images{skipped}, {run.objective} loss {sum(tail) / len(tail):.4f} over the last "
-            f"{len(tail)} steps; {left_out}{rate:.0f} images/s, {seconds / 60:.1f} min.",
-            f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl and checkpoint-{steps}/.",
+            f"{len(tail)} steps; {measured}{left_out}{rate:.0f} images/s, {seconds / 60:.1f} min.",
+            f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl{validated} and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
             f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
             f"Longer:    {resume_command()} --max_train_steps {2 * steps}",  # a later flag wins over an earlier one
