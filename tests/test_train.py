@@ -584,6 +584,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(train, straight, tmp_path)
     """As a machine that may be taken away repeats it: also when that was before the first checkpoint."""
     folder = tmp_path / "run"
     flags = [*TINY, "--checkpointing_steps", "6", "--output_dir", folder, "--resume_from_checkpoint", "latest"]
+    flags += ["--logging_steps", "2"]
     result = train(*flags, stop_at=4, expect=-signal.SIGKILL)
     assert "no checkpoint yet: starting at the beginning" in result.stdout and (folder / "loss.jsonl").exists()
     assert "no checkpoint yet" in train(*flags, stop_at=8, expect=-signal.SIGKILL).stdout

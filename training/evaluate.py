@@ -8,18 +8,15 @@ Prints a table and writes evaluation.json and bits_per_dim.png. What an optimal 
 the data is measured on --variance_split, never on the images that are reported on unless that names them.
 """
 
-import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from arguments import DataArguments, EvaluationArguments, parse_evaluation_arguments
 from ddpm_notes_pipeline.data import ImageSet, load_images
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
-from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
+from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import push_command
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from ddpm_notes_pipeline.variances import (
@@ -28,19 +25,7 @@ from ddpm_notes_pipeline.variances import (
     measure_original_sample_mse,
     optimal_scheduler,
 )
-from pictures import save_bits_per_dim
-from validation import batches, measure_bits_per_dim
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    variance: str
-    path: str
-    steps: int
-    decoder_variance: float | None  # None: the network's own
-    result: BitsPerDimOutput
+from validation import Row, batches, decoder_of, measure_bits_per_dim, save_evaluation
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
@@ -100,8 +85,7 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
                     seed=evaluation.noise_seed,
                 )
                 assert result is not None  # nothing is told of signals here: one ends the process
-                decoder_variance = None if variance in LEARNED_VARIANCES else decoder_of(scheduler, path)
-                rows.append(Row(variance, kind, steps, decoder_variance, result))
+                rows.append(Row(variance, kind, steps, decoder_of(scheduler, path), result))
                 if accelerator.is_main_process:
                     print(line(rows[-1]) if len(rows) > 1 else f"{header()}\n{line(rows[-1])}", flush=True)
     if accelerator.is_main_process:
@@ -134,13 +118,6 @@ def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
     spaced = DDPMNotesScheduler.from_config(scheduler.config, timestep_spacing="linspace", steps_offset=0)
     spaced.set_timesteps(steps)
     return spaced.timesteps.tolist()
-
-
-def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float:
-    """Variance of p(x_0 | x_t) at the end of a path."""
-    scheduler.set_timesteps(timesteps=path)
-    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    return float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
 
 
 COLUMNS = {  # name: width
@@ -178,52 +155,18 @@ def line(row: Row) -> str:
 
 
 def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) -> None:
-    """evaluation.json and bits_per_dim.png, and where they are."""
-    folder = Path(
-        evaluation.results_dir or (evaluation.model if Path(evaluation.model).is_dir() else "outputs/evaluation")
-    )
+    """evaluation.json and bits_per_dim.png, the card of a folder here, and where they are."""
+    local = Path(evaluation.model) if Path(evaluation.model).is_dir() else None
+    folder = Path(evaluation.results_dir or local or "outputs/evaluation")
     folder.mkdir(parents=True, exist_ok=True)
-    protocol = {
-        "unit": "bits/dim",
-        "data": images.name,
-        "split": images.split,
-        "images": len(images),
-        "dims": rows[0].result.dims,
-        "fingerprint": images.fingerprint,
-        "seed": evaluation.noise_seed,
-        "evaluations_per_image": "all" if evaluation.full else evaluation.evaluations_per_image,
-        "weights": weights_digest(evaluation.model) if Path(evaluation.model).is_dir() else evaluation.revision,
-    }
-    results = [
-        {
-            "variance_type": row.variance,
-            "path": row.path,
-            "num_inference_steps": row.steps,
-            "decoder_variance": row.decoder_variance,
-            **{
-                name: getattr(row.result, name) for name in ("total", "standard_error", "prior", "diffusion", "decoder")
-            },
-            "standard_errors": row.result.standard_errors,
-            "network_evaluations": row.result.network_evaluations,
-        }
-        for row in rows
-    ]
-    (folder / "evaluation.json").write_text(json.dumps({**protocol, "results": results}, indent=2))
-    longest = max(row.steps for row in rows)
-    curves = {
-        row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == longest and row.path == "even"
-    }
-    if longest == len(rows[0].result.per_timestep):
-        title = f"{images.name} {images.split}: {len(images)} images of {rows[0].result.dims} dims"
-        save_bits_per_dim(folder / "bits_per_dim.png", curves, title)
+    weights = weights_digest(local) if local else None
+    each = None if evaluation.full else evaluation.evaluations_per_image
+    names = save_evaluation(folder, images, rows, weights, evaluation.noise_seed, each)
     print(
         f"\n{len(images)} images of {images.name} ({images.split}), {rows[0].result.dims} dims each; bits/dim, s.e. over images."
     )
-    print(
-        f"Written: {folder}/evaluation.json"
-        + (f" and {folder}/bits_per_dim.png" if longest == len(rows[0].result.per_timestep) else "")
-    )
-    if (folder / "model_index.json").exists() and folder.samefile(evaluation.model):
+    print(f"Written: {' and '.join(f'{folder}/{name}' for name in names)}")
+    if local and folder.samefile(local):
         write_card(folder)
         print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
 

@@ -32,17 +32,19 @@ from tqdm.auto import tqdm
 from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
 from checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range
-from ddpm_notes_pipeline.model_card import write_card
+from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
+from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
 from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
 from ddpm_notes_pipeline.scheduling_ddpm_notes import PRIVATE_ENTRY
 from logs import LOGS, LossLog, Tracker, ValidationLog, find_tracker
 from networks import make_model
 from pictures import image_grid, save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
-from sampling import averaged_weights, bits_per_dim, sample, show
+from sampling import VALIDATION_EVALUATIONS, averaged_weights, bits_per_dim, sample, show
 from stops import FailedElsewhere, Stopped, Stops, failing_together, resume_command
 from updates import AveragedWeights, UpdateGuard, poisoned
+from validation import Row, decoder_of, save_evaluation
 
 logger = logging.getLogger("train")
 LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")  # folders that a stop left half-written
@@ -179,16 +181,17 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     def record() -> dict[str, Any]:
         return run_record(accelerator, images, *settings, log.history()[1], done, time.monotonic() - started)
 
-    def validate(step: int) -> None:
+    def validate(step: int) -> BitsPerDimOutput | None:
         """bits/dim of the averaged weights behind `step`, if they are due and not there yet; on the same noise each time."""
         due = step % run.validation_steps == 0 or step == steps
         if validation is None or not due or step in (row["step"] for row in validation_log.rows):
-            return
+            return None
         with log.paused(), averaged_weights(unet, ema):
             result = bits_per_dim(accelerator, unet, scheduler, validation, stops)
         with failing_together(accelerator, f"could not write {validation_log.path}"):
             if result is not None:
                 validation_log.add(step, result)
+        return result
 
     if done or model.pretrained_model_name_or_path:  # weights that were learned: where this run starts from
         validate(done)
@@ -273,12 +276,17 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     # what comes out
     fault = None
     save(steps)
-    validate(steps)
+    measured = validate(steps)
     if ema is not None:
         ema.copy_to(unet.parameters())
     with failing_together(accelerator, f"could not write the model to {output_dir}"):
         if accelerator.is_main_process:
             save_model(output_dir, unet, scheduler, settings, record())
+            if validation is not None and measured is not None:
+                T = len(scheduler)
+                row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, [*range(T)][::-1]), measured)
+                weights = weights_digest(output_dir)
+                save_evaluation(output_dir, validation, [row], weights, evaluations_per_image=VALIDATION_EVALUATIONS)
             title = f"{run.objective} loss on {images.name}"
             save_losses(output_dir / "loss.png", *log.history(), title, validation_log.rows)
             write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete

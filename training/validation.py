@@ -1,7 +1,10 @@
 """bits/dim of a set of images, split over the processes of an accelerator: the same number for any count of them."""
 
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +12,20 @@ from accelerate import Accelerator
 
 from ddpm_notes_pipeline.data import ImageSet
 from ddpm_notes_pipeline.pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
+from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
+from pictures import save_bits_per_dim
 from stops import Stops
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    variance: str
+    path: str
+    steps: int
+    decoder_variance: float | None  # None: the network's own
+    result: BitsPerDimOutput
 
 
 def batches(
@@ -68,3 +84,63 @@ def measure_bits_per_dim(
     sums = torch.cat([result.per_timestep.to(accelerator.device) * (end - first), counts])
     sums = accelerator.reduce(sums, "sum").cpu()
     return BitsPerDimOutput.from_parts(parts[parts[:, 3] == 1, :3], sums[:-1], result.dims, int(sums[-1]))
+
+
+def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float | None:
+    """Variance of p(x_0 | x_t) at the end of a path; None: the network's own."""
+    if scheduler.variance_type in LEARNED_VARIANCES:
+        return None
+    scheduler = DDPMNotesScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(timesteps=path)
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    return float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
+
+
+def save_evaluation(
+    folder: Path,
+    images: ImageSet,
+    rows: list[Row],
+    weights: str | None,
+    seed: int = 0,
+    evaluations_per_image: int | None = None,
+) -> list[str]:
+    """Write evaluation.json, each number with its protocol, and bits_per_dim.png where a row walks every timestep; the names of the two.
+
+    Args:
+        weights: digest of what was measured (`weights_digest`), by which the card knows that the numbers are its model's.
+        evaluations_per_image: None: every term of the bound was.
+    """
+    dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
+    protocol = {
+        "unit": "bits/dim",
+        "data": images.name,
+        "split": images.split,
+        "images": len(images),
+        "dims": dims,
+        "fingerprint": images.fingerprint,
+        "seed": seed,
+        "evaluations_per_image": evaluations_per_image or "all",
+        "weights": weights,
+    }
+    results = [
+        {
+            "variance_type": row.variance,
+            "path": row.path,
+            "num_inference_steps": row.steps,
+            "decoder_variance": row.decoder_variance,
+            **{
+                name: getattr(row.result, name) for name in ("total", "standard_error", "prior", "diffusion", "decoder")
+            },
+            "standard_errors": row.result.standard_errors,
+            "network_evaluations": row.result.network_evaluations,
+        }
+        for row in rows
+    ]
+    (folder / "evaluation.json").write_text(json.dumps({**protocol, "results": results}, indent=2) + "\n")
+    whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
+    if not whole:
+        (folder / "bits_per_dim.png").unlink(missing_ok=True)  # of other numbers
+        return ["evaluation.json"]
+    title = f"{images.name} {images.split}: {len(images)} images of {dims} dims"
+    save_bits_per_dim(folder / "bits_per_dim.png", whole, title)
+    return ["evaluation.json", "bits_per_dim.png"]
