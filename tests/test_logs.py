@@ -39,6 +39,7 @@ def read(path: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ bits/dim
 
 
+@pytest.mark.filterwarnings("ignore:alpha_bar at the path")
 def test_the_last_bits_per_dim_are_those_of_the_saved_model(validated, tmp_path):
     """Of the averaged weights, therefore, on the images and labels of the split."""
     folder, result = validated

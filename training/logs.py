@@ -43,6 +43,8 @@ class LossLog:
         self.tracker = tracker
         self.waiting: list[tuple[torch.Tensor, Any, float]] = []
         self.rows = keep_rows(accelerator, path, done)
+        if accelerator.is_main_process:
+            path.touch()  # a folder that cannot be written to is known at once
         self.seconds, self.since = 0.0, time.monotonic()  # of training alone, since rows were written last
         self.pauses = 0.0  # seconds of the whole run
 
