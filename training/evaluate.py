@@ -1,6 +1,7 @@
 """Measure a DDPM: bits/dim with its parts and standard errors, for variance types and numbers of steps.
 
     accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --split test
+    accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --metrics --num_inference_steps 50
     accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml \
         --variance_types fixed_small fixed_large optimal --num_inference_steps 10 100 1000 --paths even best --decoder fitted
 
@@ -31,6 +32,7 @@ from ddpm_notes_pipeline.variances import (
     optimal_scheduler,
 )
 from pictures import save_bits_per_dim
+from samples import SampleTable
 
 
 @dataclass
@@ -53,6 +55,11 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
         pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config)
     images = load(accelerator, data, evaluation.split, evaluation.max_images)
     labels = images.labels if pipeline.num_classes is not None else None
+
+    table = None
+    if evaluation.metrics:
+        real = load(accelerator, data, evaluation.metric_split, None)
+        table = SampleTable(accelerator, evaluation, real, images, data.cache_dir)
 
     # what the data has to say first
     own = pipeline.scheduler
@@ -94,10 +101,12 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
                 result = measure(accelerator, pipeline, images, labels, path, evaluation)
                 decoder_variance = None if variance in LEARNED_VARIANCES else decoder_of(scheduler, path)
                 rows.append(Row(variance, kind, steps, decoder_variance, result))
+                if table is not None:
+                    table.add(pipeline, variance, kind, path)
                 if accelerator.is_main_process:
                     print(line(rows[-1]) if len(rows) > 1 else f"{header()}\n{line(rows[-1])}", flush=True)
     if accelerator.is_main_process:
-        write(evaluation, images, rows)
+        write(evaluation, images, rows, table)
     accelerator.end_training()
 
 
@@ -211,8 +220,8 @@ def line(row: Row) -> str:
     return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
 
 
-def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) -> None:
-    """evaluation.json and bits_per_dim.png, and where they are."""
+def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row], table: SampleTable | None = None) -> None:
+    """evaluation.json and bits_per_dim.png, and where they are; the table of samples."""
     folder = Path(
         evaluation.results_dir or (evaluation.model if Path(evaluation.model).is_dir() else "outputs/evaluation")
     )
@@ -242,7 +251,8 @@ def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) ->
         }
         for row in rows
     ]
-    (folder / "evaluation.json").write_text(json.dumps({**protocol, "results": results}, indent=2))
+    metrics = {} if table is None else {"metrics": table.as_list()}
+    (folder / "evaluation.json").write_text(json.dumps({**protocol, "results": results, **metrics}, indent=2))
     longest = max(row.steps for row in rows)
     curves = {
         row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == longest and row.path == "even"
@@ -253,6 +263,8 @@ def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) ->
     print(
         f"\n{len(images)} images of {images.name} ({images.split}), {rows[0].result.dims} dims each; bits/dim, s.e. over images."
     )
+    if table is not None:
+        print(table)
     print(
         f"Written: {folder}/evaluation.json"
         + (f" and {folder}/bits_per_dim.png" if longest == len(rows[0].result.per_timestep) else "")
@@ -266,5 +278,5 @@ if __name__ == "__main__":
     settings = parse_evaluation_arguments()
     try:
         main(*settings)
-    except (ValueError, FileNotFoundError, OSError) as fault:
+    except (ValueError, ImportError, OSError) as fault:
         sys.exit(f"evaluate.py: error: {' '.join(str(fault).split())}")
