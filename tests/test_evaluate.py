@@ -7,12 +7,14 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from launching import ROOT, describe, launch, once
+from transformers import ViTConfig, ViTModel
 
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 
 EVALUATE = ROOT / "training" / "evaluate.py"
+SAMPLES = 20
 FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21".split()
 
 
@@ -30,11 +32,24 @@ def save_model(folder):
     DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4)).save_pretrained(folder)
 
 
+def save_network(folder):
+    """A small vision model of transformers, the same weights each time."""
+    torch.manual_seed(1)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    ViTModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 16}')
+    return folder
+
+
 def evaluated(name, *flags, processes=1):
     def run(folder):
         save_model(folder)
         config = ROOT / "training" / "configs" / "digits.yaml"
         command = ["--model", folder, "--config", config, "--evaluations_per_image", "6", *flags]
+        network = save_network(folder.with_name(f"{folder.name}-small-vit"))
+        command += ["--metrics", "--metric_images", SAMPLES, "--metric_network", network]
         return launch(*command, processes=processes, script=EVALUATE)
 
     return once(name, run)
@@ -51,7 +66,7 @@ def results(folder):
 
 def test_a_table_a_file_and_a_picture(one):
     folder, done = one
-    table = [line for line in done.stdout.splitlines() if "|" in line]
+    table = [line for line in done.stdout.partition("\nDistances")[0].splitlines() if "|" in line]
     assert [cell.strip() for cell in table[0].split("|")][:7] == ["variance", "path", "K", "L_T", "sum KL", "L_0", "total"]
     written = results(folder)
     assert (written["data"], written["split"], written["images"], written["dims"], written["unit"]) == ("digits", "test", 21, 64, "bits/dim")
@@ -64,6 +79,46 @@ def test_a_table_a_file_and_a_picture(one):
         assert cells[3:7] == [f"{row[k]:.5f} ± {errors[k]:.5f}" for k in ("prior", "diffusion", "decoder", "total")]
         assert row["total"] == pytest.approx(row["prior"] + row["diffusion"] + row["decoder"], rel=1e-9)
     assert (folder / "bits_per_dim.png").stat().st_size > 10_000
+
+
+def test_samples_of_each_row_are_measured_beside_held_out_images(one):
+    folder, done = one
+    written = results(folder)
+    floor, *rows = written["metrics"]
+    network = rows[0]["protocol"]["network"]
+    assert network.endswith("-small-vit")
+    assert floor["images"] == "held-out test" and floor["protocol"]["num_generated"] == 21
+    names = ("variance_type", "path", "num_inference_steps")
+    assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in written["results"]]
+    for row in rows:
+        protocol = row["protocol"]
+        seen = [protocol[name] for name in ("num_generated", "num_real", "num_train", "num_held_out_nearest", "split")]
+        assert seen == [SAMPLES, 1438, 1438, 21, "train"]
+        assert protocol["sampling"]["seeds"] == "0..19, one an image"
+        assert protocol["sampling"]["variance_type"] == row["variance_type"]
+        # an untrained network's samples are noise, far from digits in every respect
+        for figure in ("frechet_distance", "kernel_distance"):
+            assert row[f"{figure} ({network})"] > floor[f"{figure} ({network})"]
+        assert row["nearest_train_distance"] > 1.5 * row["held_out_nearest_train_distance"]
+        assert row["held_out_nearest_train_distance"] == floor["nearest_train_distance"]
+    table = [line for line in done.stdout.partition("\nDistances")[2].splitlines() if "|" in line]
+    assert len(table) == 2 + len(rows)
+    for line, row in zip(table[1:], [floor, *rows], strict=True):
+        assert f"{row[f'frechet_distance ({network})']:.4g}" in line and f"{row['nearest_train_distance']:.4f}" in line
+
+
+def test_samples_are_those_of_their_seeds(one):
+    folder, _ = one
+    pipe = DDPMNotesPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDPMNotesScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small", decoder_variance=None)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(SAMPLES)]
+    images = pipe(SAMPLES, timesteps=list(range(39, -1, -1)), generator=generators, output_type="pt").images
+    real = load_images("digits", split="train").take(range(1438))
+    row = results(folder)["metrics"][3]
+    assert (row["variance_type"], row["num_inference_steps"]) == ("fixed_small", 40)
+    expected = (((images * 255).round() / 255).double().mean(0) - real.double().div(255).mean(0)).square().mean().sqrt()
+    assert row["pixel_mean_error"] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_one_fitted_decoder_serves_every_variance(one):
@@ -95,6 +150,14 @@ def test_two_processes_find_the_same_numbers(one):
     for a, b in zip(mine, theirs, strict=True):
         for name in ("total", "standard_error", "prior", "diffusion", "decoder"):
             assert b[name] == pytest.approx(a[name], rel=2e-6, abs=1e-9), (name, describe(done))
+    mine, theirs = results(one[0])["metrics"], results(folder)["metrics"]
+    figures = [name for name, value in mine[1].items() if isinstance(value, float)]
+    assert len(figures) == 9 and len(mine) == len(theirs) == 7
+    for a, b in zip(mine, theirs, strict=True):
+        a, b = ({name.partition(" (")[0]: value for name, value in row.items()} for row in (a, b))
+        for name in (name.partition(" (")[0] for name in figures if name in a):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+    mine, theirs = results(one[0])["results"], results(folder)["results"]
     # the same images, each once; every process finds the ranges on the same pilot images
     assert sum(b["network_evaluations"] - a["network_evaluations"] for a, b in zip(mine, theirs, strict=True)) == 2 * 16 * 5
 

@@ -267,6 +267,22 @@ class EvaluationArguments:
     )
     batch_size: int = field(default=128, metadata={"help": "Noisy images through the network at once."})
     noise_seed: int = field(default=0, metadata={"help": "Of the noise."})
+    metrics: bool = field(
+        default=False, metadata={"help": "Sample too, for each row, and measure how far samples are from images."}
+    )
+    metric_images: int = field(
+        default=1000, metadata={"help": "Samples for each row; image i has the seed noise_seed + i."}
+    )
+    metric_split: str = field(
+        default="train",
+        metadata={"help": "Split that samples are compared with; images of --split are held out, beside them."},
+    )
+    metric_network: str = field(
+        default="efficientnet-lite0",
+        metadata={
+            "help": "Network whose features are compared: efficientnet-lite0, or a vision model of transformers, by Hub id or folder."
+        },
+    )
     results_dir: str | None = field(
         default=None, metadata={"help": "Where results go. Default: the model's folder, or outputs/evaluation."}
     )

@@ -1,6 +1,7 @@
 """Measure a DDPM: bits/dim with its parts and standard errors, for variance types and numbers of steps.
 
     accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --split test
+    accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --metrics --num_inference_steps 50
     accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml \
         --variance_types fixed_small fixed_large optimal --num_inference_steps 10 100 1000 --paths even best --decoder fitted
 
@@ -25,6 +26,7 @@ from ddpm_notes_pipeline.variances import (
     measure_original_sample_mse,
     optimal_scheduler,
 )
+from samples import SampleTable
 from validation import Row, batches, decoder_of, measure_bits_per_dim, save_evaluation
 
 
@@ -36,6 +38,11 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     if not isinstance(pipeline.scheduler, DDPMNotesScheduler):
         pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config)
     images = load(accelerator, data, evaluation.split, evaluation.max_images)
+
+    table = None
+    if evaluation.metrics:
+        real = load(accelerator, data, evaluation.metric_split, None)
+        table = SampleTable(accelerator, evaluation, real, images, data.cache_dir)
 
     # what the data has to say first
     own = pipeline.scheduler
@@ -86,10 +93,12 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
                 )
                 assert result is not None  # nothing is told of signals here: one ends the process
                 rows.append(Row(variance, kind, steps, decoder_of(scheduler, path), result))
+                if table is not None:
+                    table.add(pipeline, variance, kind, path)
                 if accelerator.is_main_process:
                     print(line(rows[-1]) if len(rows) > 1 else f"{header()}\n{line(rows[-1])}", flush=True)
     if accelerator.is_main_process:
-        write(evaluation, images, rows)
+        write(evaluation, images, rows, table)
     accelerator.end_training()
 
 
@@ -154,17 +163,21 @@ def line(row: Row) -> str:
     return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
 
 
-def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row]) -> None:
-    """evaluation.json and bits_per_dim.png, the card of a folder here, and where they are."""
+def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row], table: SampleTable | None = None) -> None:
+    """evaluation.json and bits_per_dim.png, the card of a folder here, and where they are; the table of samples."""
     local = Path(evaluation.model) if Path(evaluation.model).is_dir() else None
     folder = Path(evaluation.results_dir or local or "outputs/evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     weights = weights_digest(local) if local else None
     each = None if evaluation.full else evaluation.evaluations_per_image
-    names = save_evaluation(folder, images, rows, weights, evaluation.noise_seed, each)
+    names = save_evaluation(
+        folder, images, rows, weights, evaluation.noise_seed, each, table.as_list() if table else None
+    )
     print(
         f"\n{len(images)} images of {images.name} ({images.split}), {rows[0].result.dims} dims each; bits/dim, s.e. over images."
     )
+    if table is not None:
+        print(table)
     print(f"Written: {' and '.join(f'{folder}/{name}' for name in names)}")
     if local and folder.samefile(local):
         write_card(folder)
@@ -175,5 +188,5 @@ if __name__ == "__main__":
     settings = parse_evaluation_arguments()
     try:
         main(*settings)
-    except (ValueError, FileNotFoundError, OSError) as fault:
+    except (ValueError, ImportError, OSError) as fault:
         sys.exit(f"evaluate.py: error: {' '.join(str(fault).split())}")

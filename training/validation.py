@@ -103,12 +103,14 @@ def save_evaluation(
     weights: str | None,
     seed: int = 0,
     evaluations_per_image: int | None = None,
+    metrics: list[dict[str, Any]] | None = None,
 ) -> list[str]:
     """Write evaluation.json, each number with its protocol, and bits_per_dim.png where a row walks every timestep; the names of the two.
 
     Args:
         weights: digest of what was measured (`weights_digest`), by which the card knows that the numbers are its model's.
         evaluations_per_image: None: every term of the bound was.
+        metrics: of samples, each with a protocol of its own.
     """
     dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
     protocol = {
@@ -136,7 +138,8 @@ def save_evaluation(
         }
         for row in rows
     ]
-    (folder / "evaluation.json").write_text(json.dumps({**protocol, "results": results}, indent=2) + "\n")
+    record = {**protocol, "results": results} | ({"metrics": metrics} if metrics else {})
+    (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
     whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
     if not whole:
         (folder / "bits_per_dim.png").unlink(missing_ok=True)  # of other numbers
