@@ -14,6 +14,7 @@ card can be written anew, after every measurement, without ever taking away what
 import hashlib
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from .scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesSc
 logger = logging.getLogger(__name__)
 
 BITS_PER_DIM = "bits_per_dim"
-OUR_METRICS = (BITS_PER_DIM,)
+OVER_FEATURES = ("kernel_distance", "frechet_distance", "precision", "recall")  # of samples, over a named network
+OUR_METRICS = (BITS_PER_DIM, *OVER_FEATURES)
 KIND_TAGS = ("class-conditional",)  # ours, and gone when the next model in the repository is of another kind
 DEFAULT_LICENSE = "apache-2.0"
 _BLOCK = re.compile(r"<!-- generated:(\w+) ([0-9a-f]{12}) -->\n(.*?)<!-- /generated:\1 -->\n?", re.DOTALL)
@@ -200,7 +202,36 @@ def _measured(facts: dict[str, Any]) -> str:
     )
     if "bits_per_dim.png" in facts["pictures"]:
         text += "\n![Bits per timestep and their running sum](bits_per_dim.png)\n"
-    return text
+    return text + _measured_samples(evaluation.get("metrics") or [])
+
+
+def _measured_samples(metrics: list[dict[str, Any]]) -> str:
+    """The table of how far samples are from images."""
+    if not metrics:
+        return ""
+    protocol, network = metrics[-1]["protocol"], metrics[-1]["protocol"]["network"]
+    rows = [
+        "| images | steps | path | number | kernel distance | Frechet distance | precision | recall | nearest training image |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in metrics:
+        kernel, error = (row[f"{name} ({network})"] for name in ("kernel_distance", "kernel_distance_standard_error"))
+        cells = [
+            row.get("variance_type", row["images"]),
+            str(row.get("num_inference_steps", "")),
+            row.get("path", ""),
+            str(row["protocol"]["num_generated"]),
+            f"{kernel:.5f} ± {error:.5f}",
+            *(f"{row[f'{name} ({network})']:.3f}" for name in OVER_FEATURES[1:]),
+            f"{row['nearest_train_distance']:.4f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return (
+        f"\nSamples against {protocol['num_real']} images of {protocol['real']}, split {protocol['split']}, over {protocol['num_features']} features of "
+        f"{network} (no Inception: no FID), {protocol['preprocessing']}. The row of held-out images is what perfect samples would get. The last column "
+        "is the median distance to the nearest training image, as a root mean square over pixels in [0, 1]: samples much nearer than held-out "
+        "images are copies.\n\n" + "\n".join(rows) + "\n"
+    )
 
 
 def _training(facts: dict[str, Any]) -> str:
@@ -241,9 +272,11 @@ def _limits(facts: dict[str, Any]) -> str:
             f"It makes images like those of {run['data']}, of {dims[1]}x{dims[2]} pixels and {dims[0]} channel(s): for study, comparison and further "
             "training. It knows nothing else, and shows what is over- or under-represented there."
         )
+        compared = bool((facts["evaluation"] or {}).get("metrics"))
         lines.append(
             f"{facts['parameters'] / 1e6:.2f} M weights saw {run['images']} images about {run['steps'] * run['train_batch_size'] / run['images']:.0f} "
-            "times each: samples may come close to single training images. That was not measured."
+            "times each: samples may come close to single training images. "
+            + ("How close is in the last column above." if compared else "How close was not measured.")
         )
         if not run.get("data_license"):
             lines.append(
@@ -292,6 +325,9 @@ def _metadata(facts: dict[str, Any], license: str | None) -> dict[str, Any]:
                 },
             )
         )
+    for row in (evaluation or {}).get("metrics") or []:
+        if row["images"] == "samples":
+            results += _results_of_samples(row)
     data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -303,6 +339,37 @@ def _metadata(facts: dict[str, Any], license: str | None) -> dict[str, Any]:
         eval_results=results or None,
     )
     return data.to_dict()
+
+
+def _results_of_samples(row: dict[str, Any]) -> list[EvalResult]:
+    protocol = row["protocol"]
+    results = []
+    for name in OVER_FEATURES:
+        arguments = {
+            "network": protocol["network"],
+            "preprocessing": protocol["preprocessing"],
+            "images": protocol["num_generated"],
+            "real_images": protocol["num_real"],
+            "split": protocol["split"],
+            "dims": math.prod(protocol["image_shape"]),
+            **{key: row[key] for key in ("num_inference_steps", "variance_type", "path")},
+            "seeds": protocol["sampling"]["seeds"],
+        }
+        error = row.get(f"{name}_standard_error ({protocol['network']})")
+        results.append(
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=protocol["real"],
+                dataset_name=protocol["real"],
+                dataset_split=protocol["split"],
+                metric_type=name,
+                metric_value=round(row[f"{name} ({protocol['network']})"], 6),
+                metric_name=f"{name.replace('_', ' ')} ({protocol['network']}), {row['variance_type']}, "
+                f"{row['num_inference_steps']} {row['path']} steps",
+                metric_args=arguments | ({"standard_error": round(error, 6)} if error is not None else {}),
+            )
+        )
+    return results
 
 
 def merge(repo_id: str, metadata: dict[str, Any], blocks: dict[str, str], before: str | None) -> str:

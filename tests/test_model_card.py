@@ -9,6 +9,7 @@ import yaml
 from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 
+from ddpm_notes_pipeline.metrics import measure_samples
 from ddpm_notes_pipeline.model_card import merge, read_facts, weights_digest, write_card
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
@@ -135,6 +136,34 @@ def test_the_metadata_is_the_measured_numbers_with_their_protocol(shelf):
             "path": "even",
             "evaluations_per_image": 38,
         }
+
+
+def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
+    rows = [
+        ({"images": "held-out test"}, images[:20]),
+        ({"images": "samples", "variance_type": "optimal", "path": "best", "num_inference_steps": 10}, images[20:40]),
+    ]
+    metrics = [
+        {**row, **measure_samples(x, images, train=images, sampling={"seeds": "0..19"}, show_progress=False).as_dict()}
+        for row, x in rows
+    ]
+    for row in metrics:  # as of an ImageSet
+        row["protocol"] |= {"real": "digits", "split": "train"}
+    folder = make_folder(tmp_path / "m", evaluation={**EVALUATION, "metrics": json.loads(json.dumps(metrics))})
+    card = write_card(folder, "ada/digits")
+    results = [r for r in ModelCard(card).data.eval_results if r.metric_type != "bits_per_dim"]
+    assert [r.metric_type for r in results] == ["kernel_distance", "frechet_distance", "precision", "recall"]
+    kernel = results[0]
+    assert kernel.metric_value == round(metrics[1]["kernel_distance (efficientnet-lite0)"], 6)
+    assert kernel.metric_name == "kernel distance (efficientnet-lite0), optimal, 10 best steps"
+    assert kernel.metric_args["standard_error"] > 0 and kernel.metric_args["seeds"] == "0..19"
+    assert (kernel.metric_args["images"], kernel.metric_args["real_images"], kernel.metric_args["dims"]) == (20, 60, 64)
+    assert (
+        f"| optimal | 10 | best | 20 | {kernel.metric_value:.5f} ±" in card and "| held-out test |  |  | 20 |" in card
+    )
+    assert "last column above" in card and not re.search(r"(?<!no )FID", card)
 
 
 def test_the_reader_sees_the_same_numbers_and_the_pictures(shelf):
