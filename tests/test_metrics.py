@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.features import FeatureNetwork, load_feature_network
+from ddpm_notes_pipeline.features import FeatureNetwork, _full_float32, load_feature_network
 from ddpm_notes_pipeline.metrics import frechet_distance, kernel_distance, measure_samples, precision_recall
 
 FEW = "ignore:frechet_distance of"  # the warning of few images, where a test is about something else
@@ -366,6 +366,18 @@ def test_the_offline_network_knows_a_photograph():
     grey = photograph[:, :1]
     torch.testing.assert_close(network(grey), network(grey.expand(-1, 3, -1, -1)))
     assert not network.train().network.training
+
+
+def test_features_do_not_depend_on_the_callers_precision(network, train):
+    pixels = take(train, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = network(pixels)
+    torch.testing.assert_close(inside, network(pixels), rtol=0, atol=0)
+    setting = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    with _full_float32(torch.device("cuda")):
+        assert setting.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert setting.fp32_precision == before
 
 
 def preprocessor(folder, **more):

@@ -118,7 +118,8 @@ class SampleTable:
         real, protocol = self.real, self.rows[-1][1].protocol
         lines = [
             f"\nDistances from {len(real)} images of {real.name} ({real.split}) over {protocol.num_features} features of {protocol.network}:",
-            protocol.preprocessing,
+            f"{protocol.preprocessing}.",
+            "frechet compares at equal n alone, kernel at any; errors and nearest (the median over images) are on the scale 0..1.",
             " | ".join(f"{name:>{width}}" for name, width in COLUMNS.items()),
             "-+-".join("-" * width for width in COLUMNS.values()),
         ]
@@ -129,7 +130,7 @@ class SampleTable:
                 str(row.get("num_inference_steps", "")),
                 str(r.protocol.num_generated),
                 f"{r.frechet_distance:.4g}",
-                f"{r.kernel_distance:.5f} ± {r.kernel_distance_standard_error:.5f}",
+                f"{r.kernel_distance:.3g} ± {r.kernel_distance_standard_error:.1g}",
                 f"{r.precision:.3f}",
                 f"{r.recall:.3f}",
                 f"{r.pixel_mean_error:.4f}",
@@ -137,4 +138,4 @@ class SampleTable:
                 f"{r.nearest_train_distance:.4f}",
             )
             lines.append(" | ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
-        return "\n".join(filter(None, lines))
+        return "\n".join(lines)
