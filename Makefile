@@ -12,6 +12,8 @@ ARGS       ?=
 THREADS    ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 LAUNCH     ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
               --num_cpu_threads_per_process $(THREADS)
+# Parts of `make bench`, with commas between them; none: all of them.
+ONLY       ?=
 # Processes that `make test` spreads the tests over.
 WORKERS    ?= 2
 
@@ -22,7 +24,7 @@ PYTEST    := $(RUN) pytest -q -n $(WORKERS)
 JOINED    := $(wildcard tests/test_scheduling_ddpm_notes.py tests/test_pipeline_ddpm_notes.py)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup train test test-all lint clean
+.PHONY: help setup train test test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -48,6 +50,9 @@ test: $(INSTALLED)  ## the quick tests, then those of the joined file
 test-all: $(INSTALLED)  ## every test, the slow ones too
 	$(PYTEST)
 	$(if $(JOINED),DDPM_NOTES_JOINED=1 $(PYTEST) $(JOINED))
+
+bench: $(INSTALLED)  ## the project beside its peers, in one table: 20 minutes (ONLY=step,memory ARGS="--clock cpu")
+	$(VENV)/bin/python tests/benchmarks/run.py --only "$(ONLY)" $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) ruff check .

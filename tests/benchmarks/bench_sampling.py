@@ -1,0 +1,84 @@
+"""Whole calls of the pipeline, against the bare loop over its UNet and against `DDPMPipeline`."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+
+from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
+from measure import Row, in_unit, interleave, ratio_row
+from models import BATCH, FAST, describe, make_unet
+
+STEPS = {"S": 40, "L": 4}
+ROUNDS = {"S": 15, "L": 9}
+
+
+def pipelines(size: str) -> dict[str, Any]:
+    """Ours, the peer's, and ours as it is run where speed is wanted; quiet, with the same weights."""
+    unet = make_unet(size).eval()
+    made = {
+        "ours": DDPMNotesPipeline(unet, DDPMNotesScheduler()),
+        "peer": DDPMPipeline(unet, DDPMScheduler()),
+        "fast": DDPMNotesPipeline(copy.deepcopy(unet), DDPMNotesScheduler()),
+    }
+    for pipeline in made.values():
+        pipeline.set_progress_bar_config(disable=True)
+    precision, compiled = FAST[size]
+    if precision == "bf16":
+        made["fast"].unet.to(torch.bfloat16)
+    if compiled:
+        made["fast"].unet.compile()
+    return made
+
+
+def call(pipeline: Any, size: str) -> Callable[[], Any]:
+    return lambda: pipeline(
+        batch_size=BATCH, num_inference_steps=STEPS[size], generator=torch.Generator().manual_seed(0)
+    )
+
+
+def bare(pipeline: Any, size: str) -> Callable[[], Any]:
+    """The network alone, as often as the pipeline runs it: no noise, no step, no images made."""
+    unet = pipeline.unet
+    shape = (BATCH, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    x = randn_tensor(shape, dtype=unet.dtype)
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(STEPS[size])
+
+    @torch.no_grad()
+    def loop() -> None:
+        for t in scheduler.timesteps:
+            unet(x, t, return_dict=False)
+
+    return loop
+
+
+def sampling() -> list[Row]:
+    rows = []
+    for size in STEPS:
+        made = pipelines(size)
+        calls = {name: call(pipeline, size) for name, pipeline in made.items()}
+        calls |= {"bare": bare(made["ours"], size), "bare fast": bare(made["fast"], size)}
+        times = interleave(calls, ROUNDS[size], seconds=0)
+
+        def a_step(seconds: float, size: str = size) -> str:
+            return f"{in_unit(seconds / STEPS[size])}/step"
+
+        what, fast = f"`pipe({BATCH})` {describe(size)}", " + ".join(["bf16"] * (FAST[size][0] == "bf16") + ["compile"])
+        rows += [
+            ratio_row(what, "bare UNet loop", times["bare"], times["ours"], "<= 1.01", a_step),
+            ratio_row(what, "`DDPMPipeline`", times["peer"], times["ours"], "", a_step),
+            ratio_row(f"{what}, {fast}", f"bare, {fast}", times["bare fast"], times["fast"], "", a_step),
+            ratio_row(
+                f"{what}, {fast}",
+                "`DDPMPipeline`",
+                times["peer"],
+                times["fast"],
+                {"S": ">= 1.4", "L": ">= 1.5"}[size],
+                a_step,
+            ),
+        ]
+    return rows

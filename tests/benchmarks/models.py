@@ -1,0 +1,67 @@
+"""What is trained and sampled here: two UNets, S and L, and the images that fit them.
+
+S: 8x8x1, 1.6 M weights. L: 32x32x3, 6.5 M weights. Both are trained with 16 images a step.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import UNet2DModel
+
+BATCH = 16
+CONFIGS = {
+    "S": {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 2,
+        "block_out_channels": (64, 64),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 16,
+    },
+    "L": {
+        "sample_size": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 2,
+        "block_out_channels": (64, 128, 128),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 32,
+    },
+}
+# How the project is run here where speed is wanted: what is compiled, and in which type it computes.
+FAST = {"S": ("no", True), "L": ("bf16", True)}
+
+
+def make_unet(size: str, seed: int = 0) -> UNet2DModel:
+    torch.manual_seed(seed)
+    return UNet2DModel(**CONFIGS[size])
+
+
+def describe(size: str) -> str:
+    side, channels = CONFIGS[size]["sample_size"], CONFIGS[size]["in_channels"]
+    return f"{size} ({side}x{side}x{channels})"
+
+
+def make_images(size: str, folder: Path, count: int = 1024) -> Path:
+    """A data set as `datasets` saves it, of PNG files: the embedded digits, for L in three colours and 32x32."""
+    import datasets
+    from sklearn.datasets import load_digits
+
+    side, channels = CONFIGS[size]["sample_size"], CONFIGS[size]["in_channels"]
+    digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    rows = []
+    for i in range(count):
+        planes = [digits[(i + k) % len(digits)].repeat(side // 8, 0).repeat(side // 8, 1) for k in range(channels)]
+        file = io.BytesIO()
+        PIL.Image.fromarray(planes[0] if channels == 1 else np.stack(planes, -1)).save(file, "png")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image()})
+    path = folder / f"images-{size}"
+    datasets.Dataset.from_dict({"image": rows}, features=features).save_to_disk(str(path))
+    return path

@@ -1,0 +1,118 @@
+"""The two loops that training is measured against, as a program: a line with a number on stdin runs so many steps.
+
+python training_loops.py peer SIZE FOLDER     the loop of diffusers' train_unconditional.py, re-enacted from its description
+python training_loops.py bare SIZE FOLDER     forward, backward and optimizer step on resident data, as fast as the project runs it
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from models import BATCH, CONFIGS, FAST, make_unet
+
+OPTIMIZER: dict[str, Any] = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
+
+
+def peer_loop(size: str, folder: Path) -> Iterator[None]:
+    """Everything at that script's defaults: float32, plain AdamW, EMAModel one weight at a time, the loss read at every step."""
+    accelerator = Accelerator(mixed_precision="no")
+    unet = make_unet(size)
+    ema = EMAModel(
+        unet.parameters(),
+        decay=0.9999,
+        use_ema_warmup=True,
+        inv_gamma=1.0,
+        power=0.75,
+        model_cls=type(unet),
+        model_config=unet.config,
+    )
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER)
+    images = datasets.load_from_disk(str(folder))
+    side, mode = CONFIGS[size]["sample_size"], "L" if CONFIGS[size]["in_channels"] == 1 else "RGB"
+
+    def to_tensor(image: Any) -> torch.Tensor:
+        """Resize, crop, tensor in [0, 1], normalised to [-1, 1]."""
+        image = image.convert(mode)
+        if image.size != (side, side):
+            image = image.resize((side, side), 2)
+        pixels = np.asarray(image).reshape(side, side, -1).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(pixels)).float().div(255).sub(0.5).div(0.5)
+
+    images.set_transform(lambda rows: {"input": [to_tensor(image) for image in rows["image"]]})
+    loader = DataLoader(images, batch_size=BATCH, shuffle=True, num_workers=0)
+    lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
+    unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
+    ema.to(accelerator.device)
+    global_step = 0
+    while True:
+        unet.train()
+        bar = tqdm(total=len(loader))
+        for batch in loader:
+            clean = batch["input"].to(torch.float32)
+            noise = torch.randn(clean.shape, dtype=torch.float32, device=clean.device)
+            t = torch.randint(0, 1000, (clean.shape[0],), device=clean.device).long()
+            noisy = scheduler.add_noise(clean, noise, t)
+            with accelerator.accumulate(unet):
+                loss = F.mse_loss(unet(noisy, t).sample.float(), noise.float())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                ema.step(unet.parameters())
+                bar.update(1)
+                global_step += 1
+            logs = {"loss": loss.detach().item(), "lr": lr_scheduler.get_last_lr()[0], "step": global_step}
+            logs["ema_decay"] = ema.cur_decay_value
+            bar.set_postfix(**logs)
+            accelerator.log(logs, step=global_step)
+            yield
+        bar.close()
+
+
+def bare_loop(size: str, folder: Path) -> Iterator[None]:
+    """The three calls nobody can do without, on one batch that lies in memory; no average, no clipping, no log."""
+    precision, compiled = FAST[size]
+    unet = make_unet(size).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER, fused=True)
+    shape = (BATCH, CONFIGS[size]["in_channels"], *[CONFIGS[size]["sample_size"]] * 2)
+    noisy, noise, t = torch.randn(shape), torch.randn(shape), torch.randint(0, 1000, (BATCH,))
+    if compiled:
+        unet.compile()
+    while True:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = unet(noisy, t, return_dict=False)[0]
+        F.mse_loss(output.float(), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield
+
+
+def main() -> None:
+    kind, size, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    loops: dict[str, Callable[[str, Path], Iterator[None]]] = {"peer": peer_loop, "bare": bare_loop}
+    loop = loops[kind](size, Path(folder))
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            next(loop)
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
