@@ -520,6 +520,7 @@ for name in ("computed", "kept"):
         cache_dir=sys.argv[1], accelerator=accelerator, batch_size=16, show_progress=False,
     )
     Path(sys.argv[1], f"{name}-{accelerator.process_index}-of-{accelerator.num_processes}.json").write_text(json.dumps(result.as_dict()))
+accelerator.end_training()  # or a thread of the process group may still be there when the interpreter ends, which aborts it
 """
 
 
