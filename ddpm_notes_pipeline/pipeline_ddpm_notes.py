@@ -190,6 +190,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
         path, step_arguments = self._prepare_scheduler(num_inference_steps, timesteps, eta, generator, device)
         x_t = self._initial_noise(batch_size, generator, latents, device)
 
+        dtype = self.unet.dtype  # diffusers looks through the whole network for it: not at every step
         # The scheduler gets each timestep on the CPU, where reading it stops nothing; the network gets it on its own device.
         self._interrupt = False
         with self.progress_bar(total=len(path)) as bar:
@@ -197,7 +198,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
                 model_input = self.scheduler.scale_model_input(x_t, t)
-                model_output = self._predict(model_input, t_network, labels, guidance_scale if guided else None)
+                model_output = self._predict(model_input, t_network, dtype, labels, guidance_scale if guided else None)
                 x_t = self.scheduler.step(model_output.to(x_t.dtype), t, x_t, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     x_t = (callback_on_step_end(self, i, t, {"latents": x_t}) or {}).get("latents", x_t)
@@ -212,10 +213,15 @@ class DDPMNotesPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _predict(
-        self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float | None = None
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        dtype: torch.dtype,
+        labels: torch.Tensor | None,
+        guidance_scale: float | None = None,
     ) -> torch.Tensor:
-        """The network's output for x_t in the network's own type, guided if asked."""
-        x = x.to(self.unet.dtype)
+        """The network's output for x_t in `dtype`, the network's own type, guided if asked."""
+        x = x.to(dtype)
         if guidance_scale is None or labels is None:
             return self._for_scheduler(self.unet(x, t, class_labels=labels, return_dict=False)[0], x)
         null = torch.full_like(labels, self.null_label or 0)
@@ -538,7 +544,8 @@ class _BoundTerms:
     ) -> torch.Tensor:
         """The path's terms number `index` (R,), one a row of noise; x_0 has as many rows, or a single one for all."""
         pipeline = self.pipeline
-        device, dtype = pipeline._execution_device, torch.promote_types(pipeline.unet.dtype, torch.float32)
+        device, network_dtype = pipeline._execution_device, pipeline.unet.dtype
+        dtype = torch.promote_types(network_dtype, torch.float32)
         nats = []
         for i in range(0, len(index), self.batch_size):
             rows = slice(i, i + self.batch_size)
@@ -547,7 +554,7 @@ class _BoundTerms:
             t, s = self.t[index[rows]], self.s[index[rows]]
             x_t = self.scheduler.add_noise(x, eps, t)
             own = None if labels is None else (labels if len(labels) == 1 else labels[rows]).expand(len(eps)).to(device)
-            output = pipeline._predict(x_t, t.to(device), own)
+            output = pipeline._predict(x_t, t.to(device), network_dtype, own)
             nats.append(self.scheduler.vlb_terms(output.to(dtype), x, x_t, t, s, self.clip).cpu())
         self.evaluations += len(index)
         return torch.cat(nats).double()

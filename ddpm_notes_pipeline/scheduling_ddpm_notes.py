@@ -490,13 +490,20 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         log_pv = torch.where(s < 0, log_decoder, log_pv)
         return log_pv, pair.b.log() - log_pv
 
-    def _excess(self, t: torch.Tensor, s: torch.Tensor, pair: StepPair, v: torch.Tensor | None = None) -> torch.Tensor:
+    def _excess(
+        self,
+        t: torch.Tensor,
+        s: torch.Tensor,
+        pair: StepPair,
+        v: torch.Tensor | None,
+        log_variances: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
         """log variance of the reverse step minus log pv (minus the decoder's, where s = -1), float64.
 
         Kept as a difference because the KL to the posterior depends on it alone: fixed_small has 0, exactly.
         Shape of t, or of `v` (the network's second half) for the learned types.
         """
-        log_pv, gap = self._log_variances(t, s, pair)
+        log_pv, gap = log_variances
         if self.eta is not None:
             return torch.where(s < 0, 0.0, torch.full_like(gap, 2 * math.log(self.eta) if self.eta else -math.inf))
         if self.variance_type in LEARNED_VARIANCES:
@@ -520,8 +527,8 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         self, t: torch.Tensor, s: torch.Tensor, pair: StepPair, v: torch.Tensor | None = None
     ) -> torch.Tensor:
         """log variance of the reverse step: float64, shape of t, or of `v` for the learned types."""
-        log_pv, _ = self._log_variances(t, s, pair)
-        excess = self._excess(t, s, pair, v)
+        log_variances = self._log_variances(t, s, pair)
+        log_pv, excess = log_variances[0], self._excess(t, s, pair, v, log_variances)
         return log_pv.to(excess.device).reshape(-1, *[1] * (excess.ndim - 1)) + excess
 
     # ------------------------------------------------------------------------------------------------ the forward process
@@ -616,11 +623,17 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             x0_hat, shape of x_t, in float32 or the wider type of the two.
         """
-        dtype = _check_images(x_t=x_t)
+        _check_images(x_t=x_t)
         output, _ = self._split_output(model_output, x_t)
         t = self._timestep(t)
-        x_t_to_x_0, output_to_x_0 = self._x_0_coefficients(self._pair(t, torch.full_like(t, -1)))
-        x_0 = output.to(torch.promote_types(dtype, output.dtype))
+        return self._original_sample(output, x_t, self._pair(t, torch.full_like(t, -1)), clip)
+
+    def _original_sample(
+        self, output: torch.Tensor, x_t: torch.Tensor, pair: StepPair, clip: bool | None
+    ) -> torch.Tensor:
+        """The same from the network's guess alone and a pair with that t."""
+        x_t_to_x_0, output_to_x_0 = self._x_0_coefficients(pair)
+        x_0 = output.to(torch.promote_types(_check_images(x_t=x_t), output.dtype))
         if self.config.prediction_type != "sample":
             x_0 = _like(x_t_to_x_0, x_t, x_0.dtype) * x_t + _like(output_to_x_0, x_t, x_0.dtype) * x_0
         return self._clip(x_0, clip)
@@ -804,13 +817,14 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
                 f"eta is {self.eta}; allowed in the bound: None or 1 (a DDIM path has another one; take from_config(config, eta=None))"
             )
         _check_images(x_0=x_0, x_t=x_t)
-        _, v = self._split_output(model_output, x_t)
-        x_0_hat = self.predict_original_sample(model_output, x_t, t, clip)
+        output, v = self._split_output(model_output, x_t)
         t, s = self._timestep_pair(t, s)
         pair = self._pair(t, s)
-        excess = self._excess(t, s, pair, v)  # log variance of p minus log pv
+        x_0_hat = self._original_sample(output, x_t, pair, clip)
+        log_variances = self._log_variances(t, s, pair)
+        excess = self._excess(t, s, pair, v, log_variances)  # log variance of p minus log pv
         excess = _like(excess, x_t, torch.float64)
-        log_pv = _like(self._log_variances(t, s, pair)[0], x_t, torch.float64)
+        log_pv = _like(log_variances[0], x_t, torch.float64)
         dims = x_0[0].numel()
 
         def total(per_pixel: torch.Tensor) -> torch.Tensor:
@@ -821,12 +835,18 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         c_0 = _like(pair.alpha_bar_s.sqrt() * pair.b / pair.one_minus_alpha_bar_t, x_t, torch.float64)
         weight = (c_0**2 * torch.exp(-log_pv - excess)).to(x_0_hat.dtype)
         kl = 0.5 * (total(excess + torch.expm1(-excess)) + total(weight * (x_0 - x_0_hat) ** 2))
+        last = s < 0
         if s.device.type == "cpu" and not bool(
-            (s < 0).any()
-        ):  # reading s costs a stop elsewhere; there both are computed
-            return kl
+            last.all()
+        ):  # reading s costs a stop elsewhere: both of all images there
+            if not bool(last.any()):
+                return kl
+            images = last.nonzero().flatten().to(kl.device)
+            log_variance = (log_pv + excess)[images]
+            log_mass = discretized_gaussian_log_likelihood(x_0[images], x_0_hat[images], log_variance)
+            return kl.index_put((images,), -log_mass.flatten(1).sum(1).to(kl.dtype))
         decoder = -discretized_gaussian_log_likelihood(x_0, x_0_hat, log_pv + excess).flatten(1).sum(1)
-        return torch.where(s.to(kl.device) < 0, decoder, kl)
+        return torch.where(last.to(kl.device), decoder, kl)
 
 
 # ---------------------------------------------------------------------------------------------------- functions

@@ -258,8 +258,9 @@ def _denoise(
     labels: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x_0 and x0_hat(x_t), clipped as the config says, on the pipeline's device."""
-    device, dtype = pipeline._execution_device, torch.promote_types(pipeline.unet.dtype, torch.float32)
+    device, network_dtype = pipeline._execution_device, pipeline.unet.dtype
+    dtype = torch.promote_types(network_dtype, torch.float32)
     x_0, noise = x_0.to(device, dtype), noise.to(device, dtype)
     x_t = scheduler.add_noise(x_0, noise, t)
-    output = pipeline._predict(x_t, t.to(device), None if labels is None else labels.to(device))
+    output = pipeline._predict(x_t, t.to(device), network_dtype, None if labels is None else labels.to(device))
     return x_0, scheduler.predict_original_sample(output.to(dtype), x_t, t)

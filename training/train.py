@@ -98,6 +98,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
     network, optimizer = accelerator.prepare(unet, optimizer)
+    parameters = list(network.parameters())
+    has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
     guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
     if run.torch_compile:
         unet.compile()
@@ -197,7 +199,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         validate(done)
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
     for step, batch in enumerate(loader, start=done):
-        torch.manual_seed(step_seed(run.seed, step, f"dropout of process {accelerator.process_index}"))
+        if has_dropout:
+            torch.manual_seed(step_seed(run.seed, step, f"dropout of process {accelerator.process_index}"))
         t, weight = timestep_sampler.sample(batch["u"], positions, run.train_batch_size)
         x_0 = to_model_range(batch["pixel_values"].to(accelerator.device, non_blocking=True))
         noise = batch["noise"].to(accelerator.device, non_blocking=True)
@@ -217,13 +220,13 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 loss = objective(network, x_0[part], noise[part], t[part], None if labels is None else labels[part])
                 accelerator.backward(poisoned((loss * weight[part]).mean() / len(parts)))
             losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(network.parameters(), run.max_grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
         taken = guard.update(optimizer, grad_norm)
         optimizer.zero_grad(set_to_none=True)
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema is not None:
-            ema.step(unet.parameters(), taken)
+            ema.step(parameters, taken)
 
         unweighted = torch.cat(losses)
         if run.timestep_sampling == "loss_second_moment":

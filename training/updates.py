@@ -50,8 +50,13 @@ class AveragedWeights(EMAModel):
         self.cur_decay_value = self.get_decay(self.optimization_step)
         if taken is None:
             taken = torch.ones((), device=self.shadow_params[0].device)
+        weight = taken * (1 - self.cur_decay_value)
+        if weight.device.type == "cpu":  # one pass; the three below write every change to memory and read it again
+            for average, parameter in zip(self.shadow_params, parameters, strict=True):
+                average.lerp_(parameter, weight)
+            return
         change = torch._foreach_sub(list(parameters), self.shadow_params)
-        torch._foreach_mul_(change, taken * (1 - self.cur_decay_value))
+        torch._foreach_mul_(change, weight)
         torch._foreach_add_(self.shadow_params, change)
 
 

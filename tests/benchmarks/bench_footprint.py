@@ -97,7 +97,7 @@ def memory() -> list[Row]:
             )
 
             images = make_images(size, folder)
-            peer = Loop("peer", size, images, folder / "peer")
+            peer = Loop("peer", size, str(images), folder / "peer")
             try:
                 peer.run(8)
                 theirs = peer.peak_mib()

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from measure import Row, in_unit, interleave, ratio_row
-from models import BATCH, FAST, describe, make_unet
+from models import BATCH, describe, describe_fast, fast_precision, make_unet
 
 STEPS = {"S": 40, "L": 4}
 ROUNDS = {"S": 15, "L": 9}
@@ -26,11 +26,9 @@ def pipelines(size: str) -> dict[str, Any]:
     }
     for pipeline in made.values():
         pipeline.set_progress_bar_config(disable=True)
-    precision, compiled = FAST[size]
-    if precision == "bf16":
+    if fast_precision(size) == "bf16":
         made["fast"].unet.to(torch.bfloat16)
-    if compiled:
-        made["fast"].unet.compile()
+    made["fast"].unet.compile()
     return made
 
 
@@ -67,7 +65,7 @@ def sampling() -> list[Row]:
         def a_step(seconds: float, size: str = size) -> str:
             return f"{in_unit(seconds / STEPS[size])}/step"
 
-        what, fast = f"`pipe({BATCH})` {describe(size)}", " + ".join(["bf16"] * (FAST[size][0] == "bf16") + ["compile"])
+        what, fast = f"`pipe({BATCH})` {describe(size)}", describe_fast(size)
         rows += [
             ratio_row(what, "bare UNet loop", times["bare"], times["ours"], "<= 1.01", a_step),
             ratio_row(what, "`DDPMPipeline`", times["peer"], times["ours"], "", a_step),

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from measure import HERE, ROOT, Child, Row, ratio_row, turns
-from models import BATCH, CONFIGS, FAST, describe, make_images
+from models import BATCH, CONFIGS, describe, describe_fast, fast_precision, make_images
 
 STEPS = {"S": 20, "L": 2}  # a turn
 ROUNDS = {"S": 11, "L": 7}
@@ -64,8 +64,8 @@ class OurTraining(Child):
 class Loop(Child):
     """A loop of training_loops.py."""
 
-    def __init__(self, kind: str, size: str, images: Path, folder: Path) -> None:
-        words = [str(HERE / "training_loops.py"), kind, size, str(images)]
+    def __init__(self, kind: str, size: str, word: str, folder: Path) -> None:
+        words = [str(HERE / "training_loops.py"), kind, size, word]
         super().__init__([sys.executable, *words], folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def start(self, steps: int) -> None:
@@ -90,10 +90,9 @@ def our_words(size: str, images: Path, folder: Path, fast: bool = True) -> list[
     """Options of training/train.py for the settings of the official script's defaults."""
     config = folder / f"unet-{size}.json"
     config.write_text(json.dumps({"_class_name": "UNet2DModel", **CONFIGS[size]}))
-    precision, compiled = FAST[size] if fast else ("no", False)
     words = ["--dataset_name", str(images), "--model_config_name_or_path", str(config)]
     words += ["--train_batch_size", str(BATCH), "--max_train_steps", "100000", "--checkpointing_steps", "100000"]
-    return [*words, "--mixed_precision", precision, *["--torch_compile"] * compiled]
+    return [*words, "--mixed_precision", fast_precision(size), "--torch_compile"] if fast else words
 
 
 def training() -> list[Row]:
@@ -106,8 +105,8 @@ def training() -> list[Row]:
             runners: dict[str, OurTraining | Loop] = {}
             try:
                 runners["ours"] = OurTraining(folder / "ours", our_words(size, images, folder), logging_steps)
-                for kind in ("peer", "bare"):
-                    runners[kind] = Loop(kind, size, images, folder / kind)
+                for kind, word in (("peer", str(images)), ("bare", fast_precision(size))):
+                    runners[kind] = Loop(kind, size, word, folder / kind)
                     runners[kind].start(STEPS[size])  # type: ignore[union-attr]
                 for runner in runners.values():  # started and compiled at the same time
                     if isinstance(runner, Loop):
@@ -126,7 +125,7 @@ def training() -> list[Row]:
         def rate(seconds: float) -> str:
             return f"{BATCH / seconds:.4g} images/s"
 
-        fast = " + ".join(["bf16"] * (FAST[size][0] == "bf16") + ["compile"])
+        fast = describe_fast(size)
         what = f"training/train.py {describe(size)}, {fast}"
         rows.append(ratio_row(what, "official script's loop", times["peer"], times["ours"], ">= 1.35", rate))
         rows.append(ratio_row(what, f"bare step, {fast}, resident data", times["bare"], times["ours"], "<= 1.03", rate))

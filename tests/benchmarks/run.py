@@ -42,11 +42,13 @@ def main() -> None:
     Settings.output_dir = Path(arguments.output_dir)
     Settings.output_dir.mkdir(parents=True, exist_ok=True)
 
+    import datasets
     import torch
     from diffusers.utils import logging
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     head = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {hardware()}; {Settings.clock} clock"
     lines = [head, "", HEADER]
     print("\n".join(lines), flush=True)

@@ -6,7 +6,6 @@ python training_loops.py bare SIZE FOLDER     forward, backward and optimizer st
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,12 +19,12 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from models import BATCH, CONFIGS, FAST, make_unet
+from models import BATCH, CONFIGS, make_unet
 
 OPTIMIZER: dict[str, Any] = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
 
 
-def peer_loop(size: str, folder: Path) -> Iterator[None]:
+def peer_loop(size: str, folder: str) -> Iterator[None]:
     """Everything at that script's defaults: float32, plain AdamW, EMAModel one weight at a time, the loss read at every step."""
     accelerator = Accelerator(mixed_precision="no")
     unet = make_unet(size)
@@ -40,7 +39,7 @@ def peer_loop(size: str, folder: Path) -> Iterator[None]:
     )
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER)
-    images = datasets.load_from_disk(str(folder))
+    images = datasets.load_from_disk(folder)
     side, mode = CONFIGS[size]["sample_size"], "L" if CONFIGS[size]["in_channels"] == 1 else "RGB"
 
     def to_tensor(image: Any) -> torch.Tensor:
@@ -85,15 +84,13 @@ def peer_loop(size: str, folder: Path) -> Iterator[None]:
         bar.close()
 
 
-def bare_loop(size: str, folder: Path) -> Iterator[None]:
+def bare_loop(size: str, precision: str) -> Iterator[None]:
     """The three calls nobody can do without, on one batch that lies in memory; no average, no clipping, no log."""
-    precision, compiled = FAST[size]
     unet = make_unet(size).train()
     optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER, fused=True)
     shape = (BATCH, CONFIGS[size]["in_channels"], *[CONFIGS[size]["sample_size"]] * 2)
     noisy, noise, t = torch.randn(shape), torch.randn(shape), torch.randint(0, 1000, (BATCH,))
-    if compiled:
-        unet.compile()
+    unet.compile()
     while True:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             output = unet(noisy, t, return_dict=False)[0]
@@ -104,10 +101,10 @@ def bare_loop(size: str, folder: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    kind, size, folder = sys.argv[1:]
+    kind, size, word = sys.argv[1:]
     torch.set_num_threads(1)
-    loops: dict[str, Callable[[str, Path], Iterator[None]]] = {"peer": peer_loop, "bare": bare_loop}
-    loop = loops[kind](size, Path(folder))
+    loops: dict[str, Callable[[str, str], Iterator[None]]] = {"peer": peer_loop, "bare": bare_loop}
+    loop = loops[kind](size, word)
     for line in sys.stdin:
         for _ in range(int(line)):
             next(loop)
