@@ -1,24 +1,18 @@
-"""Any `datasets` image set as batches of 8-bit tensors.
+"""Any `datasets` image set as 8-bit tensors.
 
 1. Every image is decoded once, into one flat file of bytes that is memory-mapped afterwards. Memory held does not grow
    with the set, a random batch is a gather, and a second run (or a second process) finds the file and decodes nothing.
-2. A run is a pure function of (config, seed, step). The images of global step n are positions n*B ... n*B + B-1 of an
-   endless row of epochs, epoch e being the permutation drawn from (seed, e). Flips, crops, noise and uniforms come from
-   generators seeded by (seed, n, name of the draw), are drawn for the whole global batch and then sliced. Nothing is
-   carried from step to step: resuming is asking for step n, and the number of processes changes nothing.
-3. Pixels stay integers 0..255 until `to_model_range` maps them to [-1, 1]: a likelihood in bits is one of integers.
+2. Pixels stay integers 0..255 until `to_model_range` maps them to [-1, 1]: a likelihood in bits is one of integers.
 """
 
 import hashlib
 import importlib
 import io
 import json
-import operator
 import os
 import uuid
 import warnings
 import zipfile
-import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +20,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -143,6 +138,7 @@ def load_images(
     cache_dir: str | os.PathLike[str] | None = None,
     on_bad_image: str = "error",
     show_progress: bool = True,
+    streaming: bool = False,
 ) -> ImageSet:
     """Loads one split of an image set, decoding it if no earlier call did. Of several processes, let one go first.
 
@@ -165,6 +161,7 @@ def load_images(
         cache_dir: where decoded files are kept, by default `$HF_HOME/ddpm_notes_pipeline`.
         on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it out and warns.
         show_progress: a progress bar while decoding.
+        streaming: read the first `max_samples` rows alone; nothing else of the set is loaded, nor kept on the disk.
 
     Raises:
         ValueError, FileNotFoundError: what was asked for is not there or not allowed; the message says what is.
@@ -174,15 +171,15 @@ def load_images(
         raise ValueError(f"give one of dataset_name (got {dataset_name!r}) and train_data_dir (got {train_data_dir!r})")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}; at least 1 is needed")
-    transform = _Transform(_target_size(resolution), center_crop, image_mode, on_bad_image)
-    if image_mode is not None and image_mode not in MODES:
-        raise ValueError(f"image_mode is {image_mode!r}; allowed: {', '.join(MODES)} or None")
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image is {on_bad_image!r}; allowed: error, skip")
-    if dataset_name in ("digits", "mnist"):
+    transform = _transform(resolution, center_crop, image_mode, on_bad_image)
+    if dataset_name in ("digits", "mnist") and not streaming:
         source = _embedded_source(dataset_name, dataset_config_name, split, image_column, label_column, max_samples)
     else:
-        table = _load_table(dataset_name, dataset_config_name, train_data_dir, split)
+        table = _load_table(dataset_name, dataset_config_name, train_data_dir, split, streaming)
+        if streaming:
+            if max_samples is None:
+                raise ValueError("streaming reads the first so many rows: give max_samples (--max_images)")
+            table = _first_rows(table, max_samples)
         source = _table_source(table, image_column, label_column, max_samples)
         local = dataset_name is None or Path(dataset_name).expanduser().is_dir()
         source = source._replace(license=table.info.license or None, is_local=local)
@@ -247,6 +244,14 @@ class _Transform(NamedTuple):
     on_bad_image: str
 
 
+def _transform(resolution: Any, center_crop: bool, image_mode: str | None, on_bad_image: str) -> _Transform:
+    if image_mode is not None and image_mode not in MODES:
+        raise ValueError(f"image_mode is {image_mode!r}; allowed: {', '.join(MODES)} or None")
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image is {on_bad_image!r}; allowed: error, skip")
+    return _Transform(_target_size(resolution), center_crop, image_mode, on_bad_image)
+
+
 def _embedded_source(
     name: str, config: str | None, split: str, image_column: str | None, label_column: str | None, limit: int | None
 ) -> _Source:
@@ -280,8 +285,10 @@ def _embedded_arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
     return rows[:, :-1].astype(np.uint8).reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
 
 
-def _load_table(name: str | None, config: str | None, data_dir: Any, split: str) -> Any:
-    """One split as a `datasets.Dataset`, or an error that says what there is."""
+def _load_table(name: str | None, config: str | None, data_dir: Any, split: str, streaming: bool = False) -> Any:
+    """One split as a `datasets.Dataset`, or an `IterableDataset`, or an error that says what there is."""
+    if streaming and name in ("digits", "mnist"):
+        raise ValueError(f"data set {name!r} is embedded in a package and cannot be streamed; leave --streaming out")
     datasets = _optional("datasets", "train")
     what = f"train_data_dir {str(data_dir)!r}" if name is None else f"data set {name!r}"
     local = Path(data_dir if name is None else name).expanduser()
@@ -295,11 +302,13 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str)
         splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
         if split not in splits:
             raise ValueError(f"split {split!r} is not in {what}; it has: {', '.join(splits)}")
-        return splits[split]
+        table = splits[split]
+        return table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
+    how = {"split": split, "streaming": streaming}
     try:
         if name is None:
-            return datasets.load_dataset("imagefolder", data_dir=str(local), split=split)
-        return datasets.load_dataset(str(local) if local.is_dir() else name, config, split=split)
+            return datasets.load_dataset("imagefolder", data_dir=str(local), **how)
+        return datasets.load_dataset(str(local) if local.is_dir() else name, config, **how)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{what} is neither a folder here nor found on the Hub: {error}") from error
     except FileNotFoundError as error:
@@ -307,31 +316,64 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str)
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{what} has 0 images in split {split!r}: {error}") from error
-        if "nknown split" in str(error):
+        if "nknown split" in str(error) or "Bad split" in str(error):
             raise ValueError(f"split {split!r} is not in {what}: {error}") from error
         raise
 
 
-def _table_source(table: Any, image_column: str | None, label_column: str | None, limit: int | None) -> _Source:
+def _first_rows(stream: Any, count: int) -> Any:
+    """The first rows of an `IterableDataset` as a `Dataset`, images as they are stored."""
     datasets = _optional("datasets", "train")
-    features, columns, key = table.features, ", ".join(table.column_names), [table._fingerprint]
+    for column, feature in (stream.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    rows = [{name: _fetched(value) for name, value in row.items()} for row in stream.take(count)]
+    if not rows:
+        raise ValueError(f"the stream has 0 rows in split {str(stream.split)!r}")
+    table = datasets.Dataset.from_list(rows, features=stream.features)
+    for column, feature in stream.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image())
+    table.info.license = stream.info.license
+    return table
+
+
+def _fetched(value: Any) -> Any:
+    """An image of a stream with its bytes, where it only names a file that is not on this disk, or one in an archive."""
+    if isinstance(value, dict) and value.get("bytes", b"") is None and "://" in str(value.get("path")):
+        with fsspec.open(value["path"], "rb") as file:
+            return {"bytes": file.read(), "path": value["path"]}
+    return value
+
+
+def _columns_of(features: Any, image_column: str | None, label_column: str | None) -> str:
+    """The column of images, the label column being one: of features, a name to type mapping. ValueError says what there is."""
+    datasets = _optional("datasets", "train")
+    columns = ", ".join(features)
     of_images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is None and len(of_images) == 1:
         image_column = of_images[0]
     if image_column not in of_images:
         seen = "no image_column was named" if image_column is None else f"image_column {image_column!r} has no images"
         raise ValueError(f"{seen}; columns: {columns}; of these with images: {', '.join(of_images) or 'none'}")
+    of_labels = [c for c, f in features.items() if str(getattr(f, "dtype", "")).startswith(("int", "uint"))]
+    if label_column is not None and label_column not in of_labels:
+        seen = f"is {features[label_column]}" if label_column in features else "is not a column"
+        allowed = f"columns: {columns}; of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
+        raise ValueError(f"label_column {label_column!r} {seen}; {allowed}")
+    return str(image_column)
+
+
+def _table_source(table: Any, image_column: str | None, label_column: str | None, limit: int | None) -> _Source:
+    datasets = _optional("datasets", "train")
+    features, key = table.features, [table._fingerprint]
+    image_column = _columns_of(features, image_column, label_column)
     chosen = _spread(len(table), limit)
     if len(chosen) < len(table):
         table = table.select(chosen, keep_in_memory=True)
 
     labels, class_names = None, None
     if label_column is not None:
-        of_labels = [c for c, f in features.items() if str(getattr(f, "dtype", "")).startswith(("int", "uint"))]
-        if label_column not in of_labels:
-            seen = f"is {features[label_column]}" if label_column in features else "is not a column"
-            allowed = f"columns: {columns}; of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
-            raise ValueError(f"label_column {label_column!r} {seen}; {allowed}")
         column = table.select_columns([label_column]).with_format("arrow")[:].column(label_column)
         if column.null_count or (labels := column.to_numpy().astype(np.int64)).min() < 0:
             raise ValueError(f"label_column {label_column!r} has rows without a label (null or below 0)")
@@ -389,6 +431,21 @@ def _decode(raw: Any, transform: _Transform) -> tuple[PIL.Image.Image, bool]:
     return image, sixteen_bit
 
 
+def _decode_as(raw: Any, transform: _Transform, mode: str | None) -> tuple[PIL.Image.Image, bool]:
+    """`_decode`, and ValueError where the image is not in `mode`, that of the first one (None: this is the first)."""
+    image, sixteen_bit = _decode(raw, transform)
+    if mode is not None and image.mode != mode:
+        convert = "image_mode (--image_mode) L, RGB or RGBA converts every image to one"
+        raise ValueError(f"its mode is {image.mode}, that of the first image is {mode}; {convert}")
+    return image, sixteen_bit
+
+
+def _pixels_of(image: PIL.Image.Image) -> np.ndarray:
+    """(C, H, W) uint8."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
 def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Path) -> None:
     """Writes the decoded file: the pixels of image after image, then an index (.npz), then its length in 8 bytes."""
     mode, skipped, sixteen_bits, digest = transform.image_mode, 0, 0, hashlib.blake2b(digest_size=16)
@@ -397,11 +454,8 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
     with open(path, "xb") as out:
         for row, (name, raw) in enumerate(rows):
             try:
-                image, sixteen_bit = _decode(raw, transform)
-                mode = mode or image.mode
-                if image.mode != mode:
-                    convert = "image_mode (--image_mode) L, RGB or RGBA converts every image to one"
-                    raise ValueError(f"its mode is {image.mode}, that of the first image is {mode}; {convert}")
+                image, sixteen_bit = _decode_as(raw, transform, mode)
+                mode = image.mode
             except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for a broken file
                 if transform.on_bad_image == "error":
                     raise ValueError(f"bad image, {name}: {error} (on_bad_image='skip' leaves such out)") from error
@@ -413,8 +467,7 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
                     f"{name} is {image.height}x{image.width} (height x width), the first one {stored[0]}x{stored[1]}; "
                     "give a resolution (--resolution) to bring them to one size"
                 )
-            pixels = np.asarray(image)
-            data = (pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).tobytes()
+            data = _pixels_of(image).tobytes()
             out.write(data)
             digest.update(data)
             kept.append(row)
@@ -470,124 +523,7 @@ def _optional(module: str, extra: str) -> Any:
         raise ImportError(f'{module} is missing: pip install "ddpm_notes_pipeline[{extra}]" ({error})') from error
 
 
-# ------------------------------------------------------------------------------------------------ what step n sees
-
-
-def step_seed(seed: int, step: int, stream: str) -> int:
-    """The seed, in [0, 2**63), of the draw called `stream` at global step `step` of the run seeded with `seed`.
-
-    ValueError when seed or step is negative. (torch's CPU generator keeps the low 32 bits of a seed.)
-    """
-    if seed < 0 or step < 0:
-        raise ValueError(f"seed is {seed}, step is {step}; neither may be negative")
-    words = np.random.SeedSequence([seed, step, zlib.crc32(stream.encode())]).generate_state(1, np.uint64)
-    return int(words[0]) >> 1
-
-
-class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Item n is this process's share of what global step n of training sees, whatever was asked for before.
-
-    Use it as `DataLoader(batches, batch_size=None, sampler=range(first_step, last_step), num_workers=...)`. It splits
-    the global batch over processes by itself: do not give that loader to `accelerator.prepare`.
-
-    An item, with b = batch_size / num_processes:
-        pixel_values: uint8 (b, C, H, W); `to_model_range` maps it to [-1, 1].
-        noise: float32 (b, C, H, W), standard normal.
-        u: float64 (b,), uniform in [0, 1), to make timesteps of.
-        class_labels: int64 (b,), if the set was loaded with labels.
-
-    Each epoch shows every image once, in an order of its own; a batch that an epoch cannot fill runs on into the next.
-
-    Args:
-        images: from `load_images`.
-        batch_size: images per global step, all processes together.
-        seed: of the run.
-        process_index, num_processes: the share is images [process_index*b, (process_index+1)*b) of the global batch.
-        random_flip: mirror left-right with probability 1/2.
-        label_dropout: probability that a label becomes `null_label` (for classifier-free guidance).
-        null_label: the label that means "no class", usually `images.num_classes`.
-        num_steps: the length, where one is wanted.
-
-    Raises:
-        ValueError: arguments that do not fit together. IndexError: a step below 0, or from num_steps on.
-    """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-        random_flip: bool = False,
-        label_dropout: float = 0.0,
-        null_label: int | None = None,
-        num_steps: int | None = None,
-    ) -> None:
-        if batch_size < 1 or num_processes < 1 or batch_size % num_processes:
-            raise ValueError(f"batch_size (of all processes) is {batch_size}; a multiple of {num_processes} is needed")
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"process_index is {process_index}; allowed: 0..{num_processes - 1}")
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout is {label_dropout}; a probability, 0..1, is needed")
-        classes = images.num_classes
-        if label_dropout > 0 and (classes is None or null_label is None or null_label < classes):
-            raise ValueError(
-                f"label_dropout {label_dropout} needs images loaded with a label_column (classes: {classes}) "
-                f"and a null_label that is none of the classes (got {null_label})"
-            )
-        step_seed(seed, 0, "epoch")  # a bad seed fails here rather than in a worker
-        self.images, self.batch_size, self.seed, self.num_steps = images, batch_size, seed, num_steps
-        self.random_flip, self.label_dropout, self.null_label = random_flip, label_dropout, null_label
-        share = batch_size // num_processes
-        self.share = slice(process_index * share, (process_index + 1) * share)
-        self._epoch: tuple[int, np.ndarray] = (-1, np.arange(0))
-
-    def __len__(self) -> int:
-        if self.num_steps is None:
-            raise TypeError("these StepBatches have no length: they were made without num_steps")
-        return self.num_steps
-
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        step = operator.index(step)
-        if step < 0 or (self.num_steps is not None and step >= self.num_steps):
-            raise IndexError(f"step {step} is outside 0..{'' if self.num_steps is None else self.num_steps - 1}")
-        images, index = self.images, self.indices(step)
-        crop_at = self._draw(torch.rand, step, "crop", 2, dtype=torch.float64).numpy() if images.needs_crop else None
-        pixel_values = images.take(index, crop_at)
-        if self.random_flip:
-            flipped = self._draw(torch.rand, step, "flip") < 0.5
-            pixel_values[flipped] = pixel_values[flipped].flip(-1)
-        item = {
-            "pixel_values": pixel_values,
-            "noise": self._draw(torch.randn, step, "noise", images.channels, *images.size),
-            "u": self._draw(torch.rand, step, "u", dtype=torch.float64),
-        }
-        if images.labels is not None:
-            item["class_labels"] = torch.from_numpy(images.labels[index])
-            if self.label_dropout > 0 and self.null_label is not None:
-                dropped = self._draw(torch.rand, step, "label_dropout", dtype=torch.float64) < self.label_dropout
-                item["class_labels"][dropped] = self.null_label
-        return item
-
-    def indices(self, step: int) -> np.ndarray:
-        """(b,) int64: which images this process sees at global step `step`."""
-        position = step * self.batch_size + np.arange(self.share.start, self.share.stop)
-        epoch, within = np.divmod(position, len(self.images))
-        return np.concatenate([self._order(e)[within[epoch == e]] for e in range(epoch[0], epoch[-1] + 1)])
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._epoch[0] != epoch:
-            generator = torch.Generator("cpu").manual_seed(step_seed(self.seed, epoch, "epoch"))
-            self._epoch = (epoch, torch.randperm(len(self.images), generator=generator, device="cpu").numpy())
-        return self._epoch[1]
-
-    def _draw(self, kind: Any, step: int, stream: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """This process's rows of a draw made for the whole global batch: the split changes no number."""
-        generator = torch.Generator("cpu").manual_seed(step_seed(self.seed, step, stream))
-        drawn = kind((self.batch_size, *shape), generator=generator, dtype=dtype, device="cpu")
-        # A slice keeps the whole draw alive, and a DataLoader worker would send all of it.
-        return drawn if self.share.stop - self.share.start == len(drawn) else drawn[self.share].clone()
+# ------------------------------------------------------------------------------------------------ the model's range
 
 
 def to_model_range(pixel_values: torch.Tensor) -> torch.Tensor:

@@ -243,7 +243,7 @@ def _training(facts: dict[str, Any]) -> str:
     }
     if run is not None:
         rows |= {
-            "data": f"{run['images']} images of {run['data']}, split {run['split']}, fingerprint `{run['fingerprint']}`",
+            "data": f"{_seen(run)} of {run['data']}, split {run['split']}, fingerprint `{run['fingerprint']}`",
             "licence of the data": run.get("data_license") or "not recorded with the data set",
             "objective": f"{run['objective']}; loss {run['loss']:.4f} over the last {run['loss_steps']} steps",
             "length": f"{run['steps']} optimizer steps of {run['train_batch_size']} images, seed {run['seed']}",
@@ -264,6 +264,14 @@ def _training(facts: dict[str, Any]) -> str:
     return text
 
 
+def _seen(run: dict[str, Any], often: bool = False) -> str:
+    """The training images in words; `often`: and how many times each was seen. Of a stream nobody counts them."""
+    seen = run["steps"] * run["train_batch_size"]
+    if run["images"] is None:
+        return f"a stream of images, {seen} in all" if often else "a stream of images"
+    return f"{run['images']} images" + (f" about {seen / run['images']:.0f} times each" if often else "")
+
+
 def _limits(facts: dict[str, Any]) -> str:
     run, dims = facts["run"], _shape(facts)
     lines = [f"It makes images of {dims[1]}x{dims[2]} pixels, {dims[0]} channel(s) and 8 bits, and knows nothing else."]
@@ -274,8 +282,7 @@ def _limits(facts: dict[str, Any]) -> str:
         )
         compared = bool((facts["evaluation"] or {}).get("metrics"))
         lines.append(
-            f"{facts['parameters'] / 1e6:.2f} M weights saw {run['images']} images about {run['steps'] * run['train_batch_size'] / run['images']:.0f} "
-            "times each: samples may come close to single training images. "
+            f"{facts['parameters'] / 1e6:.2f} M weights saw {_seen(run, often=True)}: samples may come close to single training images. "
             + ("How close is in the last column above." if compared else "How close was not measured.")
         )
         if not run.get("data_license"):

@@ -258,7 +258,7 @@ def run_request(request: dict[str, Any]) -> int:
 
 def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None:
     """Make the process send itself a signal: see `Trainer.__call__`. By SIGKILL there is no chance to tidy up."""
-    where, count = ("ddpm_notes_pipeline.data:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
+    where, count = ("ddpm_notes_pipeline.batches:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))

@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ddpm_notes_pipeline import data
-from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range, to_uint8
+from ddpm_notes_pipeline.batches import StepBatches, step_seed
+from ddpm_notes_pipeline.data import ImageSet, load_images, to_model_range, to_uint8
 
 
 def random_pixels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -469,7 +470,8 @@ def test_default_place_is_below_the_hugging_face_home():
 
 MEMORY = """
 import sys
-from ddpm_notes_pipeline.data import StepBatches, load_images
+from ddpm_notes_pipeline.batches import StepBatches
+from ddpm_notes_pipeline.data import load_images
 
 def anonymous_mb():
     lines = open("/proc/self/status").read().splitlines()

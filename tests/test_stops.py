@@ -23,7 +23,7 @@ HISTORY = (
     "--max_train_steps 20 --max_train_samples 100 --objective hybrid --variance_type learned_range --ddpm_num_steps 4 "
     "--timestep_sampling loss_second_moment --dropout 0.1 --random_flip --gradient_accumulation_steps 2 --label_column label"
 ).split()
-BATCH = "ddpm_notes_pipeline.data:StepBatches.__getitem__"
+BATCH = "ddpm_notes_pipeline.batches:StepBatches.__getitem__"
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +132,18 @@ def test_a_signal_at_the_last_samples_keeps_the_model_and_resuming_makes_the_sam
     assert_same(weights(tmp_path / "run"), before)
 
 
-@pytest.mark.parametrize(("where", "call"), [("_decode", 100), ("StepBatches.__init__", 1)])
+@pytest.mark.parametrize(("where", "call"), [("data:_decode", 100), ("batches:StepBatches.__init__", 1)])
 def test_a_signal_before_training_starts_ends_the_run_there(train, tmp_path, where, call):
     """While images are decoded: no half of them is left for the next run to find."""
     cache = tmp_path / "cache"
     flags = [*TINY, "--cache_dir", cache, "--output_dir", tmp_path / "run"]
-    result = train(*flags, stop_at=(f"ddpm_notes_pipeline.data:{where}", call), by=signal.SIGTERM, expect=143)
+    result = train(*flags, stop_at=(f"ddpm_notes_pipeline.{where}", call), by=signal.SIGTERM, expect=143)
     assert names(tmp_path / "run") == []
     assert error_lines(result)[-1].startswith(
         "train.py: stopped by SIGTERM before training started; start it again by the same command"
     )
     assert "Traceback" not in result.stderr
-    assert len(names(cache)) == (where != "_decode")
+    assert len(names(cache)) == (where != "data:_decode")
     train(*TINY, "--cache_dir", cache, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
 
 

@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 import train as train_script
 from arguments import parse_arguments
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
-from ddpm_notes_pipeline.data import StepBatches, load_images
+from ddpm_notes_pipeline.batches import StepBatches
+from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.objectives import TimestepSampler
 
 STEPS, WARMUP, PEAK, BATCH = 12, 4, 1e-4, 8  # of TINY

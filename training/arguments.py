@@ -53,11 +53,27 @@ class DataArguments:
     image_mode: Literal["L", "RGB", "RGBA"] | None = field(
         default=None, metadata={"help": "Convert images. Default: their own mode."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the set while training, for one larger than the disk, in place of decoding it to the disk first. Here too the "
+            "batch of a step depends on the seed alone, and not on the number of processes, each of which reads its shards. Rows are "
+            "shuffled in a buffer, shards in a new order each time; a set is shuffled less well so than as a whole. Going on from a "
+            "checkpoint reads again what was read before it, one pass and a part of one at most. Wants --max_train_steps."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Rows that --streaming holds in memory, as they are stored, to shuffle them."}
+    )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many images, evenly spaced over the split."}
+        default=None,
+        metadata={"help": "Use only so many images, evenly spaced over the split (--streaming: the first)."},
     )
     max_validation_images: int = field(
-        default=256, metadata={"help": "Measure on so many images of --validation_split, evenly spaced over it."}
+        default=256,
+        metadata={
+            "help": "Measure on so many images of --validation_split, evenly spaced over it (--streaming: the first)."
+        },
     )
     on_bad_image: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What to do with an unreadable image."}
@@ -400,6 +416,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         "--num_epochs": run.num_epochs,
         "--max_train_steps": run.max_train_steps,
         "--max_train_samples": data.max_train_samples,
+        "--shuffle_buffer_size": data.shuffle_buffer_size,
         "--checkpointing_steps": run.checkpointing_steps,
         "--checkpoints_total_limit": run.checkpoints_total_limit,
         "--logging_steps": run.logging_steps,
@@ -445,6 +462,12 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
     if (data.dataset_name is None) == (data.train_data_dir is None):
         raise ValueError(
             f"--dataset_name is {data.dataset_name} and --train_data_dir is {data.train_data_dir}; allowed: exactly one of them"
+        )
+    if data.streaming and run.max_train_steps is None:
+        raise ValueError("--streaming wants --max_train_steps: nobody knows how many images a pass has")
+    if data.streaming and data.dataloader_num_workers > 1:
+        raise ValueError(
+            f"--dataloader_num_workers is {data.dataloader_num_workers} with --streaming; allowed: 0 or 1, each would read everything"
         )
     if data.resolution is not None and (len(data.resolution) > 2 or min(data.resolution) < 1):
         raise ValueError(f"--resolution is {data.resolution}; allowed: one side, or height and width, of at least 1")

@@ -118,6 +118,7 @@ def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: 
             max_samples=max_images,
             cache_dir=data.cache_dir,
             on_bad_image=data.on_bad_image,
+            streaming=data.streaming,
             show_progress=accelerator.is_local_main_process,
         )
 

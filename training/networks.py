@@ -8,9 +8,10 @@ from arguments import ModelArguments
 from ddpm_notes_pipeline.data import ImageSet
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
+from ddpm_notes_pipeline.streaming import ImageStream
 
 
-def make_model(model: ModelArguments, images: ImageSet) -> tuple[UNet2DModel, DDPMNotesScheduler]:
+def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
     """A new UNet and scheduler, or those of a repository to go on from.
 
     Raises:
@@ -28,7 +29,7 @@ def make_model(model: ModelArguments, images: ImageSet) -> tuple[UNet2DModel, DD
             )
         check_size(images.size, len(unet.config.block_out_channels))
         embeddings = unet.config.num_class_embeds
-        if (embeddings is None) != (images.labels is None) or (images.num_classes or 0) > (embeddings or 0):
+        if (embeddings is None) != (images.num_classes is None) or (images.num_classes or 0) > (embeddings or 0):
             raise ValueError(
                 f"{model.pretrained_model_name_or_path} has {embeddings or 0} class embeddings and the images have "
                 f"{images.num_classes or 0} classes; allowed: an embedding for each class, or neither (see --label_column)"
@@ -82,7 +83,7 @@ def make_model(model: ModelArguments, images: ImageSet) -> tuple[UNet2DModel, DD
         dropout=model.dropout,
         num_class_embeds=None if images.num_classes is None else images.num_classes + 1,
     )
-    if images.labels is not None:
+    if images.num_classes is not None:
         unet.register_to_config(
             **{PRIVATE_ENTRY: {"null_label": images.num_classes, "class_names": images.class_names}}
         )

@@ -27,6 +27,7 @@ from ddpm_notes_pipeline.data import ImageSet
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError, prepare_repo, push_command, push_folder
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from ddpm_notes_pipeline.streaming import ImageStream
 
 # Settings that are about one machine or one owner: a stranger who repeats the run has his own.
 OWN_SETTINGS = ("output_dir", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "license")
@@ -58,7 +59,7 @@ def save_settings(path: Path, data: DataArguments, model: ModelArguments, run: R
 
 def run_record(
     accelerator: Accelerator,
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     data: DataArguments,
     model: ModelArguments,
     run: RunArguments,
@@ -74,7 +75,7 @@ def run_record(
     return {
         "data": images.name,
         "split": images.split,
-        "images": len(images),
+        "images": images.num_images,
         "images_skipped": images.skipped,
         "dims": [images.channels, *images.size],
         "fingerprint": images.fingerprint,

@@ -10,6 +10,7 @@ n alone, so the number of processes and accumulation steps changes nothing, and 
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -31,12 +32,14 @@ from tqdm.auto import tqdm
 
 from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
 from checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from ddpm_notes_pipeline.data import ImageSet, StepBatches, load_images, step_seed, to_model_range
+from ddpm_notes_pipeline.batches import StepBatches, step_seed
+from ddpm_notes_pipeline.data import ImageSet, load_images, to_model_range
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
 from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
 from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
 from ddpm_notes_pipeline.scheduling_ddpm_notes import PRIVATE_ENTRY
+from ddpm_notes_pipeline.streaming import ImageStream, StreamedBatches, open_stream
 from logs import LOGS, LossLog, Tracker, ValidationLog, find_tracker
 from networks import make_model
 from pictures import image_grid, save_losses, save_samples
@@ -67,11 +70,12 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
 
     # images
     with accelerator.local_main_process_first():
-        images = load_split(accelerator, data, data.train_split, data.max_train_samples)
+        images = load_split(accelerator, data, data.train_split, data.max_train_samples, training=True)
         validation = None
         if data.validation_split is not None:
-            validation = load_split(accelerator, data, data.validation_split, data.max_validation_images, whole=False)
+            validation = load_split(accelerator, data, data.validation_split, data.max_validation_images)
     check_validation(accelerator, images, validation)
+    shown = images.first if data.streaming else images
     steps = run.max_train_steps or math.ceil(run.num_epochs * len(images) / run.train_batch_size)
     share = share_of_batch(run, accelerator)
     if run.lr_warmup_steps > steps:
@@ -135,7 +139,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         last_epoch=done - 1,
     )
     null_label = (unet.config.get(PRIVATE_ENTRY) or {}).get("null_label")
-    batches = StepBatches(
+    batches = (StreamedBatches if data.streaming else StepBatches)(
         images,
         run.train_batch_size,
         run.seed,
@@ -161,7 +165,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     positions = torch.arange(share) + accelerator.process_index * share
     say(
         accelerator,
-        f"{len(images)} images of {'x'.join(map(str, (images.channels, *images.size)))} from {images.name}, "
+        f"{many(images)} of {'x'.join(map(str, (images.channels, *images.size)))} from {images.name}, "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M weights, steps {done} to {steps} of {run.train_batch_size} images "
         f"on {accelerator.num_processes} process(es) of {accelerator.device.type}, {run.mixed_precision} mixed precision",
     )
@@ -261,10 +265,13 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
             picture = output_dir / f"samples-{step + 1}.png"
             with failing_together(accelerator, f"could not write {picture}"):
                 if accelerator.is_main_process and samples is not None:
-                    save_samples(picture, show(images, run), samples, f"step {step + 1}")
+                    save_samples(picture, show(shown, run), samples, f"step {step + 1}")
             if tracker is not None and samples is not None:
                 tracker.log_image(step + 1, "samples", image_grid(samples))
     bar.close()
+    if data.streaming and log.step > done:
+        bad = int(accelerator.reduce(batch["bad_images"].to(accelerator.device), "sum"))
+        images = dataclasses.replace(images, skipped=bad)
     seconds = time.monotonic() - started
     training = seconds - log.pauses
     rate = (steps - done) * run.train_batch_size / training if training > 0 else 0.0
@@ -305,7 +312,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     if accelerator.is_main_process:
         n = run.ddpm_num_inference_steps or len(scheduler)
         save_samples(
-            output_dir / "samples.png", show(images, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
+            output_dir / "samples.png", show(shown, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
         )
         write_card(output_dir, repo_id, run.license)
         told = summary(images, validation, run, log, validation_log, guard, steps, rate, seconds, output_dir)
@@ -363,27 +370,30 @@ def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArgument
 
 
 def load_split(
-    accelerator: Accelerator, data: DataArguments, split: str, max_samples: int | None, whole: bool = True
-) -> ImageSet:
-    """Decoded images of a split; `whole`: stored larger than what a batch holds, to be cropped anew each time."""
-    return load_images(
-        dataset_name=data.dataset_name,
-        dataset_config_name=data.dataset_config_name,
-        train_data_dir=data.train_data_dir,
-        split=split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        resolution=data.resolution,
-        center_crop=data.center_crop or not whole,
-        image_mode=data.image_mode,
-        max_samples=max_samples,
-        cache_dir=data.cache_dir,
-        on_bad_image=data.on_bad_image,
-        show_progress=accelerator.is_local_main_process,
-    )
+    accelerator: Accelerator, data: DataArguments, split: str, max_samples: int | None, training: bool = False
+) -> Any:
+    """Images of a split: an ImageSet, or an ImageStream to train on. Those to train on are kept larger than a batch holds, to be cropped anew."""
+    settings: dict[str, Any] = {
+        "dataset_name": data.dataset_name,
+        "dataset_config_name": data.dataset_config_name,
+        "train_data_dir": data.train_data_dir,
+        "split": split,
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "resolution": data.resolution,
+        "center_crop": data.center_crop or not training,
+        "image_mode": data.image_mode,
+        "max_samples": max_samples,
+        "cache_dir": data.cache_dir,
+        "on_bad_image": data.on_bad_image,
+        "show_progress": accelerator.is_local_main_process,
+    }
+    if data.streaming and training:
+        return open_stream(**settings, buffer_size=data.shuffle_buffer_size)
+    return load_images(**settings, streaming=data.streaming)
 
 
-def check_validation(accelerator: Accelerator, images: ImageSet, validation: ImageSet | None) -> None:
+def check_validation(accelerator: Accelerator, images: ImageSet | ImageStream, validation: ImageSet | None) -> None:
     """Refuse validation images that the network trained on `images` does not fit, and too few of them."""
     if validation is None:
         return
@@ -409,6 +419,11 @@ def share_of_batch(run: RunArguments, accelerator: Accelerator) -> int:
     return run.train_batch_size // accelerator.num_processes
 
 
+def many(images: ImageSet | ImageStream) -> str:
+    """How many images, as far as that is known."""
+    return "a stream of images" if images.num_images is None else f"{images.num_images} images"
+
+
 def say(accelerator: Accelerator, text: str) -> None:
     if accelerator.is_main_process:
         tqdm.write(text)
@@ -422,7 +437,7 @@ def config_words() -> list[str]:
 
 
 def summary(
-    images: ImageSet,
+    images: ImageSet | ImageStream,
     validation: ImageSet | None,
     run: RunArguments,
     log: LossLog,
@@ -448,7 +463,7 @@ def summary(
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
-            f"Learned:   {steps} steps on {len(images)} images{skipped}, {run.objective} loss {sum(tail) / len(tail):.4f} over the last "
+            f"Learned:   {steps} steps on {many(images)}{skipped}, {run.objective} loss {sum(tail) / len(tail):.4f} over the last "
             f"{len(tail)} steps; {measured}{left_out}{rate:.0f} images/s, {seconds / 60:.1f} min.",
             f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl{validated} and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
