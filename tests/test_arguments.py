@@ -75,7 +75,7 @@ EVERYTHING = {
     name: another(name, kind)
     for name, kind in TYPES.items()
     if name not in ("train_data_dir", "lr_warmup_steps", "train_batch_size", "gradient_accumulation_steps")
-} | {"lr_warmup_steps": 3, "train_batch_size": 24, "gradient_accumulation_steps": 3}
+} | {"lr_warmup_steps": 3, "train_batch_size": 24, "gradient_accumulation_steps": 3, "dataloader_num_workers": 1}
 
 
 OF_ONE_LAUNCH = ("overwrite_output_dir", "resume_from_checkpoint")
@@ -125,7 +125,7 @@ def test_the_line_wins_over_the_file(parse, name):
     default = next(field.default for field in FIELDS if field.name == name)
     is_choice = "Literal" in str(TYPES[name])
     other = default if is_choice else {list: [4, 8], str: "other", int: 1}.get(type(value), default)
-    fitting = {"max_train_steps": 1000} if name == "lr_warmup_steps" else {"lr_warmup_steps": 1}
+    fitting = {"max_train_steps": 1000} if name in ("lr_warmup_steps", "streaming") else {"lr_warmup_steps": 1}
     assert parse(*words, config=DIGITS | fitting | {name: other, "train_batch_size": 24})[name] == value
 
 
