@@ -179,7 +179,8 @@ def load_images(
         if streaming:
             if max_samples is None:
                 raise ValueError("streaming reads the first so many rows: give max_samples (--max_images)")
-            table = _first_rows(table, max_samples)
+            image_column = _columns_of(table.features, image_column, label_column)
+            table = _first_rows(table, [image_column, *([label_column] if label_column else [])], max_samples)
         source = _table_source(table, image_column, label_column, max_samples)
         local = dataset_name is None or Path(dataset_name).expanduser().is_dir()
         source = source._replace(license=table.info.license or None, is_local=local)
@@ -304,7 +305,7 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str,
             raise ValueError(f"split {split!r} is not in {what}; it has: {', '.join(splits)}")
         table = splits[split]
         return table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
-    how = {"split": split, "streaming": streaming}
+    how: dict[str, Any] = {"split": split, "streaming": streaming}
     try:
         if name is None:
             return datasets.load_dataset("imagefolder", data_dir=str(local), **how)
@@ -321,20 +322,16 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str,
         raise
 
 
-def _first_rows(stream: Any, count: int) -> Any:
-    """The first rows of an `IterableDataset` as a `Dataset`, images as they are stored."""
+def _first_rows(stream: Any, columns: list[str], count: int) -> Any:
+    """The first rows of an `IterableDataset` as a `Dataset`; the first of the columns is of images."""
     datasets = _optional("datasets", "train")
-    for column, feature in (stream.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            stream = stream.cast_column(column, datasets.Image(decode=False))
+    license = stream.info.license
+    stream = stream.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
     rows = [{name: _fetched(value) for name, value in row.items()} for row in stream.take(count)]
     if not rows:
         raise ValueError(f"the stream has 0 rows in split {str(stream.split)!r}")
-    table = datasets.Dataset.from_list(rows, features=stream.features)
-    for column, feature in stream.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(column, datasets.Image())
-    table.info.license = stream.info.license
+    table = datasets.Dataset.from_list(rows, features=stream.features).cast_column(columns[0], datasets.Image())
+    table.info.license = license
     return table
 
 
@@ -347,8 +344,12 @@ def _fetched(value: Any) -> Any:
 
 
 def _columns_of(features: Any, image_column: str | None, label_column: str | None) -> str:
-    """The column of images, the label column being one: of features, a name to type mapping. ValueError says what there is."""
+    """The column of images, the label column being one: of features, from names to types. ValueError says what there is."""
     datasets = _optional("datasets", "train")
+    if features is None:  # of some streams
+        raise ValueError(
+            "the columns are not known before all rows are read; allowed for streaming: a set that states them"
+        )
     columns = ", ".join(features)
     of_images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is None and len(of_images) == 1:

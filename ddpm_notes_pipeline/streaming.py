@@ -1,11 +1,12 @@
 """An image set larger than the disk: read row by row while training, and still a pure function of (seed, n).
 
-1. The rows are dealt to V streams, V shards at a time where the set has several: V follows from the set and the batch size, never from the
+1. The shards of the set are dealt to V streams, as many to each. V follows from the set and the batch size, never from the
    number of processes. Part v of the global batch, B/V images in a row, is what stream v gives next, so a process reads only the
    streams that its share of the batch comes from.
-2. A stream is epochs in a row: its rows through a shuffle buffer of `datasets`, seeded by (seed, epoch). A shorter stream comes round sooner.
+2. A stream is epochs in a row. In each, its shards come in a new order, and their rows go through a buffer that is left at random, both
+   drawn from (seed, stream, epoch). A shorter stream comes round sooner.
 3. Going on from step n reads again, without decoding, what was read before it: the first epoch, which tells the length of the others, and the
-   epoch that step n is in. So n is reached exactly, whatever the number of processes was, with the same version of `datasets`.
+   epoch that step n is in. So n is reached exactly, whatever the number of processes was.
 """
 
 import math
@@ -47,6 +48,7 @@ class ImageStream:
         rows: the `datasets.IterableDataset`, images as they are stored.
         image_column, label_column: of `rows`.
         class_names: the classes' names; None without a label column.
+        max_samples: only so many rows, the first, are read. None: all.
         buffer_size: rows that the shuffle buffers hold together, as they are stored.
         fingerprint: hex digest of where the images come from and what is made of them, not of the images themselves.
     """
@@ -57,6 +59,7 @@ class ImageStream:
     image_column: str
     label_column: str | None
     class_names: list[str] | None
+    max_samples: int | None
     buffer_size: int
     fingerprint: str
     transform: _Transform
@@ -87,9 +90,20 @@ class ImageStream:
     def needs_crop(self) -> bool:
         return self.transform.target is not None and not self.transform.center_crop
 
+    @property
+    def num_shards(self) -> int:
+        """Files, or parts of them, that are read apart; 1 where only the first rows are read."""
+        return self.rows.num_shards if self.max_samples is None else 1
+
+    def shard(self, index: int) -> Any:
+        """An iterable of the rows of a shard."""
+        if self.max_samples is not None:
+            return self.rows.take(self.max_samples)
+        return self.rows.shard(self.num_shards, index) if self.num_shards > 1 else self.rows
+
     def num_streams(self, batch_size: int) -> int:
         """V: the largest number, 16 at most, that divides both the batch and the shards."""
-        common = math.gcd(batch_size, self.rows.num_shards)
+        common = math.gcd(batch_size, self.num_shards)
         return max(v for v in range(1, MOST_STREAMS + 1) if common % v == 0)
 
 
@@ -158,13 +172,21 @@ def open_stream(
     )
     rows = rows.select_columns([image_column, *([label_column] if label_column else [])])
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    if max_samples is not None:
-        rows = rows.take(max_samples)
     transform = _transform(resolution, center_crop, image_mode, on_bad_image)
     source = [dataset_config_name, first.name, first.fingerprint, split, image_column, label_column, class_names]
     fingerprint = _digest([*source, max_samples, buffer_size, rows.num_shards, *transform])
     return ImageStream(
-        first, split, rows, image_column, label_column, class_names, buffer_size, fingerprint, transform, first.skipped
+        first=first,
+        split=split,
+        rows=rows,
+        image_column=image_column,
+        label_column=label_column,
+        class_names=class_names,
+        max_samples=max_samples,
+        buffer_size=buffer_size,
+        fingerprint=fingerprint,
+        transform=transform,
+        skipped=first.skipped,
     )
 
 
@@ -177,8 +199,8 @@ class StreamedBatches(StepBatches):
 
     images: Any
 
-    def __init__(self, images: ImageStream, batch_size: int, seed: int, **settings: Any) -> None:
-        super().__init__(cast(Any, images), batch_size, seed, **settings)
+    def __init__(self, images: ImageStream, batch_size: int, seed: int, *args: Any, **settings: Any) -> None:
+        super().__init__(cast(Any, images), batch_size, seed, *args, **settings)
         parts = images.num_streams(batch_size)
         self.part = batch_size // parts  # images of a step that are of one stream
         self.numbers = range(self.share.start // self.part, (self.share.stop - 1) // self.part + 1)
@@ -220,8 +242,8 @@ class _Reader:
     def __init__(self, images: ImageStream, v: int, parts: int, seed: int) -> None:
         self.images, self.name = images, f"stream {v}"
         self.skips = images.transform.on_bad_image == "skip"
-        rows = images.rows.shard(parts, v) if parts > 1 else images.rows
-        self.shuffled = rows.shuffle(seed=step_seed(seed, v, "stream"), buffer_size=max(1, images.buffer_size // parts))
+        self.shards = range(v, images.num_shards, parts)
+        self.seed, self.buffer_size = step_seed(seed, v, "stream"), max(1, images.buffer_size // parts)
         self.rows: Iterator[Any] = iter(())
         self.epoch, self.within = -1, 0  # good images of this epoch so far
         self.position = 0  # ... and of all of them
@@ -267,8 +289,21 @@ class _Reader:
         if self.epoch == 0:
             self.length = self.within
         self.epoch, self.within = self.epoch + 1, 0
-        self.shuffled.set_epoch(self.epoch)
-        self.rows = iter(self.shuffled)
+        self.rows = self._shuffled(np.random.default_rng([self.seed, self.epoch]))
+
+    def _shuffled(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+        """The rows of an epoch. Not by `datasets`: its order is one of its version, and its threads may wait for each other."""
+        buffer: list[dict[str, Any]] = []
+        for shard in random.permutation(self.shards):
+            for row in self.images.shard(int(shard)):
+                if len(buffer) < self.buffer_size:
+                    buffer.append(row)
+                else:
+                    i = int(random.integers(len(buffer)))
+                    buffer[i], row = row, buffer[i]
+                    yield row
+        random.shuffle(buffer)  # type: ignore[arg-type]
+        yield from buffer
 
     def _decoded(self, row: dict[str, Any]) -> tuple[np.ndarray, int]:
         images, label = self.images, 0
