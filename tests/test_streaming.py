@@ -190,7 +190,7 @@ def test_epochs_that_are_passed_over_are_not_read(stream, shards, monkeypatch):
         monkeypatch.setattr(reader, "_shuffled", lambda random, to=shuffled, seen=epochs: seen.append(1) or to(random))
         reader.skip(39 * 2 - 2)  # 6 images an epoch
         # of the second epoch the start, which tells the first one's length; the next image is the first of the 14th
-        assert reader.epoch == 12 and len(epochs) == 1
+        assert reader.epoch == 12 and len(epochs) == 1 and reader.position == 39 * 2
     assert numbers(jumped[39]) == expected
 
 

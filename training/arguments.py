@@ -109,8 +109,8 @@ class ModelArguments:
     attention_levels: list[int] | None = field(
         default=None,
         metadata={
-            "help": "UNet levels with attention, 0 is the full size; with no number after it, none. Default: those of 16x16 and "
-            "below, but the first."
+            "help": "UNet levels with attention, 0 is the full size; no number after the flag ([] in a file): none, but in "
+            "the block between down and up. Default: those of 16x16 and below, but the first."
         },
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout inside the UNet."})

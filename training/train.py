@@ -166,7 +166,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     say(
         accelerator,
         f"{many(images)} of {'x'.join(map(str, (images.channels, *images.size)))} from {images.name}, "
-        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M weights, steps {done} to {steps} of {run.train_batch_size} images "
+        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M weights in levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {done} to {steps} of {run.train_batch_size} images "
         f"on {accelerator.num_processes} process(es) of {accelerator.device.type}, {run.mixed_precision} mixed precision",
     )
 

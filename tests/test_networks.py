@@ -1,0 +1,81 @@
+"""The network that is chosen for images of any channels and size, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from arguments import parse_arguments
+from ddpm_notes_pipeline.data import ImageSet, load_images
+from networks import make_model
+
+
+def images_of(folder: Path, mode: str, height: int, width: int) -> ImageSet:
+    shape = (height, width, len(mode)) if len(mode) > 1 else (height, width)
+    for n in range(2):
+        pixels = np.random.default_rng(n).integers(0, 256, shape, dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{n}.png")
+    return load_images(train_data_dir=folder, cache_dir=folder / "cache", show_progress=False)
+
+
+def network_of(images: ImageSet, *flags: str) -> torch.nn.Module:
+    _, model, _ = parse_arguments(["--dataset_name", "digits", "--layers_per_block", "1", *flags])
+    return make_model(model, images)[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "height", "width", "levels"),
+    [("L", 28, 28, 3), ("RGB", 16, 24, 3), ("RGBA", 32, 32, 4), ("L", 9, 7, 1), ("RGB", 30, 20, 2), ("L", 8, 64, 2)],
+)
+def test_every_size_and_number_of_channels_has_a_network(tmp_path, mode, height, width, levels):
+    """Levels as far as every side halves evenly and has 4 pixels left; no flag is needed."""
+    unet = network_of(images_of(tmp_path, mode, height, width))
+    assert len(unet.config.block_out_channels) == levels
+    x = torch.rand(1, len(mode), height, width)
+    with torch.no_grad():
+        assert unet(x, 3).sample.shape == x.shape
+
+
+def attention_of(unet: torch.nn.Module) -> list[int]:
+    """Down levels with attention, seen in the modules."""
+    return [level for level, block in enumerate(unet.down_blocks) if getattr(block, "attentions", None)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels"),
+    [
+        ([], [1, 2]),
+        (["--attention_levels"], []),
+        (["--attention_levels", "0"], [0]),
+        (["--attention_levels", "2", "0"], [0, 2]),
+    ],
+)
+def test_attention_is_where_it_was_asked_for_also_nowhere(tmp_path, flags, levels):
+    unet = network_of(images_of(tmp_path, "L", 28, 28), *flags)
+    assert attention_of(unet) == levels
+    assert [
+        level for level, block in enumerate(reversed(unet.up_blocks)) if getattr(block, "attentions", None)
+    ] == levels
+    (tmp_path / "config.yaml").write_text(f"attention_levels: {levels}\n")
+    assert (
+        parse_arguments(["--dataset_name=digits", f"--config={tmp_path / 'config.yaml'}"])[1].attention_levels == levels
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "message"),
+    [
+        (
+            (28, 28),
+            ["--block_out_channels", "32", "32", "32", "32"],
+            "28x28 and the UNet has 4 levels; .*by 8 .*--resolution.*--block_out_channels",
+        ),
+        ((8, 12), ["--block_out_channels", "32", "32", "32", "32"], "8x12 and the UNet has 4 levels"),
+        ((8, 8), ["--attention_levels", "5"], r"--attention_levels is \[5\]; allowed: 0 to 1"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_with_what_would(tmp_path, size, flags, message):
+    with pytest.raises(ValueError, match=message):
+        network_of(images_of(tmp_path, "L", *size), *flags)
