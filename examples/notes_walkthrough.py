@@ -268,7 +268,7 @@ plt.show()
 # composes all the single steps.
 
 # %%
-from ddpm_notes_pipeline.data import StepBatches, load_images, to_model_range
+from ddpm_notes_pipeline.data import load_images, to_model_range
 
 digits = load_images("digits", show_progress=False)  # 8x8 images that come with scikit-learn
 held_out = load_images("digits", split="test", show_progress=False)
@@ -436,6 +436,8 @@ print(f"share of the weight on the hundred least noisy steps: bound {share['vlb'
 
 # %%
 from diffusers import UNet2DModel
+
+from ddpm_notes_pipeline.batches import StepBatches
 
 NUM_STEPS, BATCH = 600, 64
 
