@@ -1,17 +1,24 @@
 """The pictures that a run leaves: losses over steps, and samples beside real images."""
 
+import importlib
+import importlib.util
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+if importlib.util.find_spec("matplotlib") is None:  # told before anything is trained
+    raise ImportError('matplotlib is missing: pip install "ddpm_notes_pipeline[train]"')
+
+
+def pyplot() -> Any:
+    """matplotlib's, imported when there is something to draw: training itself goes without its 25 MiB."""
+    importlib.import_module("matplotlib").use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -> Image.Image:
@@ -33,6 +40,7 @@ def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -
 
 def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) -> None:
     """Real images on the left, samples on the right, both (N, C, H, W) uint8."""
+    plt = pyplot()
     pictures = [("real images", image_grid(real)), (title, image_grid(samples))]
     width, height = pictures[0][1].size
     figure, axes = plt.subplots(1, 2, figsize=(10, 5 * height / width + 0.4), layout="constrained")
@@ -56,6 +64,7 @@ def save_losses(
 
     A row has "step", "bits_per_dim" and "standard_error", which is drawn as a band; None where one was not finite.
     """
+    plt = pyplot()
     figure, axes = plt.subplots(
         1 + bool(validation), 1, figsize=(7, 6 if validation else 4), sharex=True, squeeze=False, layout="constrained"
     )
@@ -92,6 +101,7 @@ def save_bits_per_dim(path: Path, curves: dict[str, np.ndarray], title: str) -> 
 
     Terms are shown as means over 50 ranges of timesteps, which is what few evaluations an image can tell apart.
     """
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, bits in curves.items():
         T = len(bits)

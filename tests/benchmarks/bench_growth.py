@@ -11,7 +11,8 @@ import torch
 
 from bench_training import OurTraining, our_words
 from ddpm_notes_pipeline import DDPMNotesScheduler
-from ddpm_notes_pipeline.data import ImageSet, StepBatches
+from ddpm_notes_pipeline.batches import StepBatches
+from ddpm_notes_pipeline.data import ImageSet
 from measure import ROOT, Row, Settings, environment, in_unit, interleave, median, ratio_row, turns
 from models import BATCH, describe, make_images
 
