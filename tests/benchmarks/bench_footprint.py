@@ -1,5 +1,6 @@
 """What it takes to have the project loaded: the time of its import, and the most memory that training and sampling hold."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 from bench_training import Loop, OurTraining, our_words
-from measure import CLOCKS, Row, Settings, count_row, environment, ratio_row, run_child, turns
+from measure import Row, Settings, count_row, environment, ratio_row, run_child, turns
 from models import describe, make_images
 
 PEER, CLASSES = "import diffusers", "from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel"
@@ -16,17 +17,12 @@ PEER, CLASSES = "import diffusers", "from diffusers import DDPMPipeline, DDPMSch
 
 def seconds_of(code: str) -> float:
     """Of a fresh interpreter that runs it."""
-    before = CLOCKS["wall"](), sum(children_times())
+    started, before = time.perf_counter(), os.times()
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
-    wall, cpu = CLOCKS["wall"]() - before[0], sum(children_times()) - before[1]
-    return cpu if Settings.clock == "cpu" else wall
-
-
-def children_times() -> tuple[float, float]:
-    import os
-
-    times = os.times()
-    return times.children_user, times.children_system
+    after = os.times()
+    if Settings.clock == "wall":
+        return time.perf_counter() - started
+    return sum(after[2:4]) - sum(before[2:4])  # user and system time of children
 
 
 def startup() -> list[Row]:

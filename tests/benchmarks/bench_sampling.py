@@ -1,7 +1,7 @@
 """Whole calls of the pipeline, against the bare loop over its UNet and against `DDPMPipeline`."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,8 +54,7 @@ def bare(pipeline: Any, size: str) -> Callable[[], Any]:
     return loop
 
 
-def sampling() -> list[Row]:
-    rows = []
+def sampling() -> Iterator[Row]:
     for size in STEPS:
         made = pipelines(size)
         calls = {name: call(pipeline, size) for name, pipeline in made.items()}
@@ -66,7 +65,7 @@ def sampling() -> list[Row]:
             return f"{in_unit(seconds / STEPS[size])}/step"
 
         what, fast = f"`pipe({BATCH})` {describe(size)}", describe_fast(size)
-        rows += [
+        yield from [
             ratio_row(what, "bare UNet loop", times["bare"], times["ours"], "<= 1.01", a_step),
             ratio_row(what, "`DDPMPipeline`", times["peer"], times["ours"], "", a_step),
             ratio_row(f"{what}, {fast}", f"bare, {fast}", times["bare fast"], times["fast"], "", a_step),
@@ -79,4 +78,3 @@ def sampling() -> list[Row]:
                 a_step,
             ),
         ]
-    return rows

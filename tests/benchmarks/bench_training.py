@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from measure import HERE, ROOT, Child, Row, ratio_row, turns
@@ -95,8 +96,7 @@ def our_words(size: str, images: Path, folder: Path, fast: bool = True) -> list[
     return [*words, "--mixed_precision", fast_precision(size), "--torch_compile"] if fast else words
 
 
-def training() -> list[Row]:
-    rows = []
+def training() -> Iterator[Row]:
     for size in STEPS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -127,6 +127,5 @@ def training() -> list[Row]:
 
         fast = describe_fast(size)
         what = f"training/train.py {describe(size)}, {fast}"
-        rows.append(ratio_row(what, "official script's loop", times["peer"], times["ours"], ">= 1.35", rate))
-        rows.append(ratio_row(what, f"bare step, {fast}, resident data", times["bare"], times["ours"], "<= 1.03", rate))
-    return rows
+        yield ratio_row(what, "official script's loop", times["peer"], times["ours"], ">= 1.35", rate)
+        yield ratio_row(what, f"bare step, {fast}, resident data", times["bare"], times["ours"], "<= 1.03", rate)
