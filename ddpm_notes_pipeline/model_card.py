@@ -217,7 +217,7 @@ def _measured_samples(metrics: list[dict[str, Any]]) -> str:
     for row in metrics:
         kernel, error = (row[f"{name} ({network})"] for name in ("kernel_distance", "kernel_distance_standard_error"))
         cells = [
-            row.get("variance_type", row["images"]),
+            row.get("variance_type") or row.get("sampler") or row["images"],
             str(row.get("num_inference_steps", "")),
             row.get("path", ""),
             str(row["protocol"]["num_generated"]),
@@ -352,14 +352,14 @@ def _results_of_samples(row: dict[str, Any]) -> list[EvalResult]:
     protocol = row["protocol"]
     results = []
     for name in OVER_FEATURES:
-        arguments = {
+        arguments: dict[str, Any] = {
             "network": protocol["network"],
             "preprocessing": protocol["preprocessing"],
             "images": protocol["num_generated"],
             "real_images": protocol["num_real"],
             "split": protocol["split"],
             "dims": math.prod(protocol["image_shape"]),
-            **{key: row[key] for key in ("num_inference_steps", "variance_type", "path")},
+            **{key: row[key] for key in ("num_inference_steps", "variance_type", "sampler", "path") if key in row},
             "seeds": protocol["sampling"]["seeds"],
         }
         error = row.get(f"{name}_standard_error ({protocol['network']})")
@@ -371,7 +371,7 @@ def _results_of_samples(row: dict[str, Any]) -> list[EvalResult]:
                 dataset_split=protocol["split"],
                 metric_type=name,
                 metric_value=round(row[f"{name} ({protocol['network']})"], 6),
-                metric_name=f"{name.replace('_', ' ')} ({protocol['network']}), {row['variance_type']}, "
+                metric_name=f"{name.replace('_', ' ')} ({protocol['network']}), {row.get('variance_type') or row['sampler']}, "
                 f"{row['num_inference_steps']} {row['path']} steps",
                 metric_args=arguments | ({"standard_error": round(error, 6)} if error is not None else {}),
             )

@@ -193,7 +193,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         self._keep_private_settings()
 
         self._tables: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
-        self._signals: dict[tuple[int, torch.device, torch.dtype], list[torch.Tensor]] = {}
+        self._signals: dict[tuple[int, torch.device, torch.dtype], list[Any]] = {}
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_path(list(range(num_train_timesteps))[::-1], device=None)
@@ -338,7 +338,8 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         self._log_decoder_variance = self._decoder_variances(path).log()
         self._tables.clear()
         pair = self._pair(t, s)
-        log_pv, gap = self._log_variances(t, s, pair)
+        log_pv = self._log_pv(t, s, pair)
+        gap = pair.b.log() - log_pv
         # at s = -1 `step` adds no noise: the image is the mean
         std = torch.where(s < 0, torch.zeros_like(log_pv), self._log_variance(t, s, pair).mul(0.5).exp())
         x_t_to_x_0, scale = self._x_0_coefficients(pair)
@@ -424,11 +425,8 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             index = torch.tensor([int(value)])
         else:
             raise ValueError(f"{name} is {value!r}; allowed: an int, or an integer tensor of shape (B,)")
-        if (
-            index.device.type == "cpu"
-            and index.numel()
-            and not (lowest <= int(index.min()) and int(index.max()) < len(self))
-        ):
+        least, largest = index.aminmax() if index.device.type == "cpu" and index.numel() else (lowest, lowest)
+        if not (lowest <= least and largest < len(self)):
             raise ValueError(
                 f"{name} has {_outside(index.tolist(), len(self), lowest)}; allowed: {lowest} to {len(self) - 1}"
             )
@@ -483,12 +481,11 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         direction = ((pair.one_minus_alpha_bar_s - variance).clamp(min=0) / pair.one_minus_alpha_bar_t).sqrt()
         return pair.alpha_bar_s.sqrt() - direction * pair.alpha_bar_t.sqrt(), direction
 
-    def _log_variances(self, t: torch.Tensor, s: torch.Tensor, pair: StepPair) -> tuple[torch.Tensor, torch.Tensor]:
-        """log pv, where s = -1 the decoder's in its place (pv is 0 there), and how far log b is above it."""
+    def _log_pv(self, t: torch.Tensor, s: torch.Tensor, pair: StepPair) -> torch.Tensor:
+        """log pv, the posterior's variance; where s = -1 the decoder's in its place (pv is 0 there)."""
         log_pv = (pair.one_minus_alpha_bar_s * pair.b / pair.one_minus_alpha_bar_t).log()
         log_decoder = self._table("log_decoder_variance", self._log_decoder_variance, t.device, torch.float64)[t]
-        log_pv = torch.where(s < 0, log_decoder, log_pv)
-        return log_pv, pair.b.log() - log_pv
+        return torch.where(s < 0, log_decoder, log_pv)
 
     def _excess(
         self,
@@ -496,21 +493,20 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         s: torch.Tensor,
         pair: StepPair,
         v: torch.Tensor | None,
-        log_variances: tuple[torch.Tensor, torch.Tensor],
+        log_pv: torch.Tensor,
     ) -> torch.Tensor:
         """log variance of the reverse step minus log pv (minus the decoder's, where s = -1), float64.
 
         Kept as a difference because the KL to the posterior depends on it alone: fixed_small has 0, exactly.
         Shape of t, or of `v` (the network's second half) for the learned types.
         """
-        log_pv, gap = log_variances
         if self.eta is not None:
-            return torch.where(s < 0, 0.0, torch.full_like(gap, 2 * math.log(self.eta) if self.eta else -math.inf))
-        if self.variance_type in LEARNED_VARIANCES:
-            if v is None:
-                return torch.zeros_like(gap)
-            log_pv, gap = (c.to(v.device).reshape(-1, *[1] * (v.ndim - 1)) for c in (log_pv, gap))
-            return (v.double() + 1) / 2 * gap if self.variance_type == "learned_range" else v.double() - log_pv
+            return torch.where(s < 0, 0.0, torch.full_like(log_pv, 2 * math.log(self.eta) if self.eta else -math.inf))
+        if v is not None:
+            log_pv, log_b = (c.to(v.device).reshape(-1, *[1] * (v.ndim - 1)) for c in (log_pv, pair.b.log()))
+            if self.variance_type == "learned":
+                return v.double() - log_pv
+            return (v.double() + 1) / 2 * (log_b - log_pv)  # learned_range: between log pv and log b
         if self.variance_type == "optimal":
             mse = self._table(
                 "mse", torch.tensor(self.original_sample_mse, dtype=torch.float64), t.device, torch.float64
@@ -518,17 +514,17 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             c_0 = pair.alpha_bar_s.sqrt() * pair.b / pair.one_minus_alpha_bar_t
             excess = torch.log1p(c_0**2 * mse * torch.exp(-log_pv))
         elif self.variance_type.startswith("fixed_large"):
-            excess = gap
+            excess = pair.b.log() - log_pv
         else:
-            excess = torch.zeros_like(gap)
+            return torch.zeros_like(log_pv)
         return torch.where(s < 0, 0.0, excess)
 
     def _log_variance(
         self, t: torch.Tensor, s: torch.Tensor, pair: StepPair, v: torch.Tensor | None = None
     ) -> torch.Tensor:
         """log variance of the reverse step: float64, shape of t, or of `v` for the learned types."""
-        log_variances = self._log_variances(t, s, pair)
-        log_pv, excess = log_variances[0], self._excess(t, s, pair, v, log_variances)
+        log_pv = self._log_pv(t, s, pair)
+        excess = self._excess(t, s, pair, v, log_pv)
         return log_pv.to(excess.device).reshape(-1, *[1] * (excess.ndim - 1)) + excess
 
     # ------------------------------------------------------------------------------------------------ the forward process
@@ -569,7 +565,11 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         if tables is None:  # shaped to broadcast against the images
             half = 0.5 * self._log_alpha_bar[:-1].reshape(-1, *[1] * (x_0.ndim - 1))
             tables = [values.to(dtype).to(t.device) for values in (half.exp(), (-torch.expm1(2 * half)).sqrt())]
+            tables += [list(values.flatten().unbind()) for values in tables] if t.device == CPU else []
             self._signals[key] = tables
+        # one number for all images; a tensor without dimensions would not lift half precision to float32
+        if t.device == CPU and t.numel() == 1 and x_0.dtype is noise.dtype is dtype and 0 <= (i := int(t)) < len(self):
+            return tables[2][i], tables[3][i], dtype
         try:
             signal, std = tables[0].index_select(0, t), tables[1].index_select(0, t)
         except (IndexError, RuntimeError):
@@ -821,10 +821,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         t, s = self._timestep_pair(t, s)
         pair = self._pair(t, s)
         x_0_hat = self._original_sample(output, x_t, pair, clip)
-        log_variances = self._log_variances(t, s, pair)
-        excess = self._excess(t, s, pair, v, log_variances)  # log variance of p minus log pv
-        excess = _like(excess, x_t, torch.float64)
-        log_pv = _like(log_variances[0], x_t, torch.float64)
+        log_pv = self._log_pv(t, s, pair)
+        excess = _like(self._excess(t, s, pair, v, log_pv), x_t, torch.float64)  # log variance of p minus log pv
+        log_pv = _like(log_pv, x_t, torch.float64)
         dims = x_0[0].numel()
 
         def total(per_pixel: torch.Tensor) -> torch.Tensor:
@@ -836,9 +835,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         weight = (c_0**2 * torch.exp(-log_pv - excess)).to(x_0_hat.dtype)
         kl = 0.5 * (total(excess + torch.expm1(-excess)) + total(weight * (x_0 - x_0_hat) ** 2))
         last = s < 0
-        if s.device.type == "cpu" and not bool(
-            last.all()
-        ):  # reading s costs a stop elsewhere: both of all images there
+        if s.device.type == "cpu":  # reading s costs a stop elsewhere: both of all images there
             if not bool(last.any()):
                 return kl
             images = last.nonzero().flatten().to(kl.device)
@@ -941,7 +938,7 @@ def _like(values: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Te
         return values.to(device=x.device, dtype=dtype)
     if values.numel() not in (1, x.shape[0]):
         raise ValueError(f"{values.numel()} timesteps for {x.shape[0]} images; allowed: one, or one an image")
-    return values.to(dtype).to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+    return values.to(x.device, dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _noise_like(

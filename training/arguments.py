@@ -221,6 +221,20 @@ class RunArguments:
     sample_steps: int | None = field(
         default=None, metadata={"help": "Sample a grid every so many steps. Default: at the end."}
     )
+    metric_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sample every so many steps and measure how far samples are from the training images, beside those of "
+            "--validation_split. Default: never, it takes time."
+        },
+    )
+    metric_images: int = field(default=1000, metadata={"help": "So many samples then."})
+    metric_network: str = field(
+        default="efficientnet-lite0",
+        metadata={
+            "help": "Network whose features are compared: efficientnet-lite0, or a vision model of transformers, by Hub id or folder."
+        },
+    )
     num_samples: int = field(default=64, metadata={"help": "Images of the sample grid."})
     eval_batch_size: int = field(default=64, metadata={"help": "Images sampled at once by a process."})
     ddpm_num_inference_steps: int | None = field(
@@ -289,6 +303,17 @@ class EvaluationArguments:
     metric_images: int = field(
         default=1000, metadata={"help": "Samples for each row; image i has the seed noise_seed + i."}
     )
+    metric_sets: int = field(
+        default=1,
+        metadata={"help": "So many sets of them, each from other seeds: figures are means, standard errors over sets."},
+    )
+    metric_steps: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of steps to sample at. Default: all that bounds are measured at."}
+    )
+    samplers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Other samplers beside Algorithm 2, for samples alone: ddim, dpmsolver++."},
+    )
     metric_split: str = field(
         default="train",
         metadata={"help": "Split that samples are compared with; images of --split are held out, beside them."},
@@ -297,6 +322,12 @@ class EvaluationArguments:
         default="efficientnet-lite0",
         metadata={
             "help": "Network whose features are compared: efficientnet-lite0, or a vision model of transformers, by Hub id or folder."
+        },
+    )
+    table: bool = field(
+        default=False,
+        metadata={
+            "help": "The whole comparison, as table.md: every variance, 10 to T steps, even and best, samples, other samplers."
         },
     )
     results_dir: str | None = field(
@@ -343,12 +374,22 @@ def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArgum
     counts = {
         "--num_inference_steps": min(evaluation.num_inference_steps or [1]),
         "--max_images": evaluation.max_images or 1,
+        "--metric_sets": evaluation.metric_sets,
+        "--metric_steps": min(evaluation.metric_steps or [1]),
         "--evaluations_per_image": evaluation.evaluations_per_image - 1,
         "--batch_size": evaluation.batch_size,
     }
     for name, count in counts.items():
         if count < 1:
             parser.error(f"{name} is too small; allowed: at least {2 if name == '--evaluations_per_image' else 1}")
+    if unknown := set(evaluation.samplers) - {"ddim", "dpmsolver++"}:
+        parser.error(f"--samplers has {', '.join(sorted(unknown))}; allowed: ddim, dpmsolver++")
+    if evaluation.table:
+        evaluation.metrics, evaluation.decoder, evaluation.paths = True, "fitted", ["even", "best"]
+        evaluation.samplers = evaluation.samplers or ["ddim", "dpmsolver++"]
+        evaluation.metric_sets = max(evaluation.metric_sets, 2)  # a spread needs two
+    if evaluation.samplers and not evaluation.metrics:
+        parser.error("--samplers have no bits/dim; allowed with --metrics")
     if (data.dataset_name is None) == (data.train_data_dir is None):
         parser.error("name the images: --dataset_name or --train_data_dir, or --config with one of the two")
     return data, evaluation
@@ -424,6 +465,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         "--validation_steps": run.validation_steps,
         "--max_validation_images": data.max_validation_images,
         "--sample_steps": run.sample_steps,
+        "--metric_interval": run.metric_interval,
         "--num_samples": run.num_samples,
         "--ddpm_num_inference_steps": run.ddpm_num_inference_steps,
     }
@@ -462,6 +504,11 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
     if (data.dataset_name is None) == (data.train_data_dir is None):
         raise ValueError(
             f"--dataset_name is {data.dataset_name} and --train_data_dir is {data.train_data_dir}; allowed: exactly one of them"
+        )
+    if run.metric_interval is not None and (data.streaming or data.validation_split is None):
+        raise ValueError(
+            f"--metric_interval is {run.metric_interval} with {'--streaming' if data.streaming else 'no --validation_split'}; allowed: with "
+            "images that are stored, and a split to compare with"
         )
     if data.streaming and run.max_train_steps is None:
         raise ValueError("--streaming wants --max_train_steps: nobody knows how many images a pass has")

@@ -4,6 +4,7 @@
     accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --metrics --num_inference_steps 50
     accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml \
         --variance_types fixed_small fixed_large optimal --num_inference_steps 10 100 1000 --paths even best --decoder fitted
+    accelerate launch training/evaluate.py --model outputs/mnist --config training/configs/mnist.yaml --table
 
 Prints a table and writes evaluation.json and bits_per_dim.png. What an optimal variance, a best path or a fitted decoder has to know of
 the data is measured on --variance_split, never on the images that are reported on unless that names them.
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from arguments import DataArguments, EvaluationArguments, parse_evaluation_arguments
 from ddpm_notes_pipeline.data import ImageSet, load_images
@@ -27,7 +29,16 @@ from ddpm_notes_pipeline.variances import (
     optimal_scheduler,
 )
 from samples import SampleTable
+from tables import results_table
 from validation import Row, batches, decoder_of, measure_bits_per_dim, save_evaluation
+
+TABLE_STEPS = (
+    10,
+    25,
+    50,
+    100,
+)  # of --table, beside T; samples of T steps are drawn for fixed_large alone, to compare with
+SAMPLERS = {"ddim": ("DDIM", DDIMScheduler), "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler)}
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
@@ -42,11 +53,26 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     table = None
     if evaluation.metrics:
         real = load(accelerator, data, evaluation.metric_split, None)
-        table = SampleTable(accelerator, evaluation, real, images, data.cache_dir)
+        table = SampleTable(
+            accelerator,
+            real,
+            images,
+            evaluation.metric_network,
+            evaluation.metric_images,
+            evaluation.batch_size,
+            seed=evaluation.noise_seed,
+            sets=evaluation.metric_sets,
+            cache_dir=data.cache_dir,
+        )
 
     # what the data has to say first
     own = pipeline.scheduler
     T = len(own)
+    if evaluation.table:
+        learned = [own.variance_type] if own.variance_type in LEARNED_VARIANCES else []
+        evaluation.variance_types = evaluation.variance_types or ["fixed_small", "fixed_large", *learned, "optimal"]
+        evaluation.num_inference_steps = evaluation.num_inference_steps or [k for k in TABLE_STEPS if k < T] + [T]
+        evaluation.metric_steps = evaluation.metric_steps or [k for k in TABLE_STEPS if k < T]
     variances = evaluation.variance_types or [own.variance_type]
     fit_needed = evaluation.decoder == "fitted"
     mse = own.original_sample_mse
@@ -93,13 +119,31 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
                 )
                 assert result is not None  # nothing is told of signals here: one ends the process
                 rows.append(Row(variance, kind, steps, decoder_of(scheduler, path), result))
-                if table is not None:
-                    table.add(pipeline, variance, kind, path)
                 if accelerator.is_main_process:
                     print(line(rows[-1]) if len(rows) > 1 else f"{header()}\n{line(rows[-1])}", flush=True)
+                if table is not None and is_sampled(evaluation, rows[-1], T):
+                    row = {"variance_type": variance, "path": kind, "num_inference_steps": steps}
+                    table.add(pipeline, row, timesteps=path)
+    for name in evaluation.samplers:
+        assert table is not None  # the arguments were checked
+        label, kind_of_scheduler = SAMPLERS[name]
+        # their own spacing that ends at the image, as `even` does; the scheduler's default is for training's T
+        pipeline.scheduler = kind_of_scheduler.from_config(own.config, timestep_spacing="trailing")
+        for steps in evaluation.metric_steps or evaluation.num_inference_steps or [T]:
+            row = {"sampler": label, "path": "trailing", "num_inference_steps": steps}
+            table.add(pipeline, row, num_inference_steps=steps)
     if accelerator.is_main_process:
         write(evaluation, images, rows, table)
     accelerator.end_training()
+
+
+def is_sampled(evaluation: EvaluationArguments, row: Row, T: int) -> bool:
+    """Whether samples are drawn beside this bound: of a table, not all are worth their time."""
+    if not evaluation.table:
+        return evaluation.metric_steps is None or row.steps in evaluation.metric_steps
+    if row.steps == T:
+        return row.variance == "fixed_large"
+    return row.steps in (evaluation.metric_steps or ()) and (row.path == "even" or row.variance == "optimal")
 
 
 def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: int | None) -> ImageSet:
@@ -179,7 +223,12 @@ def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row], ta
     )
     if table is not None:
         print(table)
-    print(f"Written: {' and '.join(f'{folder}/{name}' for name in names)}")
+    if evaluation.table:
+        text = results_table(rows, table.as_list() if table else [], images)
+        (folder / "table.md").write_text(text, encoding="utf-8")
+        names.append("table.md")
+        print(f"\n{text}")
+    print(f"Written: {', '.join(f'{folder}/{name}' for name in names)}")
     if local and folder.samefile(local):
         write_card(folder)
         print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")

@@ -30,7 +30,7 @@ from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
 
 logger = logging.getLogger(__name__)
 PROJECT = "ddpm_notes_pipeline"
-LOGS = ("loss.jsonl", "validation.jsonl", PROJECT, "wandb")  # in the folder of a run
+LOGS = ("loss.jsonl", "validation.jsonl", "metrics.jsonl", PROJECT, "wandb")  # in the folder of a run
 
 
 class LossLog:
@@ -86,22 +86,31 @@ class LossLog:
         ]
 
 
-class ValidationLog:
-    """bits/dim of the validation images at some steps, as one JSON line each: the averaged weights', with its standard error and parts."""
+class StepLog:
+    """Figures measured at some steps, as one JSON line each; `name` is the file's and what a tracker's names start with."""
 
-    def __init__(self, accelerator: Accelerator, path: Path, done: int, tracker: "Tracker | None" = None) -> None:
-        self.accelerator, self.path, self.tracker = accelerator, path, tracker
-        self.rows = keep_rows(accelerator, path, done)
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, name: str, done: int, tracker: "Tracker | None" = None
+    ) -> None:
+        self.accelerator, self.name, self.tracker = accelerator, name, tracker
+        self.path = output_dir / f"{name}.jsonl"
+        self.rows = keep_rows(accelerator, self.path, done)
 
-    def add(self, step: int, result: BitsPerDimOutput) -> None:
-        """Write one evaluation: weights after `step` optimizer steps."""
-        row: dict[str, Any] = {"step": step, "bits_per_dim": result.total, "standard_error": result.standard_error}
-        row |= {name: getattr(result, name) for name in ("prior", "diffusion", "decoder")}
-        row["images"] = len(result.per_image)
-        self.rows += write_rows(self.accelerator, self.path, [row])
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Write what was measured on the weights after `step` optimizer steps."""
+        self.rows += write_rows(self.accelerator, self.path, [{"step": step} | figures])
         if self.tracker is not None:
-            names = ("bits_per_dim", "standard_error")
-            self.tracker.log({"step": step} | {f"validation_{name}": row[name] for name in names})
+            self.tracker.log({"step": step} | {f"{self.name}_{name}": value for name, value in figures.items()})
+
+    def has(self, step: int) -> bool:
+        return any(row["step"] == step for row in self.rows)
+
+
+def bits_per_dim_figures(result: BitsPerDimOutput) -> dict[str, float]:
+    """A row of validation.jsonl: the averaged weights' bits/dim, with its standard error and parts."""
+    figures = {"bits_per_dim": result.total, "standard_error": result.standard_error}
+    figures |= {name: getattr(result, name) for name in ("prior", "diffusion", "decoder")}
+    return figures | {"images": len(result.per_image)}
 
 
 def keep_rows(accelerator: Accelerator, path: Path, done: int) -> list[dict[str, Any]]:

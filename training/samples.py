@@ -1,19 +1,23 @@
-"""Samples of a pipeline, made by all processes together, and the table of how far they are from images."""
+"""How far samples are from images: a table that `evaluate.py --metrics` prints, and that training adds to while it runs."""
 
+import dataclasses
+import math
+import statistics
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from arguments import EvaluationArguments
 from ddpm_notes_pipeline.data import ImageSet
 from ddpm_notes_pipeline.features import load_feature_network
 from ddpm_notes_pipeline.metrics import FEWEST_IMAGES, SampleMetrics, measure_samples
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
+from sampling import sample
+from stops import Stops
 
 COLUMNS = {  # name: width
     "images": 13,
-    "path": 4,
+    "path": 8,
     "K": 5,
     "n": 6,
     "frechet": 10,
@@ -26,93 +30,87 @@ COLUMNS = {  # name: width
 }
 
 
-def sample(
-    accelerator: Accelerator,
-    pipeline: DDPMNotesPipeline,
-    timesteps: list[int],
-    number: int,
-    batch_size: int,
-    seed: int,
-    class_labels: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """uint8 (number, C, H, W), the same on every process: image i comes from seed + i, whichever process makes it."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    share = -(-number // processes)  # rounded up; the last process may have fewer, or none
-    parts = []
-    for i in range(rank * share, min((rank + 1) * share, number), batch_size):
-        rows = range(i, min(i + batch_size, (rank + 1) * share, number))
-        images: Any = pipeline(
-            batch_size=len(rows),
-            class_labels=None if class_labels is None else class_labels[rows.start : rows.stop],
-            timesteps=timesteps,
-            generator=[torch.Generator().manual_seed(seed + row) for row in rows],
-            output_type="pt",
-            return_dict=False,
-        )[0]
-        parts.append((images * 255).round().to(torch.uint8))
-    if processes == 1:
-        return torch.cat(parts).cpu()
-    config = pipeline.unet.config
-    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    own = torch.zeros(share, config.in_channels, *size, dtype=torch.uint8, device=accelerator.device)
-    if parts:
-        made = torch.cat(parts)
-        own[: len(made)] = made.to(own.device)
-    return accelerator.gather(own)[:number].cpu()
-
-
 class SampleTable:
-    """Rows of the table behind `evaluate.py --metrics`, the first one that of held-out images: what perfect samples would get.
+    """Samples of some pipelines, each measured beside the same real images; the first row is that of held-out images, which is what perfect
+    samples would get.
 
-    The first row is measured when the table is made: what is missing or does not fit is said before anything else takes its time.
+    That row is measured when the table is made: what is missing or does not fit is said before anything else takes its time.
+
+    Args:
+        real: what samples are compared with, and whose nearest image is looked for.
+        held_out: images that were not trained on, if there are any.
+        network: name of the feature network (`load_feature_network`).
+        images: samples of a set, at least 8.
+        batch_size: sampled at once by a process.
+        seed: image i of the first set comes from seed + i; the next set goes on behind it.
+        sets: with more than one, each figure is the mean over them, and the kernel distance's standard error is over them too.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        evaluation: EvaluationArguments,
         real: ImageSet,
-        held_out: ImageSet,
-        cache_dir: Any,
+        held_out: ImageSet | None,
+        network: str,
+        images: int,
+        batch_size: int,
+        seed: int = 0,
+        sets: int = 1,
+        cache_dir: str | None = None,
     ) -> None:
-        if evaluation.metric_images < FEWEST_IMAGES:
-            raise ValueError(f"--metric_images is {evaluation.metric_images}; allowed: at least {FEWEST_IMAGES}")
-        self.accelerator, self.evaluation, self.real = accelerator, evaluation, real
-        self.held_out = held_out if held_out.fingerprint != real.fingerprint else None
+        if images < FEWEST_IMAGES:
+            raise ValueError(f"--metric_images is {images}; allowed: at least {FEWEST_IMAGES}")
+        self.accelerator, self.real, self.cache_dir = accelerator, real, cache_dir
+        self.images, self.batch_size, self.seed, self.sets = images, batch_size, seed, sets
+        self.held_out = held_out if held_out is not None and held_out.fingerprint != real.fingerprint else None
         with accelerator.local_main_process_first():
-            self.network = load_feature_network(evaluation.metric_network).to(accelerator.device)
-        self.cache_dir = cache_dir
+            self.network = load_feature_network(network).to(accelerator.device)
         self.rows: list[tuple[dict[str, Any], SampleMetrics]] = []
         if self.held_out is not None:
-            self._measure({"images": f"held-out {held_out.split}"}, self.held_out, {})
+            row = {"images": f"held-out {self.held_out.split}"}
+            self.rows.append((row, self._measure(self.held_out, {})))
 
-    def add(self, pipeline: DDPMNotesPipeline, variance: str, kind: str, path: list[int]) -> None:
-        """Sample along a path and measure."""
-        n, seed, labels = self.evaluation.metric_images, self.evaluation.noise_seed, None
-        sampling: dict[str, Any] = {"seeds": f"{seed}..{seed + n - 1}, one an image"}
+    def add(
+        self, pipeline: DDPMNotesPipeline, row: dict[str, Any], stops: Stops | None = None, **settings: Any
+    ) -> SampleMetrics | None:
+        """Sample with the pipeline's `settings`, measure, and keep that under what `row` says of it; None if a signal stops it."""
+        n, labels = self.images, None
+        last = self.seed + self.sets * n - 1
+        sampling = {**row, "seeds": f"{self.seed}..{last}, one an image", "sets": self.sets}
         if pipeline.num_classes is not None and self.real.labels is not None:
             labels = torch.from_numpy(self.real.labels[[i * len(self.real) // n for i in range(n)]])
             sampling["class_labels"] = "those of the real images, evenly spaced over them"
-        images = sample(self.accelerator, pipeline, path, n, self.evaluation.batch_size, seed, labels)
-        row = {"images": "samples", "variance_type": variance, "path": kind, "num_inference_steps": len(path)}
-        self._measure(row, images, sampling)
+        results = []
+        for first in range(self.seed, last, n):
+            images = sample(
+                self.accelerator, pipeline, n, self.batch_size, first, class_labels=labels, stops=stops, **settings
+            )
+            if images is None:
+                return None
+            results.append(self._measure(images, sampling))
+        self.rows.append(({"images": "samples", **row}, mean_of(results)))
+        if self.sets > 1:
+            self.rows[-1][0]["kernel_distance of each set"] = [result.kernel_distance for result in results]
+        return self.rows[-1][1]
 
-    def _measure(self, row: dict[str, Any], images: Any, sampling: dict[str, Any]) -> None:
-        result = measure_samples(
+    def _measure(self, images: Any, sampling: dict[str, Any]) -> SampleMetrics:
+        return measure_samples(
             images,
             self.real,
             train=self.real,
             held_out=self.held_out,
             network=self.network,
-            sampling={name: value for name, value in row.items() if name != "images"} | sampling,
+            sampling=sampling,
             cache_dir=self.cache_dir,
             accelerator=self.accelerator,
+            show_progress=False,
         )
-        self.rows.append((row, result))
 
-    def as_list(self) -> list[dict[str, Any]]:
-        """For JSON: each row's figures with their protocol."""
-        return [{**row, **result.as_dict()} for row, result in self.rows]
+    def as_list(self, last: bool = False) -> list[dict[str, Any]]:
+        """For JSON: each row's figures with their protocol. `last`: of those of samples, the newest one alone."""
+        made = [row for row in self.rows if row[0]["images"] == "samples"]
+        left_out = made[:-1] if last else []
+        return [{**row[0], **row[1].as_dict()} for row in self.rows if row not in left_out]
 
     def __str__(self) -> str:
         real, protocol = self.real, self.rows[-1][1].protocol
@@ -125,7 +123,7 @@ class SampleTable:
         ]
         for row, r in self.rows:
             cells = (
-                row.get("variance_type", row["images"]),
+                name_of(row),
                 row.get("path", ""),
                 str(row.get("num_inference_steps", "")),
                 str(r.protocol.num_generated),
@@ -139,3 +137,29 @@ class SampleTable:
             )
             lines.append(" | ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
         return "\n".join(lines)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What made the images of a row: the variance of Algorithm 2, another sampler, or nothing: they are real."""
+    return row.get("variance_type") or row.get("sampler") or row["images"]
+
+
+def mean_of(results: list[SampleMetrics]) -> SampleMetrics:
+    """Figures of several sets of samples: their means, and the kernel distance's standard error over the sets."""
+    if len(results) == 1:
+        return results[0]
+    means: dict[str, Any] = {}
+    for name in (f.name for f in dataclasses.fields(SampleMetrics) if f.name != "protocol"):
+        values = [getattr(result, name) for result in results]
+        means[name] = None if None in values else statistics.fmean(values)
+    if means["kernel_distance"] is not None:
+        spread = statistics.stdev(result.kernel_distance or 0.0 for result in results)
+        means["kernel_distance_standard_error"] = spread / math.sqrt(len(results))
+    return SampleMetrics(results[0].protocol, **means)
+
+
+def figures_of(result: SampleMetrics) -> dict[str, float]:
+    """The figures by their names, without the protocol: a row of metrics.jsonl."""
+    names = (f.name for f in dataclasses.fields(SampleMetrics) if f.name != "protocol")
+    figures = {name: getattr(result, name) for name in names if getattr(result, name) is not None}
+    return figures | {"images": result.protocol.num_generated}

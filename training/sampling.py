@@ -1,7 +1,6 @@
 """What the weights so far can do: samples of them, and their bits/dim. Every process makes its part, and knows the whole."""
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -50,53 +49,65 @@ def bits_per_dim(
 
 
 def sample(
-    accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments, stops: Stops
-) -> Any:
-    """`num_samples` images (N, C, H, W) uint8, image i from seed i whatever the number of processes, each of which makes its part.
+    accelerator: Accelerator,
+    pipeline: DDPMNotesPipeline,
+    number: int,
+    batch_size: int,
+    seed: int = 0,
+    class_labels: Any = None,
+    stops: Stops | None = None,
+    **settings: Any,
+) -> torch.Tensor | None:
+    """uint8 (number, C, H, W), the same on every process: image i comes from seed + i, whichever process makes it.
 
-    None if a signal stops the run meanwhile.
+    Each process makes its part. `class_labels` has one for each image; `settings` are the pipeline's (steps, eta, ...). None if a signal
+    that `stops` heard, on any process, ended it early.
     """
 
     def end_if_stopped(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipeline._interrupt = stops.received != 0
+        pipeline._interrupt = stops is not None and stops.received != 0
         return {}
 
-    pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
-    pipeline.set_progress_bar_config(desc="sample", unit="step", disable=not accelerator.is_main_process)
-    unet.eval()
-    mine = range(run.num_samples)[accelerator.process_index :: accelerator.num_processes]
-    made = []
-    for i in range(0, len(mine), run.eval_batch_size):
-        if stops.received:
+    share = -(-number // accelerator.num_processes)  # rounded up; the last process may have fewer, or none
+    mine = range(number)[accelerator.process_index * share : (accelerator.process_index + 1) * share]
+    config = pipeline.unet.config
+    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    own = torch.zeros(share, config.in_channels, *size, dtype=torch.uint8, device=accelerator.device)
+    for first in range(0, len(mine), batch_size):
+        if stops is not None and stops.received:
             break
-        seeds = mine[i : i + run.eval_batch_size]
-        labels = None if pipeline.num_classes is None else [seed % pipeline.num_classes for seed in seeds]
+        rows = mine[first : first + batch_size]
         with accelerator.autocast():
             images = pipeline(
-                batch_size=len(seeds),
-                class_labels=labels,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                num_inference_steps=run.ddpm_num_inference_steps,
+                batch_size=len(rows),
+                class_labels=None if class_labels is None else class_labels[rows.start : rows.stop],
+                generator=[torch.Generator().manual_seed(seed + i) for i in rows],
                 output_type="latent",
                 callback_on_step_end=end_if_stopped,
                 return_dict=False,
+                **settings,
             )[0]
-        made.append(to_uint8(images.float()))
-    unet.train()
-    if stops.agreed():
+        own[first : first + len(rows)] = to_uint8(images.float())
+    if stops is not None and stops.agreed():
         return None
-    size = unet.config.sample_size
-    none = torch.empty(
-        (0, unet.config.in_channels, *((size, size) if isinstance(size, int) else size)), dtype=torch.uint8
+    return accelerator.gather(own)[:number].cpu()
+
+
+def sample_grid(
+    accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments, stops: Stops
+) -> Any:
+    """`num_samples` images (N, C, H, W) of the weights that the UNet has, classes in turn; None if a signal stops the run meanwhile."""
+    pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
+    pipeline.set_progress_bar_config(desc="sample", unit="step", disable=not accelerator.is_main_process)
+    classes, n = pipeline.num_classes, run.num_samples
+    labels = None if classes is None else [i % classes for i in range(n)]
+    steps = run.ddpm_num_inference_steps
+    unet.eval()
+    made = sample(
+        accelerator, pipeline, n, run.eval_batch_size, class_labels=labels, stops=stops, num_inference_steps=steps
     )
-    own = torch.cat([none, *made])
-    gathered = accelerator.gather(accelerator.pad_across_processes(own.to(accelerator.device), dim=0)).cpu()
-    # process r made images r, r + P, ...: put them back in their order
-    per_process = math.ceil(run.num_samples / accelerator.num_processes)
-    order = [
-        (i % accelerator.num_processes) * per_process + i // accelerator.num_processes for i in range(run.num_samples)
-    ]
-    return gathered[order].numpy()
+    unet.train()
+    return None if made is None else made.numpy()
 
 
 def show(images: ImageSet, run: RunArguments) -> Any:

@@ -36,15 +36,16 @@ from ddpm_notes_pipeline.batches import StepBatches, step_seed
 from ddpm_notes_pipeline.data import ImageSet, load_images, to_model_range
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
-from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
+from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError
-from ddpm_notes_pipeline.scheduling_ddpm_notes import PRIVATE_ENTRY
+from ddpm_notes_pipeline.scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
 from ddpm_notes_pipeline.streaming import ImageStream, StreamedBatches, open_stream
-from logs import LOGS, LossLog, Tracker, ValidationLog, find_tracker
+from logs import LOGS, LossLog, StepLog, Tracker, bits_per_dim_figures, find_tracker
 from networks import make_model
 from pictures import image_grid, save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
-from sampling import VALIDATION_EVALUATIONS, averaged_weights, bits_per_dim, sample, show
+from samples import SampleTable, figures_of
+from sampling import VALIDATION_EVALUATIONS, averaged_weights, bits_per_dim, sample_grid, show
 from stops import FailedElsewhere, Stopped, Stops, failing_together, resume_command
 from updates import AveragedWeights, UpdateGuard, poisoned
 from validation import Row, decoder_of, save_evaluation
@@ -107,6 +108,12 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
     if run.torch_compile:
         unet.compile()
+    table = None
+    if run.metric_interval is not None:
+        n, seed, cache = run.metric_images, run.seed, data.cache_dir
+        table = SampleTable(
+            accelerator, images, validation, run.metric_network, n, run.eval_batch_size, seed, cache_dir=cache
+        )
     # where the run is
     identity = {
         "seed": run.seed,
@@ -179,7 +186,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         tracker = Tracker(accelerator, name, as_config(*settings), output_dir, resume=done > 0)
     with failing_together(accelerator, f"could not write {output_dir}/loss.jsonl"):
         log = LossLog(accelerator, output_dir / "loss.jsonl", done, run.train_batch_size, tracker)
-        validation_log = ValidationLog(accelerator, output_dir / "validation.jsonl", done, tracker)
+        validation_log = StepLog(accelerator, output_dir, "validation", done, tracker)
+        metric_log = StepLog(accelerator, output_dir, "metrics", done, tracker)
     pushes = BackgroundPushes(repo_id, run.license) if repo_id and run.hub_strategy == "every_save" else None
     unet.train()
     started = time.monotonic()
@@ -190,14 +198,35 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     def validate(step: int) -> BitsPerDimOutput | None:
         """bits/dim of the averaged weights behind `step`, if they are due and not there yet; on the same noise each time."""
         due = step % run.validation_steps == 0 or step == steps
-        if validation is None or not due or step in (row["step"] for row in validation_log.rows):
+        if validation is None or not due or validation_log.has(step):
             return None
         with log.paused(), averaged_weights(unet, ema):
             result = bits_per_dim(accelerator, unet, scheduler, validation, stops)
         with failing_together(accelerator, f"could not write {validation_log.path}"):
             if result is not None:
-                validation_log.add(step, result)
+                validation_log.add(step, bits_per_dim_figures(result))
         return result
+
+    def measure_samples(step: int) -> None:
+        """How far samples of the averaged weights behind `step` are from images, if that is due; from the same seeds each time."""
+        due = step == steps or (run.metric_interval and step % run.metric_interval == 0)
+        if table is None or not due or metric_log.has(step):
+            return
+        pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
+        pipeline.set_progress_bar_config(disable=True)
+        n = run.ddpm_num_inference_steps or len(scheduler)
+        row = {
+            "variance_type": scheduler.variance_type,
+            "path": scheduler.config.timestep_spacing,
+            "num_inference_steps": n,
+        }
+        with log.paused(), averaged_weights(unet, ema):
+            unet.eval()
+            result = table.add(pipeline, row, stops, num_inference_steps=n)
+            unet.train()
+        with failing_together(accelerator, f"could not write {metric_log.path}"):
+            if result is not None:
+                metric_log.add(step, figures_of(result))
 
     if done or model.pretrained_model_name_or_path:  # weights that were learned: where this run starts from
         validate(done)
@@ -259,9 +288,10 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
             break
         if step + 1 < steps:
             validate(step + 1)
+            measure_samples(step + 1)
         if run.sample_steps and (step + 1) % run.sample_steps == 0 and step + 1 < steps:
             with log.paused(), averaged_weights(unet, ema):
-                samples = sample(accelerator, unet, scheduler, run, stops)
+                samples = sample_grid(accelerator, unet, scheduler, run, stops)
             picture = output_dir / f"samples-{step + 1}.png"
             with failing_together(accelerator, f"could not write {picture}"):
                 if accelerator.is_main_process and samples is not None:
@@ -287,6 +317,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     fault = None
     save(steps)
     measured = validate(steps)
+    measure_samples(steps)
     if ema is not None:
         ema.copy_to(unet.parameters())
     with failing_together(accelerator, f"could not write the model to {output_dir}"):
@@ -296,11 +327,18 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
                 T = len(scheduler)
                 row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, [*range(T)][::-1]), measured)
                 weights = weights_digest(output_dir)
-                save_evaluation(output_dir, validation, [row], weights, evaluations_per_image=VALIDATION_EVALUATIONS)
+                save_evaluation(
+                    output_dir,
+                    validation,
+                    [row],
+                    weights,
+                    evaluations_per_image=VALIDATION_EVALUATIONS,
+                    metrics=table.as_list(last=True) if table else None,
+                )
             title = f"{run.objective} loss on {images.name}"
             save_losses(output_dir / "loss.png", *log.history(), title, validation_log.rows)
             write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
-    samples = sample(accelerator, unet, scheduler, run, stops)
+    samples = sample_grid(accelerator, unet, scheduler, run, stops)
     if tracker is not None:
         if samples is not None:
             tracker.log_image(steps, "samples", image_grid(samples))
@@ -342,7 +380,7 @@ def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArgum
         sys.exit(f"train.py: error: --output_dir {output_dir} is a file; name a folder")
     there = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     if run.resume_from_checkpoint and not list_checkpoints(output_dir):  # a run that was stopped before its first one
-        ours = (".checkpoint-", ".push-", ".loss.", ".validation.", "samples-")
+        ours = (".checkpoint-", ".push-", ".loss.", ".validation.", ".metrics.", "samples-")
         there = {name for name in there if name not in LOGS and not name.startswith(ours)}
     going_on = run.resume_from_checkpoint and (list_checkpoints(output_dir) or run.resume_from_checkpoint != "latest")
     accelerator.wait_for_everyone()  # before anybody writes
@@ -441,7 +479,7 @@ def summary(
     validation: ImageSet | None,
     run: RunArguments,
     log: LossLog,
-    validation_log: ValidationLog,
+    validation_log: StepLog,
     guard: UpdateGuard,
     steps: int,
     rate: float,
