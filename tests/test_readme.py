@@ -1,0 +1,108 @@
+"""Every code block of the README runs as it stands, in a folder like a clone; commands that train or measure get flags that shorten them.
+
+What is not run is named here with the reason.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from hub_content import User
+from launching import ROOT, Trainer, once
+
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+SHORT_TRAINING = (
+    "--block_out_channels 32 32 --layers_per_block 1 --attention_levels 1 --max_train_steps 3 --lr_warmup_steps 1 --train_batch_size 4 "
+    "--checkpointing_steps 3 --max_validation_images 3 --num_samples 2 --ddpm_num_inference_steps 2 --report_to none"
+).split()
+SHORT_MEASURING = "--max_images 4 --evaluations_per_image 3 --variance_split test".split()
+RUN = {  # how a command starts: what shortens it
+    "accelerate launch training/train.py --train_data_dir my_images": SHORT_TRAINING,
+    "accelerate launch training/train.py --config training/configs/digits.yaml --push_to_hub": SHORT_TRAINING,
+    "accelerate launch training/evaluate.py": SHORT_MEASURING,
+    "python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id you/ddpm-digits": [],
+}
+NOT_RUN = {
+    "make train": "set-up and the main job: the first command of a fresh machine",
+    "make test": "these tests",
+    "accelerate launch training/train.py --dataset_name huggan/": "a data set of the real Hub, on a GPU",
+    "accelerate launch --multi_gpu": "four GPUs; test_train.py runs two processes",
+}
+
+
+def commands() -> list[str]:
+    """The shell commands of all blocks, one line each, without comments."""
+    text = "".join(body for language, body in BLOCKS if language == "bash").replace("\\\n", " ")
+    return [" ".join(words) for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def treatment(command: str) -> list[str]:
+    return [start for start in (*RUN, *NOT_RUN) if command.startswith(start)]
+
+
+def test_every_command_is_run_or_has_a_reason():
+    found = [treatment(command) for command in commands()]
+    assert all(len(starts) == 1 for starts in found), dict(zip(commands(), found, strict=True))
+    assert {start for starts in found for start in starts} == {*RUN, *NOT_RUN}  # and none here is of an older README
+    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+
+
+@pytest.fixture(scope="module")
+def train():
+    trainer = Trainer()
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="module")
+def clone(train):
+    """A folder with what a clone has, a folder of images, and what `make train` leaves."""
+
+    def make(folder: Path):
+        (folder / "my_images").mkdir(parents=True)
+        for i in range(6):
+            PIL.Image.new("RGB", (80, 70), (40 * i, 0, 200)).save(folder / "my_images" / f"{i}.png")
+        for name in ("training", "examples"):
+            (folder / name).symlink_to(ROOT / name)
+        return train("--config", "training/configs/digits.yaml", *SHORT_TRAINING, cwd=folder)
+
+    return once("readme", make)[0]
+
+
+def words_of(command: str) -> list[str]:
+    """A command in place of a shell's: this interpreter, one process, and what shortens it."""
+    words = [word for word in shlex.split(command) if word not in ("accelerate", "launch", "python")]
+    return [*words, *RUN[treatment(command)[0]]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if treatment(c)[0] in RUN and "you/" not in c])
+def test_a_command_does_what_it_says(train, clone, command):
+    script, *flags = words_of(command)
+    result = train(*flags, script=script, cwd=clone)
+    named = re.findall(r"--output_dir (\S+)", command) or ["outputs/digits"]
+    assert named[0] in result.stdout and (clone / named[0] / "model_index.json").exists()
+
+
+@pytest.mark.slow
+def test_the_publishing_commands_publish(clone, hub):
+    hub.users = {"hf_you": User("you")}
+    commits = []
+    for command in (c for c in commands() if treatment(c)[0] in RUN and "you/ddpm-digits" in c):
+        words = [sys.executable, *words_of(command)]
+        words += ["--output_dir", "outputs/published"] if "train.py" in command else []
+        done = subprocess.run(words, cwd=clone, env=hub.env("hf_you"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        commits.append(len(hub.repos["you/ddpm-digits"].commits))
+    assert len(commits) == 2 and commits[1] > commits[0]
+    assert {"pipeline.py", "README.md", "samples.png"} <= set(hub.repos["you/ddpm-digits"].files())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [body for language, body in BLOCKS if language == "python"])
+def test_a_python_block_runs(train, clone, body):
+    train(body, script="-c", cwd=clone)
