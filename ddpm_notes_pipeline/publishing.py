@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from .model_card import read_facts, write_card
 
@@ -113,6 +114,28 @@ def push_folder(
         return f"{api.endpoint}/{repo_id}"
 
     return _persistently(push, f"could not push {folder} to {repo_id}", ended)
+
+
+def export_folder(
+    folder: Path | str, target: Path | str, repo_id: str | None = None, license: str | None = None
+) -> list[str]:
+    """Write the folder's card and copy into `target` exactly the files that a push would send; their names.
+
+    For a repository that is kept with git, or looked at before anything is public.
+
+    Raises:
+        ValueError: no pipeline in the folder, or a target that has something in it.
+    """
+    folder, target = Path(folder), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there and not empty; allowed: a new folder, or an empty one")
+    write_card(folder, repo_id, license)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = list(filter_repo_objects(names, allow_patterns=HUB_FILES))
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+    return names
 
 
 def push_command(folder: Path | str, repo_id: str, private: bool = False) -> str:
@@ -228,9 +251,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--license", help="the model's licence, as the Hub names licences; default: that of the card, or apache-2.0"
     )
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="copy what a push would send to this new folder, and push nothing"
+    )
     arguments = parser.parse_args(argv)
     try:
         read_facts(arguments.folder)  # before anything is made on the Hub
+        if arguments.export is not None:
+            names = export_folder(arguments.folder, arguments.export, arguments.hub_model_id, arguments.license)
+            print(f"Copied to {arguments.export}: {', '.join(names)}")
+            return
         repo_id = prepare_repo(
             arguments.hub_model_id or arguments.folder.resolve().name, arguments.hub_private_repo, arguments.license
         )

@@ -361,3 +361,20 @@ def test_a_process_that_has_to_end_waits_for_no_further_attempt(hub, background,
     begun = time.monotonic()
     background.abandon()
     assert time.monotonic() - begun < 10 and not folder.exists() and commits(hub) == []
+
+
+def test_an_export_is_what_a_push_sends(hub, api, folder, tmp_path):
+    """The same names and bytes, but for the card, which names the repository that it is pushed to."""
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "optimizer.bin").write_bytes(b"not for others")
+    names = publishing.export_folder(folder, tmp_path / "copy", "user/model")
+    push_folder(folder, prepare_repo("user/model", api=api), api=api)
+    pushed = {name: data for name, data in hub.repos["user/model"].files().items() if name != ".gitattributes"}
+    copied = {
+        path.relative_to(tmp_path / "copy").as_posix(): path.read_bytes()
+        for path in (tmp_path / "copy").rglob("*")
+        if path.is_file()
+    }
+    assert sorted(copied) == names and copied == pushed
+    with pytest.raises(ValueError, match="is there and not empty"):
+        publishing.export_folder(folder, tmp_path / "copy")
