@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
+from arguments import (
+    OF_TRAIN_UNCONDITIONAL,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    as_config,
+    parse_arguments,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (DataArguments, ModelArguments, RunArguments)
@@ -74,9 +81,12 @@ def another(name: str, kind: object) -> object:
 EVERYTHING = {
     name: another(name, kind)
     for name, kind in TYPES.items()
-    if name not in ("train_data_dir", "lr_warmup_steps", "train_batch_size", "gradient_accumulation_steps")
+    if name
+    not in ("train_data_dir", "lr_warmup_steps", "train_batch_size", "gradient_accumulation_steps", "metric_interval")
 } | {"lr_warmup_steps": 3, "train_batch_size": 24, "gradient_accumulation_steps": 3, "dataloader_num_workers": 1}
 
+
+NOT_STREAMED = {"metric_interval": 7}  # the only one that contradicts another of them
 
 OF_ONE_LAUNCH = ("overwrite_output_dir", "resume_from_checkpoint")
 
@@ -118,14 +128,15 @@ def test_defaults_written_as_yaml_are_read_back_unchanged(parse, tmp_path):
     assert parse_arguments(["--config", str(tmp_path / "written.yaml")]) == first
 
 
-@pytest.mark.parametrize("name", sorted(set(EVERYTHING) - {"dataset_name", "dataset_config_name"}))
+@pytest.mark.parametrize("name", sorted({*EVERYTHING, *NOT_STREAMED} - {"dataset_name", "dataset_config_name"}))
 def test_the_line_wins_over_the_file(parse, name):
-    value = EVERYTHING[name]
+    value = (EVERYTHING | NOT_STREAMED)[name]
     words = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     default = next(field.default for field in FIELDS if field.name == name)
     is_choice = "Literal" in str(TYPES[name])
     other = default if is_choice else {list: [4, 8], str: "other", int: 1}.get(type(value), default)
     fitting = {"max_train_steps": 1000} if name in ("lr_warmup_steps", "streaming") else {"lr_warmup_steps": 1}
+    fitting |= {"validation_split": "test"} if name == "metric_interval" else {}
     assert parse(*words, config=DIGITS | fitting | {name: other, "train_batch_size": 24})[name] == value
 
 
@@ -263,6 +274,14 @@ def test_a_typo_is_refused_with_the_nearest_name(refused, typo, meant):
 def test_a_name_like_no_other_is_refused_without_a_guess(refused):
     assert "did you mean" not in refused("--dataset_name", "digits", "--xyzzy", 1)
     assert "'xyzzy'" in refused(config=DIGITS | {"xyzzy": 1})
+
+
+@pytest.mark.parametrize("flag", OF_TRAIN_UNCONDITIONAL)
+def test_a_flag_of_diffusers_script_alone_is_refused_with_what_takes_its_place(refused, parse, flag):
+    instead = OF_TRAIN_UNCONDITIONAL[flag]
+    assert f"(in the place of {flag}: {instead})" in refused("--dataset_name", "digits", flag)
+    for name in re.findall(r"--(\w+)", instead):
+        assert name in parse("--dataset_name", "digits")
 
 
 def test_a_stray_word_is_refused(refused):

@@ -338,6 +338,18 @@ class EvaluationArguments:
 Arguments = tuple[DataArguments, ModelArguments, RunArguments]
 
 
+OF_TRAIN_UNCONDITIONAL = {  # flags of diffusers' script that have no namesake here
+    "--save_images_epochs": "--sample_steps",
+    "--save_model_epochs": "--checkpointing_steps",
+    "--logger": "--report_to",
+    "--logging_dir": "the folder --output_dir, which holds the logs",
+    "--hub_token": "the environment variable HF_TOKEN",
+    "--enable_xformers_memory_efficient_attention": "nothing: PyTorch's own attention is used",
+    "--local_rank": "nothing: accelerate launch tells each process",
+    "--preserve_input_precision": "nothing: images are of 8 bits here",
+}
+
+
 class _Parser(HfArgumentParser):
     """argparse over the dataclasses, without abbreviations, whose errors suggest the nearest flag."""
 
@@ -345,7 +357,10 @@ class _Parser(HfArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].split()
         for flag in (word.partition("=")[0] for word in unknown if word.startswith("--")):
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message += f" (did you mean {near[0]}?)" if near else ""
+            if flag in OF_TRAIN_UNCONDITIONAL:
+                message += f" (in the place of {flag}: {OF_TRAIN_UNCONDITIONAL[flag]})"
+            elif near:
+                message += f" (did you mean {near[0]}?)"
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
 
     def add_argument(self, *names: Any, **settings: Any) -> Any:

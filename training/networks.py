@@ -50,7 +50,7 @@ def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[U
         check_size(images.size, len(config["block_out_channels"]))
         return UNet2DModel.from_config(config), scheduler
 
-    # the shape of Ho et al. 2020: four levels at 32x32, attention at 16x16; six from 64x64, as diffusers' script
+    # as Ho et al. 2020 four levels at 32x32, and more for larger images, but with attention below 16x16 too
     channels = model.block_out_channels
     if channels is None:
         levels = max(
