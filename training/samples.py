@@ -80,6 +80,10 @@ class SampleTable:
         if pipeline.num_classes is not None and self.real.labels is not None:
             labels = torch.from_numpy(self.real.labels[[i * len(self.real) // n for i in range(n)]])
             sampling["class_labels"] = "those of the real images, evenly spaced over them"
+        what = " ".join(map(str, row.values()))
+        pipeline.set_progress_bar_config(
+            desc=f"sample {what}", unit="step", leave=False, disable=not self.accelerator.is_main_process
+        )
         results = []
         for first in range(self.seed, last, n):
             images = sample(

@@ -213,7 +213,6 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         if table is None or not due or metric_log.has(step):
             return
         pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
-        pipeline.set_progress_bar_config(disable=True)
         n = run.ddpm_num_inference_steps or len(scheduler)
         row = {
             "variance_type": scheduler.variance_type,
