@@ -1,6 +1,6 @@
 """Images a second of training/train.py itself, against the official script's loop and the bare step.
 
-Three processes, of which two are stopped while the third runs some steps: fast turns, although each has started and compiled on its own.
+Four processes, of which three are stopped while the fourth runs some steps: fast turns, although each has started and compiled on its own.
 Our script is told nothing of this. Its loss.jsonl says when a step is done.
 """
 
@@ -105,7 +105,7 @@ def training() -> Iterator[Row]:
             runners: dict[str, OurTraining | Loop] = {}
             try:
                 runners["ours"] = OurTraining(folder / "ours", our_words(size, images, folder), logging_steps)
-                for kind, word in (("peer", str(images)), ("bare", fast_precision(size))):
+                for kind, word in (("peer", str(images)), *((kind, fast_precision(size)) for kind in ("bare", "update"))):
                     runners[kind] = Loop(kind, size, word, folder / kind)
                     runners[kind].start(STEPS[size])  # type: ignore[union-attr]
                 for runner in runners.values():  # started and compiled at the same time
@@ -129,3 +129,4 @@ def training() -> Iterator[Row]:
         what = f"training/train.py {describe(size)}, {fast}"
         yield ratio_row(what, "official script's loop", times["peer"], times["ours"], ">= 1.35", rate)
         yield ratio_row(what, f"bare step, {fast}, resident data", times["bare"], times["ours"], "<= 1.03", rate)
+        yield ratio_row(what, "bare step that clips and averages, too", times["update"], times["ours"], "", rate)

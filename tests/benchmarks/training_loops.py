@@ -1,7 +1,8 @@
 """The two loops that training is measured against, as a program: a line with a number on stdin runs so many steps.
 
 python training_loops.py peer SIZE FOLDER     the loop of diffusers' train_unconditional.py, re-enacted from its description
-python training_loops.py bare SIZE FOLDER     forward, backward and optimizer step on resident data, as fast as the project runs it
+python training_loops.py bare SIZE no|bf16     forward, backward and optimizer step on resident data, as fast as the project runs it
+python training_loops.py update SIZE no|bf16   the same with what a run of the project does to every update: clipping and averaging
 """
 
 import sys
@@ -84,18 +85,24 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
         bar.close()
 
 
-def bare_loop(size: str, precision: str) -> Iterator[None]:
-    """The three calls nobody can do without, on one batch that lies in memory; no average, no clipping, no log."""
+def bare_loop(size: str, precision: str, clip_and_average: bool = False) -> Iterator[None]:
+    """The three calls nobody can do without, on one batch that lies in memory; no log, and unless asked for no clipping and no average."""
     unet = make_unet(size).train()
     optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER, fused=True)
     shape = (BATCH, CONFIGS[size]["in_channels"], *[CONFIGS[size]["sample_size"]] * 2)
     noisy, noise, t = torch.randn(shape), torch.randn(shape), torch.randint(0, 1000, (BATCH,))
     unet.compile()
+    average = [parameter.detach().clone() for parameter in unet.parameters()]
     while True:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             output = unet(noisy, t, return_dict=False)[0]
         F.mse_loss(output.float(), noise).backward()
+        if clip_and_average:
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
+        if clip_and_average:
+            with torch.no_grad():
+                torch._foreach_lerp_(average, list(unet.parameters()), 1e-4)
         optimizer.zero_grad(set_to_none=True)
         yield
 
@@ -103,7 +110,11 @@ def bare_loop(size: str, precision: str) -> Iterator[None]:
 def main() -> None:
     kind, size, word = sys.argv[1:]
     torch.set_num_threads(1)
-    loops: dict[str, Callable[[str, str], Iterator[None]]] = {"peer": peer_loop, "bare": bare_loop}
+    loops: dict[str, Callable[[str, str], Iterator[None]]] = {
+        "peer": peer_loop,
+        "bare": bare_loop,
+        "update": lambda size, precision: bare_loop(size, precision, clip_and_average=True),
+    }
     loop = loops[kind](size, word)
     for line in sys.stdin:
         for _ in range(int(line)):
