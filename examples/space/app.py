@@ -11,6 +11,9 @@ import os
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import base64
+import io
+import itertools
 import math
 import queue
 import sys
@@ -38,6 +41,7 @@ SHOWN = 512  # pixels that a picture is enlarged to, by whole numbers
 BARS = 16  # ranges of timesteps
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ETA, IN_TURN, NO_LABEL = "eta (DDIM)", "each in turn", "no label"
+NO_IMAGE = "Upload an image, or take a sample."
 COLOURS = {"decoder": "#e07b39", "KL of the steps": "#3b78b5", "prior": "#7a7a7a"}
 
 
@@ -160,8 +164,13 @@ class Model:
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def enlarged(images: np.ndarray) -> PIL.Image.Image:
-    """Images (N, H, W, C) uint8 in about as many rows as columns, each pixel a whole number of pixels wide."""
+EMPTY = '<div class="picture empty"></div>'
+
+
+def picture(images: np.ndarray, words: str) -> str:
+    """Images (N, H, W, C) uint8 in about as many rows as columns, each pixel a whole number of pixels wide: as HTML, with words for who cannot
+    see it. The picture is part of the text: a file that is written anew while a browser reads it would arrive cut off.
+    """
     n, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -172,7 +181,11 @@ def enlarged(images: np.ndarray) -> PIL.Image.Image:
         picture = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)
         picture = picture.resize((width * scale, height * scale), PIL.Image.Resampling.NEAREST)
         canvas.paste(picture, (i % columns * (width * scale + gap), i // columns * (height * scale + gap)))
-    return canvas
+    file = io.BytesIO()
+    canvas.save(file, "PNG")
+    return (
+        f'<img class="picture" alt="{words}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    )
 
 
 def read_image(path: str, model: Model) -> tuple[np.ndarray, str]:
@@ -211,7 +224,7 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, str]:
     if image.size != (width, height):
         done.append(f"cropped and resized from {image.width} x {image.height}")
         image = PIL.ImageOps.fit(image, (width, height), PIL.Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(height, width, model.channels), ", ".join(done) or "as it is"
+    return np.array(image).reshape(height, width, model.channels), ", ".join(done) or "as it is"
 
 
 def bars(per_timestep: np.ndarray, prior: float) -> pd.DataFrame:
@@ -219,7 +232,7 @@ def bars(per_timestep: np.ndarray, prior: float) -> pd.DataFrame:
     T = len(per_timestep)
     edges = np.unique(np.geomspace(1, T, BARS + 1).round().astype(int)) if T > 1 else np.array([1])
     rows = [("0: decoder", per_timestep[0], "decoder")]
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         rows.append((f"{a}" if b == a + 1 else f"{a}–{b - 1}", per_timestep[a:b].sum(), "KL of the steps"))
     rows.append(("prior", prior, "prior"))
     return pd.DataFrame(rows, columns=["timesteps", "bits/dim", "part"])
@@ -241,6 +254,7 @@ def build(model: Model) -> gr.Blocks:
     device = str(model.pipe.device).upper()
     steps_limit = min(model.T, model.evaluations)
     trio = [*model.variances[:3], ETA][:3]
+    titles = ["mean only (eta = 0)" if name == ETA else name for name in trio]
 
     def run(seed: Any, steps: Any, images: Any, **settings: Any) -> Iterator[tuple[int, np.ndarray]]:
         """A trajectory whose faults are told to the user."""
@@ -262,19 +276,23 @@ def build(model: Model) -> gr.Blocks:
     ) -> Iterator[tuple]:
         begun = time.monotonic()
         for done, frame in run(seed, steps, images, label=label, guidance=guidance, **noise(variance, eta)):
-            yield enlarged(frame), f"Step {done} of {int(steps)}, {time.monotonic() - begun:.1f} s"
+            yield (
+                picture(frame, "Images of the model"),
+                f"Step {done} of {steps}, seeds {seed} to {seed + len(frame) - 1}, {time.monotonic() - begun:.1f} s",
+            )
 
     def compare(seed: Any, steps: Any, images: Any, label: str | None = None) -> Iterator[list]:
-        pictures: list[Any] = [None] * 3
+        pictures = [EMPTY] * 3
         for i, variance in enumerate(trio):
             for _, frame in run(seed, steps, images, label=label, **noise(variance, 0.0)):
-                pictures[i] = enlarged(frame)
-                yield pictures
+                pictures[i] = picture(frame, f"Images by {titles[i]}")
+                yield [*pictures, f"{titles[i]} ..."]
+        yield [*pictures, "All three are done."]
 
     def shown(image: np.ndarray | None, t: int, seed: Any) -> tuple:
         """The image as the model sees it, and noised to timestep t."""
         if image is None:
-            return None, None, ""
+            return EMPTY, EMPTY, ""
         x_0 = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
         mean, variance = model.pipe.scheduler.forward_mean_variance(x_0, int(t))
         generator = torch.Generator().manual_seed(whole(seed, "Noise seed", 0, 2**31))
@@ -282,11 +300,11 @@ def build(model: Model) -> gr.Blocks:
         noised = ((x_t.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         alpha_bar = float(model.pipe.scheduler.alphas_cumprod[int(t)])
         words = f"x_t = {math.sqrt(alpha_bar):.3f} · image + {math.sqrt(1 - alpha_bar):.3f} · noise"
-        return enlarged(image[None]), enlarged(noised), words
+        return picture(image[None], "The image"), picture(noised, f"The image at timestep {int(t)}"), words
 
     def upload(path: str | None) -> tuple:
         if path is None:
-            return None, ""
+            return None, NO_IMAGE
         try:
             image, done = read_image(path, model)
         except ValueError as fault:
@@ -294,11 +312,8 @@ def build(model: Model) -> gr.Blocks:
         return image, f"Your image, {done}."
 
     def draw(seed: Any, label: str | None = None) -> tuple:
-        frame = None
-        for _, frame in run(seed, min(steps_limit, 100), 1, label=label):
-            pass
-        assert frame is not None
-        return frame[0], f"A sample of the model, seed {int(seed)}."
+        *_, (_, images) = run(seed, min(steps_limit, 100), 1, label=label)
+        return images[0], f"A sample of the model, seed {int(seed)}."
 
     def measure(image: np.ndarray | None, seed: Any, evaluations: int, label: str | None = None) -> tuple:
         if image is None:
@@ -326,7 +341,7 @@ def build(model: Model) -> gr.Blocks:
     def controls(steps: int, images: int) -> list[gr.components.Component]:
         """Seed, steps, images, and the label where there are labels."""
         made: list[gr.components.Component] = [
-            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, step=1),
+            gr.Number(0, label="Seed", precision=0, step=1),
             gr.Slider(1, steps_limit, min(steps, steps_limit), step=1, label="Steps"),
             gr.Slider(1, MAX_IMAGES, images, step=1, label="Images"),
         ]
@@ -336,10 +351,9 @@ def build(model: Model) -> gr.Blocks:
         choices = model.label_choices(many)
         return [gr.Dropdown(choices, value=choices[0], label="Class label")] if choices else []
 
-    picture = {"format": "png", "interactive": False, "buttons": [], "show_label": False, "elem_classes": "pixels"}
     network: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1}  # one user at a time computes
 
-    with gr.Blocks(title="A DDPM, measured", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="A DDPM, measured", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
             f"# A DDPM, measured\n\nThe model {model.name} makes {model.height} x {model.width} {kind} images in {model.T} timesteps. Here it runs on "
             f"{device}: one image in {min(50, steps_limit)} steps takes about {min(50, steps_limit) * model.seconds:.2g} s."
@@ -360,11 +374,9 @@ def build(model: Model) -> gr.Blocks:
                 with gr.Row():
                     go, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
             with gr.Column(scale=2, min_width=280):
-                samples = gr.Image(label="Images", alt_text="Images of the model", **picture)
-                progress = gr.Markdown(elem_classes="status")
-        variance.change(
-            lambda name: gr.Slider(visible=name == ETA), variance, eta, show_progress="hidden", queue=False
-        )
+                samples = gr.HTML(EMPTY, padding=False, elem_id="samples")
+                progress = gr.Markdown(elem_id="progress", elem_classes="status")
+        variance.change(lambda name: gr.Slider(visible=name == ETA), variance, eta, show_progress="hidden", queue=False)
         running = go.click(generate, inputs, [samples, progress], show_progress="hidden", **network)
         stop.click(None, cancels=running)
 
@@ -373,23 +385,23 @@ def build(model: Model) -> gr.Blocks:
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
                     file = gr.File(label="Your image", type="filepath", height=140)
-                    drawn = [gr.Number(0, label="Seed of a sample", precision=0, minimum=0, maximum=2**31, step=1)]
+                    drawn = [gr.Number(0, label="Seed of a sample", precision=0, step=1)]
                     label = labels(many=False)
                     take = gr.Button("Take a sample of the model")
-                    told = gr.Markdown("Upload an image, or take a sample.", elem_classes="status")
+                    told = gr.Markdown(NO_IMAGE, elem_id="told", elem_classes="status")
                 with gr.Column(scale=2, min_width=280):
                     with gr.Row():
                         with gr.Column(min_width=120):
                             gr.Markdown("**As the model sees it**")
-                            seen = gr.Image(label="Image", alt_text="The image, at the model's size", **picture)
+                            seen = gr.HTML(EMPTY, padding=False, elem_id="seen")
                         with gr.Column(min_width=120):
                             gr.Markdown("**With noise: q(x_t | x_0)**")
-                            noised = gr.Image(label="Noised", alt_text="The image with noise", **picture)
+                            noised = gr.HTML(EMPTY, padding=False, elem_id="noised")
                     t = gr.Slider(0, model.T - 1, model.T // 4, step=1, label="Timestep t")
                     formula = gr.Markdown(elem_classes="status")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
-                    seed = gr.Number(0, label="Noise seed", precision=0, minimum=0, maximum=2**31, step=1)
+                    seed = gr.Number(0, label="Noise seed", precision=0, step=1)
                     most = max(2, min(200, model.T, model.evaluations // 2))
                     evaluations = gr.Slider(
                         2,
@@ -433,16 +445,21 @@ def build(model: Model) -> gr.Blocks:
                 start, halt = gr.Button("Compare", variant="primary"), gr.Button("Stop")
             with gr.Row():
                 panels = []
-                for name in ("mean only (eta = 0)" if name == ETA else name for name in trio):
+                for i, name in enumerate(titles):
                     with gr.Column(min_width=220):
                         gr.Markdown(f"**{name}**")
-                        panels.append(gr.Image(label=name, alt_text=f"Images by {name}", **picture))
-        comparing = start.click(compare, choices, panels, show_progress="hidden", **network)
+                        panels.append(gr.HTML(EMPTY, padding=False, elem_id=f"panel-{i}"))
+            state = gr.Markdown(elem_classes="status")
+        comparing = start.click(compare, choices, [*panels, state], show_progress="hidden", **network)
         halt.click(None, cancels=comparing)
     return page
 
 
-CSS = ".pixels img { image-rendering: pixelated } .status { min-height: 1.6em }"
+CSS = """
+.picture { display: block; width: 100%; max-width: 512px; image-rendering: pixelated }
+.picture.empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary) }
+.status { min-height: 1.6em }
+"""
 
 
 def main() -> None:
