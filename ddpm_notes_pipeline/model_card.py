@@ -34,21 +34,28 @@ OVER_FEATURES = ("kernel_distance", "frechet_distance", "precision", "recall")  
 OUR_METRICS = (BITS_PER_DIM, *OVER_FEATURES)
 KIND_TAGS = ("class-conditional",)  # ours, and gone when the next model in the repository is of another kind
 DEFAULT_LICENSE = "apache-2.0"
+PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "loss.png")
 _BLOCK = re.compile(r"<!-- generated:(\w+) ([0-9a-f]{12}) -->\n(.*?)<!-- /generated:\1 -->\n?", re.DOTALL)
+_SPACE = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 _SEEN = re.compile(r"<!-- card of (\S+): (.*?); ([0-9a-f]{12}) -->\n?")
 
 
 def write_card(
-    folder: Path | str, repo_id: str | None = None, license: str | None = None, published: str | None = None
+    folder: Path | str,
+    repo_id: str | None = None,
+    license: str | None = None,
+    published: str | None = None,
+    space_id: str | None = None,
 ) -> str:
     """Write the folder's README.md from what lies beside it, and return its text.
 
     Args:
-        folder: a folder that `DDPMNotesPipeline.save_pretrained` wrote; training_run.json, evaluation.json, samples.png, bits_per_dim.png
-            and loss.png in it are used where they are there.
+        folder: a folder that `DDPMNotesPipeline.save_pretrained` wrote; training_run.json, evaluation.json, samples.png, trajectory.gif,
+            bits_per_dim.png and loss.png in it are used where they are there.
         repo_id: "user/name" in the snippets; None: that of the card before, or the folder's name.
         license: the model's, as the Hub names licences; None: that of the card before, or apache-2.0.
         published: the text of the card on the Hub, if there is one: what its owner wrote there stays.
+        space_id: "user/name" of the Space that is the model's demo; None: that of the card before, if it names one.
 
     Raises:
         ValueError: no pipeline in the folder, or a card whose metadata is no YAML.
@@ -58,6 +65,7 @@ def write_card(
     here = path.read_text(encoding="utf-8") if path.exists() else None
     named = _SEEN.search(here) if here is not None else None
     facts = read_facts(folder, repo_id or (named.group(1) if named else None))
+    facts["space_id"] = space_id or next((m.group(1) for c in (here, published) if (m := _SPACE.search(c or ""))), None)
     before = here if published is None else published
     if published is not None and here is not None and _edited(here):
         if set(_owner_s(published)) <= set(_owner_s(here)):
@@ -96,7 +104,8 @@ def read_facts(folder: Path, repo_id: str | None = None) -> dict[str, Any]:
         "weights": weights,
         "run": run,
         "evaluation": evaluation,
-        "pictures": {name for name in ("samples.png", "bits_per_dim.png", "loss.png") if (folder / name).is_file()}
+        "space_id": None,
+        "pictures": {name for name in PICTURES if (folder / name).is_file()}
         - ({"bits_per_dim.png"} if evaluation is None else set()),
     }
 
@@ -123,12 +132,15 @@ def _about(facts: dict[str, Any]) -> str:
         f"A DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)): a diffusion model that makes {_pixels(facts)} images, "
         f"{kind}{trained}. Its likelihood can be measured: the code in this repository computes an upper bound of the bits per dimension of any 8-bit image."
     )
-    picture = "![Training images on the left, samples on the right](samples.png)"
-    return f"# {facts['repo_id'].split('/')[-1]}\n\n{sentence}\n" + (
-        f"\n{picture}\n\nTraining images on the left, samples of this model on the right.\n"
-        if "samples.png" in facts["pictures"]
-        else ""
-    )
+    text = f"# {facts['repo_id'].split('/')[-1]}\n\n{sentence}\n"
+    if facts["space_id"]:
+        text += f"\n[Try it in the browser](https://huggingface.co/spaces/{facts['space_id']}).\n"
+    if "samples.png" in facts["pictures"]:
+        text += "\n![Training images on the left, samples on the right](samples.png)\n"
+        text += "\nTraining images on the left, samples of this model on the right.\n"
+    if "trajectory.gif" in facts["pictures"]:
+        text += "\n![Samples while they form from noise](trajectory.gif)\n"
+    return text
 
 
 def _use(facts: dict[str, Any]) -> str:

@@ -1,11 +1,15 @@
 """Pushing a Hub folder, so that no weights are lost and no commit is made twice.
 
     python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id user/name
+    python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id user/name --space_id user/name-demo    # and its demo
 
 Only the folder's own files go up (`HUB_FILES`): never checkpoints, optimizer states or logs. A push is one commit on top of the commit it
 has seen. When the Hub says that the repository has moved on, is busy, or does not answer, the push looks at what is there now and tries
 again: files that did arrive are not committed a second time, and of two pushes at once the later one's files win, all of them.
 The folder itself is never touched but for its card, so a failed push loses nothing: the command above finishes it.
+
+The demo is a Space: the three files of a folder of their own (`--space_dir`, examples/space in a clone). They are no part of the installed
+package: an app needs gradio, is read and changed before it is pushed, and loads the model without this package.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, RepoCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
@@ -37,12 +41,15 @@ HUB_FILES = [
     "unet/*.safetensors.index.json",
     "README.md",
     "samples.png",
+    "trajectory.gif",
     "bits_per_dim.png",
     "loss.png",
     "training_config.yaml",
     "training_run.json",
     "evaluation.json",
 ]
+SPACE_FILES = ("app.py", "README.md", "requirements.txt")
+SPACE_SETTINGS = ("sdk", "sdk_version", "python_version", "app_file")  # what app.py runs in: not the owner's to keep
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds; doubled after each attempt
 
@@ -51,13 +58,16 @@ class PublishingError(RuntimeError):
     """A repository could not be made, or a push did not arrive. The local folder is complete."""
 
 
-def prepare_repo(repo_id: str, private: bool = False, license: str | None = None, api: HfApi | None = None) -> str:
+def prepare_repo(
+    repo_id: str, private: bool = False, license: str | None = None, api: HfApi | None = None, repo_type: str = "model"
+) -> str:
     """Make the repository, or make sure that an existing one can be written to; returns its full name "user/name".
 
     Args:
         repo_id: "user/name", or a name in the token's own namespace.
         private: make it private.
         license: asked about too, before anything depends on it.
+        repo_type: "model", or "space" for a gradio app.
 
     Raises:
         PublishingError: a licence that the Hub does not know, no token, no right to write, no Hub, or a public repository where a private one was asked for.
@@ -70,14 +80,15 @@ def prepare_repo(repo_id: str, private: bool = False, license: str | None = None
         # What is there is not asked for anew: a token may be allowed to write to a repository and not to make one.
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
-            found = api.repo_info(name)
+            found = api.repo_info(name, repo_type=repo_type)
         except RepositoryNotFoundError:
-            return api.create_repo(name, private=private, exist_ok=True).repo_id
+            sdk = "gradio" if repo_type == "space" else None
+            return api.create_repo(name, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk).repo_id
         if private and not found.private:
             raise PublishingError(
                 f"{name} is public and --hub_private_repo asks for a private one; make it private first, or name another"
             )
-        api.auth_check(name, write=True)
+        api.auth_check(name, write=True, repo_type=repo_type)
         return name
 
     return _persistently(prepare, f"could not get {repo_id} ready")
@@ -90,6 +101,7 @@ def push_folder(
     license: str | None = None,
     api: HfApi | None = None,
     ended: threading.Event | None = None,
+    space_id: str | None = None,
 ) -> str:
     """Write the folder's card and push the folder's own files in one commit; returns the repository's address.
 
@@ -99,6 +111,7 @@ def push_folder(
         message: of the commit.
         license: see `write_card`.
         ended: once it is set, a failed attempt is the last.
+        space_id: see `write_card`.
 
     Raises:
         PublishingError: after five attempts, or at once when no attempt can help (no right to write).
@@ -107,13 +120,61 @@ def push_folder(
 
     def push() -> str:
         head = api.repo_info(repo_id).sha
-        write_card(folder, repo_id, license, _published_card(api, repo_id, head))
+        write_card(folder, repo_id, license, _published_card(api, repo_id, head), space_id)
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=HUB_FILES, commit_message=message, parent_commit=head
         )
         return f"{api.endpoint}/{repo_id}"
 
     return _persistently(push, f"could not push {folder} to {repo_id}", ended)
+
+
+def push_space(space_dir: Path | str, space_id: str, model_id: str, api: HfApi | None = None) -> str:
+    """Push the demo for a model in one commit; returns its address. The Space's page and the model's link to each other.
+
+    In a README.md that was pushed before, what its owner wrote stays, other models too; the model is the first of them, which app.py takes.
+
+    Args:
+        space_dir: a folder with app.py, README.md and requirements.txt (`read_space`).
+        space_id: "user/name" of a Space that is there (`prepare_repo`).
+        model_id: "user/name" of the model.
+
+    Raises:
+        ValueError: the folder is no Space.
+        PublishingError: as `push_folder`.
+    """
+    api = api or HfApi()
+    files = read_space(space_dir)
+
+    def push() -> str:
+        head = api.repo_info(space_id, repo_type="space").sha
+        card = RepoCard(files["README.md"].decode(), ignore_metadata_errors=False)
+        ours = card.data.to_dict()
+        there = Path(api.hf_hub_download(space_id, "README.md", repo_type="space", revision=head))
+        before = RepoCard(there.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        if before.data.get("models"):  # the one that a new Space has names none
+            card = before
+        models = [model_id, *(name for name in card.data.get("models") or [] if name != model_id)]
+        for name, value in [*((name, ours[name]) for name in SPACE_SETTINGS if name in ours), ("models", models)]:
+            card.data[name] = value
+        contents = {**files, "README.md": str(card).encode()}
+        operations = [CommitOperationAdd(name, contents[name]) for name in SPACE_FILES]
+        message = f"Demo of {model_id}"
+        api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=head)
+        return f"{api.endpoint}/spaces/{space_id}"
+
+    return _persistently(push, f"could not push the Space {space_id}")
+
+
+def read_space(space_dir: Path | str) -> dict[str, bytes]:
+    """The three files of a Space by name; ValueError where one is missing."""
+    missing = [name for name in SPACE_FILES if not (Path(space_dir) / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--space_dir {space_dir} has no {', '.join(missing)}; allowed: a folder with {', '.join(SPACE_FILES)}, such as "
+            "examples/space in a clone of the project"
+        )
+    return {name: (Path(space_dir) / name).read_bytes() for name in SPACE_FILES}
 
 
 def export_folder(
@@ -254,9 +315,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="copy what a push would send to this new folder, and push nothing"
     )
+    parser.add_argument("--space_id", help='push a demo of the model too, as this Space: "user/name"')
+    parser.add_argument(
+        "--space_dir", type=Path, default=Path("examples/space"), help="the demo's folder; default: %(default)s"
+    )
     arguments = parser.parse_args(argv)
     try:
         read_facts(arguments.folder)  # before anything is made on the Hub
+        if arguments.space_id is not None:
+            read_space(arguments.space_dir)
         if arguments.export is not None:
             names = export_folder(arguments.folder, arguments.export, arguments.hub_model_id, arguments.license)
             print(f"Copied to {arguments.export}: {', '.join(names)}")
@@ -264,7 +331,12 @@ def main(argv: list[str] | None = None) -> None:
         repo_id = prepare_repo(
             arguments.hub_model_id or arguments.folder.resolve().name, arguments.hub_private_repo, arguments.license
         )
-        print(f"Pushed: {push_folder(arguments.folder, repo_id, license=arguments.license)}")
+        space_id = None
+        if arguments.space_id is not None:
+            space_id = prepare_repo(arguments.space_id, arguments.hub_private_repo, repo_type="space")
+        print(f"Pushed: {push_folder(arguments.folder, repo_id, license=arguments.license, space_id=space_id)}")
+        if space_id is not None:  # it starts when it is there, and looks for the model
+            print(f"Pushed: {push_space(arguments.space_dir, space_id, repo_id)}")
     except (PublishingError, ValueError) as fault:
         sys.exit(f"publishing: error: {' '.join(str(fault).split())}")
 

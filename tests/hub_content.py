@@ -279,16 +279,16 @@ def check_card(text: str, repo_type: str) -> tuple[list[str], list[str]]:
         return [], [f"{problem} (https://huggingface.co/docs/hub/model-cards)"]
 
     errors = []
-    names = {"base_model": str, "datasets": str, "tags": str, "license": str}
+    names = {"base_model": str, "datasets": str, "models": str, "tags": str, "license": str}
     for key in names.keys() & data.keys():
         values = data[key] if isinstance(data[key], list) else [data[key]]
-        if key in ("tags", "datasets") and not isinstance(data[key], list):
+        if key in ("tags", "datasets", "models") and not isinstance(data[key], list):
             errors.append(f'"{key}" must be an array')
         elif not all(isinstance(value, str) for value in values):
             errors.append(f'"{key}" must be a string')
         elif key == "license" and not set(values) <= set(LICENSES):
             errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')
-        elif key in ("base_model", "datasets"):
+        elif key in ("base_model", "datasets", "models"):
             bad = [value for value in values if not REPO_NAME.fullmatch(value)]
             errors += [f'"{key}" with value "{value}" is not valid. Use an id from https://hf.co' for value in bad]
     for key in ("library_name", "pipeline_tag", "license_name", "license_link", "title", "app_file", "sdk_version"):

@@ -173,6 +173,18 @@ def test_the_reader_sees_the_same_numbers_and_the_pictures(shelf):
     assert "](samples.png)" in card and "](bits_per_dim.png)" in card and "](loss.png)" not in card
 
 
+def test_the_card_shows_a_trajectory_and_links_to_the_demo_also_when_it_is_written_anew(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    card = write_card(folder, "ada/digits")
+    assert "trajectory.gif" not in card and "/spaces/" not in card
+    (folder / "trajectory.gif").write_bytes(b"moving")
+    card = write_card(folder, space_id="ada/digits-demo")
+    link = "[Try it in the browser](https://huggingface.co/spaces/ada/digits-demo)"
+    assert card.count(link) == 1 and card.count("](trajectory.gif)") == 1
+    assert write_card(folder) == card
+    assert link in write_card(make_folder(tmp_path / "other"), "ada/digits", published=card)
+
+
 def test_numbers_of_other_weights_stay_out(tmp_path, caplog):
     folder = make_folder(tmp_path / "again")
     assert read_facts(folder)["evaluation"] is not None

@@ -179,6 +179,7 @@ def test_a_run_publishes_its_folder_and_nothing_private(kind):
             "training_config.yaml",
             "training_run.json",
             "samples.png",
+            "trajectory.gif",
             "loss.png",
         ),
     }

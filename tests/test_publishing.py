@@ -5,6 +5,8 @@ environment as a user's would.
 """
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,15 +15,16 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from hub_content import Blob
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, RepoCard
+from launching import ROOT
 from loopback_hub import Hub
 from test_model_card import make_folder
 
 from ddpm_notes_pipeline import publishing
-from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError, prepare_repo, push_folder
+from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError, prepare_repo, push_folder, push_space
 
 REPO = "user/digits"
-PICTURES = ("samples.png", "bits_per_dim.png", "loss.png")
+PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "loss.png")
 
 
 @pytest.fixture
@@ -148,6 +151,56 @@ def test_a_repository_that_cannot_be_written_to_is_told_at_once(hub, api, token,
     with pytest.raises(PublishingError, match=reason):
         prepare_repo(repo, api=HfApi(endpoint=hub.endpoint, token=token))
     assert len(hub.requests) - asked <= 4 and hub.repos.keys() == {"user/there", "other/there"}
+
+
+# ---------------------------------------------------------------------------------------------- the demo
+
+SPACE = ROOT / "examples" / "space"
+
+
+@pytest.mark.slow
+def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it(hub, folder, tmp_path):
+    """The command, as its user starts it; twice, and then for another model, by an owner who has changed the page meanwhile."""
+    command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--space_id", "digits-demo"]
+    models = ("user/digits", "user/digits", "user/other")
+    for number, model in enumerate(models):
+        run = [*command, "--hub_model_id", model]
+        done = subprocess.run(run, cwd=ROOT, env=hub.env(), capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        assert f"Pushed: {hub.endpoint}/spaces/user/digits-demo" in done.stdout
+        space = hub.repos["spaces/user/digits-demo"]
+        assert space.sdk == "gradio" and not space.private
+        files = pushed(hub, "spaces/user/digits-demo")
+        assert files.keys() == {"app.py", "README.md", "requirements.txt"}
+        assert all(files[name] == (SPACE / name).read_bytes() for name in ("app.py", "requirements.txt"))
+        data = RepoCard(files["README.md"].decode()).data
+        ours = RepoCard.load(SPACE / "README.md").data.to_dict()
+        if number < 2:
+            assert commits(hub, "spaces/user/digits-demo") == ["Demo of user/digits"]  # the same is not sent twice
+            assert data.to_dict() == {**ours, "models": ["user/digits"]}
+        assert hub.repos[model].files()["README.md"].count(b"(https://huggingface.co/spaces/user/digits-demo)") == 1
+        if number == 1:
+            changed = files["README.md"].decode().replace("title: A DDPM, measured", "title: Mine") + "\nMy words.\n"
+            changed = changed.replace("sdk_version: ", "sdk_version: 5.0.0 #")
+            space.commit("main", "mine", "", "user", {"README.md": Blob(changed.encode())})
+    assert data.to_dict() == {**ours, "models": ["user/other", "user/digits"], "title": "Mine"}
+    assert files["README.md"].decode().endswith("\nMy words.\n")
+    # a push without the demo forgets no link
+    subprocess.run([*command[:-2], "--hub_model_id", "user/digits"], cwd=ROOT, env=hub.env(), check=True, timeout=100)
+    assert b"spaces/user/digits-demo)" in hub.repos["user/digits"].files()["README.md"]
+
+
+def test_a_folder_that_is_no_space_is_told_before_anything_is_pushed(folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"--space_dir .* has no app.py, README.md, requirements.txt; allowed"):
+        publishing.main([str(folder), "--space_id", "user/demo", "--space_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 412}, {"drop": "answer"}], ids=str)
+def test_after_a_passing_fault_the_demo_is_there_once(hub, api, fault):
+    name = prepare_repo("user/demo", private=True, api=api, repo_type="space")
+    hub.fail("commit", times=2, **fault)
+    assert push_space(SPACE, name, REPO, api=api) == f"{hub.endpoint}/spaces/user/demo"
+    assert commits(hub, "spaces/user/demo") == ["Demo of user/digits"] and hub.repos["spaces/user/demo"].private
 
 
 # ---------------------------------------------------------------------------------------------- faults

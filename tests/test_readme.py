@@ -27,6 +27,7 @@ RUN = {  # how a command starts: what shortens it
     "python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id you/ddpm-digits": [],
 }
 NOT_RUN = {
+    "MODEL_ID=outputs/digits python examples/space/app.py": "test_space.py starts it and goes through it in a browser",
     "make train": "set-up and the main job: the first command of a fresh machine",
     "make test": "these tests",
     "accelerate launch training/train.py --dataset_name huggan/": "a data set of the real Hub, on a GPU",
@@ -98,7 +99,8 @@ def test_the_publishing_commands_publish(clone, hub):
         done = subprocess.run(words, cwd=clone, env=hub.env("hf_you"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         commits.append(len(hub.repos["you/ddpm-digits"].commits))
-    assert len(commits) == 2 and commits[1] > commits[0]
+    assert len(commits) == 3 and commits[2] > commits[1] > commits[0]
+    assert "app.py" in hub.repos["spaces/you/ddpm-digits-demo"].files()
     assert {"pipeline.py", "README.md", "samples.png"} <= set(hub.repos["you/ddpm-digits"].files())
 
 

@@ -372,7 +372,7 @@ def uploads():
         ),
         "floats": (png(grey.convert("F"), format="TIFF"), "floats.tif", "more than 8 bits a pixel (mode F)"),
         "colour": (png(colour, format="JPEG"), "photo.jpg", "made grey, cropped and resized from 64 x 64"),
-        "transparent": (png(colour.convert("RGBA").resize((8, 8))), "clear.png", "Your image, made grey"),
+        "transparent": (png(colour.convert("RGBA").resize((8, 8))), "clear.png", "put on white, made grey"),
         "palette": (png(colour.convert("P")), "palette.png", "made grey, cropped"),
         "inks": (png(colour.convert("CMYK"), format="JPEG"), "print.jpg", "made grey, cropped"),
     }

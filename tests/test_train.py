@@ -30,6 +30,7 @@ from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.batches import StepBatches
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from pictures import image_grid
 
 STEPS, WARMUP, PEAK, BATCH = 12, 4, 1e-4, 8  # of TINY
 
@@ -82,6 +83,7 @@ def test_a_run_leaves_the_folder_of_a_model(straight):
         "unet",
         "scheduler",
         "samples.png",
+        "trajectory.gif",
         "loss.png",
         "loss.jsonl",
         "training_config.yaml",
@@ -98,6 +100,19 @@ def test_a_run_leaves_the_folder_of_a_model(straight):
         assert {name: listed["size"] for name, listed in manifest["files"].items()} == on_disk
     for name in ("samples.png", "loss.png"):
         assert min(PIL.Image.open(folder / name).size) > 200
+
+
+def test_the_animation_ends_with_the_samples(straight):
+    folder, _ = straight
+    pipeline = DDPMNotesPipeline.from_pretrained(folder)
+    generator = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    made = pipeline(batch_size=3, num_inference_steps=2, generator=generator, output_type="np").images
+    with PIL.Image.open(folder / "trajectory.gif") as animation:
+        assert animation.n_frames == 2
+        animation.seek(1)
+        last = np.asarray(animation.convert("L"), int)
+    expected = np.asarray(image_grid((made * 255).round().astype(np.uint8).transpose(0, 3, 1, 2), 3, side=64), int)
+    assert last.shape == expected.shape and np.abs(last - expected).max() <= 1
 
 
 @pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDPMNotesPipeline])

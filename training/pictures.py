@@ -1,4 +1,4 @@
-"""The pictures that a run leaves: losses over steps, and samples beside real images."""
+"""The pictures that a run leaves: losses over steps, samples beside real images, and samples while they form."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+
+from ddpm_notes_pipeline.data import to_uint8
 
 if importlib.util.find_spec("matplotlib") is None:  # told before anything is trained
     raise ImportError('matplotlib is missing: pip install "ddpm_notes_pipeline[train]"')
@@ -51,6 +54,34 @@ def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) 
         axis.axis("off")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+class Trajectory:
+    """The first few samples while they form: `watch` of `sampling.sample`, and an animation of about 20 pictures, well below 1 MB.
+
+    Noise compresses badly: of large images it shows fewer, and none larger than 128 pixels a side.
+    """
+
+    FRAMES, IMAGES, SIDE, PIXELS = 20, 8, 128, 24576
+
+    def __init__(self) -> None:
+        self.frames: list[np.ndarray] = []
+
+    def __call__(self, latents: torch.Tensor, i: int, steps: int) -> None:
+        """x (B, C, H, W) in [-1, 1], noise beyond, behind step i of `steps`."""
+        if (i + 1) * self.FRAMES // steps == i * self.FRAMES // steps and i + 1 < steps:
+            return
+        side = max(latents.shape[2:])
+        few = latents[: max(1, min(self.IMAGES, self.PIXELS // min(side, self.SIDE) ** 2))].float()
+        if side > self.SIDE:
+            few = torch.nn.functional.interpolate(few, scale_factor=self.SIDE / side, mode="area")
+        self.frames.append(to_uint8(few).cpu().numpy())
+
+    def save(self, path: Path) -> None:
+        """A GIF without end, which rests on the last picture."""
+        pictures = [image_grid(frame, columns=min(4, len(frame)), side=64) for frame in self.frames]
+        durations = [120] * (len(pictures) - 1) + [2000]  # milliseconds
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def save_losses(

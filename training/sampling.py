@@ -1,6 +1,7 @@
 """What the weights so far can do: samples of them, and their bits/dim. Every process makes its part, and knows the whole."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,16 +57,19 @@ def sample(
     seed: int = 0,
     class_labels: Any = None,
     stops: Stops | None = None,
+    watch: Callable[[torch.Tensor, int, int], None] | None = None,
     **settings: Any,
 ) -> torch.Tensor | None:
     """uint8 (number, C, H, W), the same on every process: image i comes from seed + i, whichever process makes it.
 
     Each process makes its part. `class_labels` has one for each image; `settings` are the pipeline's (steps, eta, ...). None if a signal
-    that `stops` heard, on any process, ended it early.
+    that `stops` heard, on any process, ended it early. `watch` sees the process's first batch behind each step: x_t, the step, how many there are.
     """
 
-    def end_if_stopped(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def after_step(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         pipeline._interrupt = stops is not None and stops.received != 0
+        if watch is not None and first == 0:
+            watch(tensors["latents"], i, len(pipeline.scheduler.timesteps))
         return {}
 
     share = -(-number // accelerator.num_processes)  # rounded up; the last process may have fewer, or none
@@ -83,7 +87,7 @@ def sample(
                 class_labels=None if class_labels is None else class_labels[rows.start : rows.stop],
                 generator=[torch.Generator().manual_seed(seed + i) for i in rows],
                 output_type="latent",
-                callback_on_step_end=end_if_stopped,
+                callback_on_step_end=after_step,
                 return_dict=False,
                 **settings,
             )[0]
@@ -94,7 +98,12 @@ def sample(
 
 
 def sample_grid(
-    accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments, stops: Stops
+    accelerator: Accelerator,
+    unet: UNet2DModel,
+    scheduler: DDPMNotesScheduler,
+    run: RunArguments,
+    stops: Stops,
+    watch: Callable[[torch.Tensor, int, int], None] | None = None,
 ) -> Any:
     """`num_samples` images (N, C, H, W) of the weights that the UNet has, classes in turn; None if a signal stops the run meanwhile."""
     pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
@@ -103,9 +112,8 @@ def sample_grid(
     labels = None if classes is None else [i % classes for i in range(n)]
     steps = run.ddpm_num_inference_steps
     unet.eval()
-    made = sample(
-        accelerator, pipeline, n, run.eval_batch_size, class_labels=labels, stops=stops, num_inference_steps=steps
-    )
+    settings = {"class_labels": labels, "stops": stops, "watch": watch, "num_inference_steps": steps}
+    made = sample(accelerator, pipeline, n, run.eval_batch_size, **settings)
     unet.train()
     return None if made is None else made.numpy()
 

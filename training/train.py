@@ -42,7 +42,7 @@ from ddpm_notes_pipeline.scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesSc
 from ddpm_notes_pipeline.streaming import ImageStream, StreamedBatches, open_stream
 from logs import LOGS, LossLog, StepLog, Tracker, bits_per_dim_figures, find_tracker
 from networks import make_model
-from pictures import image_grid, save_losses, save_samples
+from pictures import Trajectory, image_grid, save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
 from samples import SampleTable, figures_of
 from sampling import VALIDATION_EVALUATIONS, averaged_weights, bits_per_dim, sample_grid, show
@@ -337,7 +337,8 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
             title = f"{run.objective} loss on {images.name}"
             save_losses(output_dir / "loss.png", *log.history(), title, validation_log.rows)
             write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
-    samples = sample_grid(accelerator, unet, scheduler, run, stops)
+    trajectory = Trajectory()
+    samples = sample_grid(accelerator, unet, scheduler, run, stops, trajectory)
     if tracker is not None:
         if samples is not None:
             tracker.log_image(steps, "samples", image_grid(samples))
@@ -351,6 +352,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         save_samples(
             output_dir / "samples.png", show(shown, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
         )
+        trajectory.save(output_dir / "trajectory.gif")
         write_card(output_dir, repo_id, run.license)
         told = summary(images, validation, run, log, validation_log, guard, steps, rate, seconds, output_dir)
         print(told, flush=True)
