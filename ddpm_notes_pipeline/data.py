@@ -52,6 +52,7 @@ class ImageSet:
         skipped: number of bad images left out (`on_bad_image="skip"`).
         num_images: N, also `len()`.
         license: of the images, where the data set states one.
+        lossy, resized: numbers of images that came from JPEG files, and that were resized: distances between sets see both.
     """
 
     name: str
@@ -66,6 +67,8 @@ class ImageSet:
     skipped: int
     num_images: int
     license: str | None = None
+    lossy: int = 0
+    resized: int = 0
 
     def __len__(self) -> int:
         return self.num_images
@@ -225,6 +228,8 @@ def load_images(
         skipped=meta["skipped"],
         num_images=len(kept),
         license=source.license,
+        lossy=meta.get("lossy", 0),  # a file that an earlier version decoded does not say
+        resized=meta.get("resized", 0),
     )
 
 
@@ -398,14 +403,23 @@ def _table_source(table: Any, image_column: str | None, label_column: str | None
     return _Source(_digest(key), len(chosen), rows, labels, class_names)
 
 
-def _decode(raw: Any, transform: _Transform) -> tuple[PIL.Image.Image, bool]:
-    """One image, upright, in one of MODES, resized and cropped; and whether it had 16 bits. Raises what PIL raises."""
+class _Decoded(NamedTuple):
+    image: PIL.Image.Image
+    sixteen_bit: bool
+    lossy: bool
+    resized: bool
+
+
+def _decode(raw: Any, transform: _Transform) -> _Decoded:
+    """One image, upright, in one of MODES, resized and cropped; and what was seen on the way. Raises what PIL raises."""
+    lossy = resized = False
     if raw is None:
         raise ValueError("the row holds no image")
     if isinstance(raw, np.ndarray):
         image = PIL.Image.fromarray(raw)
     else:
         with PIL.Image.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])) as file:
+            lossy = file.format in ("JPEG", "MPO")
             image = PIL.ImageOps.exif_transpose(file)  # reads all of it; opening reads the header alone
     sixteen_bit = image.mode.startswith("I")
     if sixteen_bit:  # PIL's own conversion clips at 255
@@ -424,21 +438,22 @@ def _decode(raw: Any, transform: _Transform) -> tuple[PIL.Image.Image, bool]:
         height, width = transform.target
         factor = max(height / image.height, width / image.width)
         covering = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
-        if covering != image.size:
+        resized = covering != image.size
+        if resized:
             image = image.resize(covering, PIL.Image.Resampling.BILINEAR)  # PIL's filter widens when it shrinks
         if transform.center_crop:
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-    return image, sixteen_bit
+    return _Decoded(image, sixteen_bit, lossy, resized)
 
 
-def _decode_as(raw: Any, transform: _Transform, mode: str | None) -> tuple[PIL.Image.Image, bool]:
+def _decode_as(raw: Any, transform: _Transform, mode: str | None) -> _Decoded:
     """`_decode`, and ValueError where the image is not in `mode`, that of the first one (None: this is the first)."""
-    image, sixteen_bit = _decode(raw, transform)
-    if mode is not None and image.mode != mode:
+    decoded = _decode(raw, transform)
+    if mode is not None and decoded.image.mode != mode:
         convert = "image_mode (--image_mode) L, RGB or RGBA converts every image to one"
-        raise ValueError(f"its mode is {image.mode}, that of the first image is {mode}; {convert}")
-    return image, sixteen_bit
+        raise ValueError(f"its mode is {decoded.image.mode}, that of the first image is {mode}; {convert}")
+    return decoded
 
 
 def _pixels_of(image: PIL.Image.Image) -> np.ndarray:
@@ -449,13 +464,15 @@ def _pixels_of(image: PIL.Image.Image) -> np.ndarray:
 
 def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Path) -> None:
     """Writes the decoded file: the pixels of image after image, then an index (.npz), then its length in 8 bytes."""
-    mode, skipped, sixteen_bits, digest = transform.image_mode, 0, 0, hashlib.blake2b(digest_size=16)
+    mode, skipped, digest = transform.image_mode, 0, hashlib.blake2b(digest_size=16)
+    seen = {"sixteen_bit": 0, "lossy": 0, "resized": 0}
     bad: list[str] = []
     kept, stored = array("q"), array("i")
     with open(path, "xb") as out:
         for row, (name, raw) in enumerate(rows):
             try:
-                image, sixteen_bit = _decode_as(raw, transform, mode)
+                decoded = _decode_as(raw, transform, mode)
+                image = decoded.image
                 mode = image.mode
             except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for a broken file
                 if transform.on_bad_image == "error":
@@ -473,14 +490,15 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
             digest.update(data)
             kept.append(row)
             stored.extend((image.height, image.width))
-            sixteen_bits += sixteen_bit
+            for what in seen:
+                seen[what] += getattr(decoded, what)
         if not kept:
             raise ValueError(f"no image could be read; {skipped} bad ones, such as {'; '.join(bad)}")
         sizes = np.array(stored, np.int32).reshape(-1, 2)
         sizes = sizes[:1] if (sizes == sizes[0]).all() else sizes
         digest.update(json.dumps([mode, len(kept), transform.target]).encode() + sizes.tobytes())
         meta = {"mode": mode, "fingerprint": digest.hexdigest(), "skipped": skipped, "bad": bad}
-        meta_json = json.dumps({**meta, "sixteen_bit": sixteen_bits})
+        meta_json = json.dumps(meta | seen)
         index = io.BytesIO()
         np.savez_compressed(index, meta=np.array(meta_json), stored=sizes, kept=np.array(kept, np.int64))
         out.write(index.getvalue() + len(index.getvalue()).to_bytes(8, "little"))

@@ -253,7 +253,7 @@ def measure_samples(
         "pixel_mean_error": _rms(theirs.mean - ours.mean),
         "pixel_variance_error": _rms(theirs.variance - ours.variance),
     }
-    notes: list[str] = []
+    notes = _unlike(sets)
     if network is not None:
         assert ours.features is not None and theirs.features is not None
         d, device = network.num_features, _with_float64(network.mean.device)
@@ -263,12 +263,12 @@ def measure_samples(
                 f"frechet_distance of {len(b)} generated and {len(a)} real images over {d} features: a covariance of so few images "
                 "is singular and the distance biased upwards; compare it only at the same counts, or see kernel_distance"
             )
-        if accelerator is None or accelerator.is_main_process:
-            for note in notes:
-                warnings.warn(note, stacklevel=2)
         figures["frechet_distance"] = frechet_distance(a, b)
         figures["kernel_distance"], figures["kernel_distance_standard_error"] = kernel_distance(a, b)
         figures["precision"], figures["recall"] = precision_recall(a, b)
+    if accelerator is None or accelerator.is_main_process:
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
     counts: dict[str, Any] = {}
     if train is not None:
         probes = [theirs.probes]
@@ -296,6 +296,18 @@ def measure_samples(
         **counts,
     )
     return SampleMetrics(protocol, **figures)
+
+
+def _unlike(sets: dict[str, Any]) -> list[str]:
+    """What came to the pixels of one set and not of another on their way, and would pass for a difference between the images."""
+    known = {name: images for name, images in sets.items() if isinstance(images, ImageSet)}
+    notes = []
+    for attribute, what in (("lossy", "came from JPEG files"), ("resized", "were resized when they were loaded")):
+        parts = {name: getattr(images, attribute) / len(images) for name, images in known.items()}
+        if parts and min(parts.values()) < max(parts.values()) / 2:
+            told = ", ".join(f"{part:.0%} of {name}" for name, part in parts.items())
+            notes.append(f"of the images, {told} {what}: part of their distance is that")
+    return notes
 
 
 # ------------------------------------------------------------------------------------------------ reading images

@@ -312,7 +312,7 @@ class _Reader:
             if label is None or not 0 <= label < (classes or 0):
                 raise ValueError(f"its label is {label}; allowed: 0 to {(classes or 0) - 1}")
         mode = next(name for name, channels in MODES.items() if channels == images.channels)
-        image, _ = _decode_as(_fetched(row[images.image_column]), images.transform, mode)
+        image = _decode_as(_fetched(row[images.image_column]), images.transform, mode).image
         if images.transform.target is None and (image.height, image.width) != images.size:
             raise WrongSize(
                 f"it is {image.height}x{image.width} (height x width), the first one {images.size[0]}x{images.size[1]}; "

@@ -5,8 +5,10 @@ The feature network is the real one with its ImageNet weights, at 32x32 where on
 
 import json
 import math
+import warnings
 
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.linalg
 import torch
@@ -302,6 +304,31 @@ def test_every_figure_says_what_it_hangs_on(measure, train, test_split):
 def test_fewer_images_than_features_are_warned_of(measure, test_split):
     with pytest.warns(UserWarning, match="40 generated and 1438 real images over 1280 features.*singular"):
         measure(take(test_split, 40))
+
+
+def test_sets_whose_files_were_treated_differently_are_warned_of(tmp_path, test_split):
+    """The same images, as PNG, as JPEG, and resized by the loader: what they differ by is not the images."""
+    pixels = take(test_split, 20)[:, 0].numpy().repeat(2, 1).repeat(2, 2)
+    for kind in ("png", "jpg"):
+        (tmp_path / kind).mkdir()
+        for i, image in enumerate(pixels):
+            PIL.Image.fromarray(image).save(tmp_path / kind / f"{i:02d}.{kind}")
+    png, jpg = (load_images(train_data_dir=tmp_path / kind, cache_dir=tmp_path) for kind in ("png", "jpg"))
+    small = load_images(train_data_dir=tmp_path / "jpg", cache_dir=tmp_path, resolution=8)
+    assert [(x.lossy, x.resized) for x in (png, jpg, small)] == [(0, 0), (20, 0), (20, 20)]
+    with pytest.warns(UserWarning, match="100% of generated, 0% of real came from JPEG files") as found:
+        result = measure_samples(jpg, png, network=None)
+    assert len(found) == 1 and len(result.protocol.notes) == 1
+    eight = load_images(train_data_dir=tmp_path / "png", cache_dir=tmp_path, resolution=8)
+    with pytest.warns(UserWarning, match="JPEG"):
+        measure_samples(small, eight, network=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure_samples(png, png, network=None)  # alike
+        measure_samples(small, small, network=None)
+    whole = load_images("digits", split="test", cache_dir=tmp_path)
+    with pytest.warns(UserWarning, match="100% of generated, 0% of real were resized"):
+        measure_samples(eight, whole, network=None)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from pictures import Trajectory, image_grid
 
 from ddpm_notes_pipeline.data import to_uint8
+from pictures import Trajectory, image_grid
 
 
 @pytest.mark.parametrize("steps, frames", [(1, 1), (7, 7), (20, 20), (50, 20), (1000, 20)])

@@ -112,7 +112,7 @@ def sample_grid(
     labels = None if classes is None else [i % classes for i in range(n)]
     steps = run.ddpm_num_inference_steps
     unet.eval()
-    settings = {"class_labels": labels, "stops": stops, "watch": watch, "num_inference_steps": steps}
+    settings: dict[str, Any] = {"class_labels": labels, "stops": stops, "watch": watch, "num_inference_steps": steps}
     made = sample(accelerator, pipeline, n, run.eval_batch_size, **settings)
     unet.train()
     return None if made is None else made.numpy()
