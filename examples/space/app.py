@@ -300,7 +300,11 @@ def build(model: Model) -> gr.Blocks:
         noised = ((x_t.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         alpha_bar = float(model.pipe.scheduler.alphas_cumprod[int(t)])
         words = f"x_t = {math.sqrt(alpha_bar):.3f} · image + {math.sqrt(1 - alpha_bar):.3f} · noise"
-        return picture(image[None], "The image"), picture(noised, f"The image at timestep {int(t)}"), words
+        return (
+            picture(image[None], "The image"),
+            picture(noised, f"The image at timestep {int(t)}, noise seed {seed}"),
+            words,
+        )
 
     def upload(path: str | None) -> tuple:
         if path is None:
@@ -431,8 +435,7 @@ def build(model: Model) -> gr.Blocks:
         views = ([image, t, seed], [seen, noised, formula])
         file.change(upload, file, [image, told], show_progress="hidden").then(shown, *views, **hidden)
         take.click(draw, [*drawn, *label], [image, told], **network).then(shown, *views, **hidden)
-        t.change(shown, *views, **hidden)
-        seed.change(shown, *views, **hidden)
+        gr.on([t.change, seed.change], shown, *views, **hidden)  # one event: answers cannot overtake each other
         button.click(measure, [image, seed, evaluations, *label], [number, plot], **network)
 
         with gr.Tab("Compare"):
