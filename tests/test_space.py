@@ -488,6 +488,10 @@ def test_the_model_is_the_one_of_the_environment_or_of_the_readme(app_module, mo
     monkeypatch.delenv("MODEL_ID")
     with pytest.raises(SystemExit, match="which model"):
         app_module.model_id()
+    monkeypatch.setenv("MODEL_ID", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"app.py: .*nowhere cannot be loaded: "):
+        app_module.main()
+    monkeypatch.delenv("MODEL_ID")
     readme = (SPACE / "README.md").read_text()
     (tmp_path / "README.md").write_text(readme.replace("models: []", "models:\n- user/plain"))
     monkeypatch.setattr(app_module, "__file__", str(tmp_path / "app.py"))
