@@ -476,7 +476,7 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
                 mode = image.mode
             except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for a broken file
                 if transform.on_bad_image == "error":
-                    raise ValueError(f"bad image, {name}: {error} (on_bad_image='skip' leaves such out)") from error
+                    raise ValueError(f"bad image, {name}: {error} (--on_bad_image skip leaves such out)") from error
                 skipped += 1
                 bad += [f"{name}: {error}"] if len(bad) < 5 else []
                 continue

@@ -68,6 +68,13 @@ class BitsPerDimOutput(BaseOutput):
     dims: int
     network_evaluations: int
 
+    def __str__(self) -> str:
+        parts = f"prior {self.prior:.4f}, steps {self.diffusion:.4f}, decoder {self.decoder:.4f}"
+        return (
+            f"{self.total:.4f} ± {self.standard_error:.4f} bits/dim ({parts}) over {len(self.per_image)} image(s) of "
+            f"{self.dims} dims; {self.network_evaluations} network evaluations"
+        )
+
     @classmethod
     def from_parts(
         cls, parts: torch.Tensor, per_timestep: torch.Tensor, dims: int, network_evaluations: int

@@ -838,10 +838,11 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         if s.device.type == "cpu":  # reading s costs a stop elsewhere: both of all images there
             if not bool(last.any()):
                 return kl
-            images = last.nonzero().flatten().to(kl.device)
-            log_variance = (log_pv + excess)[images]
-            log_mass = discretized_gaussian_log_likelihood(x_0[images], x_0_hat[images], log_variance)
-            return kl.index_put((images,), -log_mass.flatten(1).sum(1).to(kl.dtype))
+            if not bool(last.all()):
+                images = last.nonzero().flatten().to(kl.device)
+                log_variance = (log_pv + excess)[images]
+                log_mass = discretized_gaussian_log_likelihood(x_0[images], x_0_hat[images], log_variance)
+                return kl.index_put((images,), -log_mass.flatten(1).sum(1).to(kl.dtype))
         decoder = -discretized_gaussian_log_likelihood(x_0, x_0_hat, log_pv + excess).flatten(1).sum(1)
         return torch.where(last.to(kl.device), decoder, kl)
 

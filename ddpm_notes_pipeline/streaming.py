@@ -326,7 +326,7 @@ class _Reader:
             f" ({path})" if path else ""
         )
         if isinstance(error, WrongSize) or not self.skips:
-            raise ValueError(f"bad image, {name}: {error} (on_bad_image='skip' leaves such out)") from error
+            raise ValueError(f"bad image, {name}: {error} (--on_bad_image skip leaves such out)") from error
         if self.epoch == 0:
             self.bad += 1
             if self.bad <= 5:

@@ -23,7 +23,9 @@ EXAMPLE = ROOT / "examples" / "ddpm-mnist"
 EVALUATION = json.loads((EXAMPLE / "evaluation.json").read_text())
 LOADERS = {
     "package": lambda: DDPMNotesPipeline.from_pretrained(EXAMPLE),
-    "its own code": lambda: DiffusionPipeline.from_pretrained(EXAMPLE, custom_pipeline=EXAMPLE, trust_remote_code=True),
+    "its own code": lambda: DiffusionPipeline.from_pretrained(
+        EXAMPLE, custom_pipeline=str(EXAMPLE), trust_remote_code=True
+    ),
     "stock": lambda: DDPMPipeline.from_pretrained(EXAMPLE),
 }
 

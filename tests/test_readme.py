@@ -23,13 +23,15 @@ SHORT_MEASURING = "--max_images 4 --evaluations_per_image 3 --variance_split tes
 RUN = {  # how a command starts: what shortens it
     "accelerate launch training/train.py --train_data_dir my_images": SHORT_TRAINING,
     "accelerate launch training/train.py --config training/configs/digits.yaml --push_to_hub": SHORT_TRAINING,
-    "accelerate launch training/evaluate.py": SHORT_MEASURING,
+    "accelerate launch training/evaluate.py --model outputs/digits": SHORT_MEASURING,
     "python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id you/ddpm-digits": [],
 }
 NOT_RUN = {
     "MODEL_ID=outputs/digits python examples/space/app.py": "test_space.py starts it and goes through it in a browser",
     "make train": "set-up and the main job: the first command of a fresh machine",
     "make test": "these tests",
+    "make bench": "20 minutes of a quiet machine; nothing here is timed",
+    "accelerate launch training/evaluate.py --model outputs/mnist": "an hour; test_tables.py makes such a table of a small network",
     "accelerate launch training/train.py --dataset_name huggan/": "a data set of the real Hub, on a GPU",
     "accelerate launch --multi_gpu": "four GPUs; test_train.py runs two processes",
 }

@@ -735,3 +735,23 @@ def test_a_stock_loop_in_half_precision_runs_and_keeps_its_dtype(case, dtype):
         assert torch.equal(step.pred_original_sample, exact.pred_original_sample.to(dtype))
         x = step.prev_sample
         assert x.dtype == dtype and x.isfinite().all()
+
+
+@pytest.mark.parametrize("s", [-1, 4])
+def test_one_pair_for_all_images_is_that_pair_for_each(s):
+    """Of two images and of one, at the decoder too, where it alone is computed."""
+    scheduler = DDPMNotesScheduler(10)
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randint(0, 256, (3, 1, 4, 4), generator=generator) / 127.5 - 1
+    noise, output = torch.randn((2, 3, 1, 4, 4), generator=generator)
+    t = max(s + 1, 0)
+    x_t = scheduler.add_noise(x_0, noise, t)
+    each = scheduler.vlb_terms(output, x_0, x_t, torch.full((3,), t), torch.full((3,), s))
+    alone = [scheduler.vlb_terms(output[i : i + 1], x_0[i : i + 1], x_t[i : i + 1], t, s) for i in range(3)]
+    torch.testing.assert_close(scheduler.vlb_terms(output, x_0, x_t, t, s), each, atol=0, rtol=1e-12)
+    torch.testing.assert_close(torch.cat(alone), each, atol=0, rtol=1e-6)
+    for value in (t, torch.tensor(t), torch.tensor([t])):
+        torch.testing.assert_close(scheduler.add_noise(x_0, noise, value), x_t, atol=0, rtol=0)
+    for wrong in (-1, 10):
+        with pytest.raises(ValueError, match="allowed: 0 to 9"):
+            scheduler.add_noise(x_0, noise, torch.tensor([wrong]))

@@ -544,7 +544,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         )
     if run.max_train_steps is not None and run.lr_warmup_steps > run.max_train_steps:
         raise ValueError(
-            f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps)"
+            f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps); it is 500 unless given"
         )
 
 

@@ -43,7 +43,15 @@ SAMPLERS = {"ddim": ("DDIM", DDIMScheduler), "dpmsolver++": ("DPM-Solver++", DPM
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     accelerator = Accelerator()
-    pipeline = DDPMNotesPipeline.from_pretrained(evaluation.model, revision=evaluation.revision).to(accelerator.device)
+    try:
+        pipeline = DDPMNotesPipeline.from_pretrained(evaluation.model, revision=evaluation.revision)
+    except OSError as error:
+        if Path(evaluation.model).exists():
+            raise
+        raise ValueError(
+            f"--model {evaluation.model}: there is no such folder here, and no such repository could be loaded: {error}"
+        ) from error
+    pipeline.to(accelerator.device)
     pipeline.unet.eval()
     pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
     if not isinstance(pipeline.scheduler, DDPMNotesScheduler):

@@ -81,7 +81,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     share = share_of_batch(run, accelerator)
     if run.lr_warmup_steps > steps:
         raise ValueError(
-            f"--lr_warmup_steps is {run.lr_warmup_steps} and training ends after {steps} steps; allowed: at most those"
+            f"--lr_warmup_steps is {run.lr_warmup_steps} and training ends after {steps} steps; allowed: at most those (500 unless given)"
         )
 
     # network and math
