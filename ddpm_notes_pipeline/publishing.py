@@ -286,7 +286,11 @@ def _diagnose(error: BaseException) -> tuple[str, bool, float]:
                 0.0,
             )
         if status == 403:
-            return f"{said}: the token may not write there; it needs the role `write`, and the name before the / has to be yours, or an organisation's of yours", True, 0.0
+            return (
+                f"{said}: the token may not write there; it needs the role `write`, and the name before the / has to be yours, or an organisation's of yours",
+                True,
+                0.0,
+            )
         if status == 404:
             return f"{said}: there is no such repository, or the token may not see it", True, 0.0
         asked = cause.response.headers.get("Retry-After", "")
