@@ -800,12 +800,15 @@ plt.show()
 # %%
 from pathlib import Path
 
+from diffusers.utils import logging
+
 import ddpm_notes_pipeline
 
+logging.disable_progress_bar()
 repository = Path(ddpm_notes_pipeline.__file__).parents[1] / "examples" / "ddpm-mnist"
 mnist_pipe = DDPMNotesPipeline.from_pretrained(repository)
 mnist_pipe.set_progress_bar_config(disable=True)
-digit = load_images("mnist", split="test", max_samples=2).take([1])
+digit = load_images("mnist", split="test", max_samples=2, show_progress=False).take([1])
 rules = ["fixed_small", "fixed_large", "learned_range"]
 path = [int(t) for t in np.linspace(0, T - 1, 25).round()[::-1]]
 
