@@ -425,7 +425,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             index = torch.tensor([int(value)])
         else:
             raise ValueError(f"{name} is {value!r}; allowed: an int, or an integer tensor of shape (B,)")
-        least, largest = index.aminmax() if index.device.type == "cpu" and index.numel() else (lowest, lowest)
+        least, largest = map(int, index.aminmax() if index.is_cpu and index.numel() else (lowest, lowest))
         if not (lowest <= least and largest < len(self)):
             raise ValueError(
                 f"{name} has {_outside(index.tolist(), len(self), lowest)}; allowed: {lowest} to {len(self) - 1}"
@@ -690,7 +690,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             ValueError: a timestep off the path, shapes that do not fit, an integer sample.
         """
         t: Any = timestep
-        if isinstance(timestep, torch.Tensor) and timestep.device == CPU and timestep.numel() == 1:
+        if isinstance(timestep, torch.Tensor) and timestep.is_cpu and timestep.numel() == 1:
             t = timestep.item()
         if type(t) is not int:
             t = self._path_index(timestep)
@@ -823,27 +823,26 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         x_0_hat = self._original_sample(output, x_t, pair, clip)
         log_pv = self._log_pv(t, s, pair)
         excess = _like(self._excess(t, s, pair, v, log_pv), x_t, torch.float64)  # log variance of p minus log pv
-        log_pv = _like(log_pv, x_t, torch.float64)
         dims = x_0[0].numel()
 
         def total(per_pixel: torch.Tensor) -> torch.Tensor:
             """Sum over dims of what may be given once for all of them."""
             return per_pixel.flatten(1).mean(1, dtype=torch.float64) * dims
 
-        # KL of two Gaussians: (log v_p/v_q + v_q/v_p - 1 + |difference of means|^2 / v_p) / 2, the means c_0 x_0 and c_0 x0_hat apart
-        c_0 = _like(pair.alpha_bar_s.sqrt() * pair.b / pair.one_minus_alpha_bar_t, x_t, torch.float64)
-        weight = (c_0**2 * torch.exp(-log_pv - excess)).to(x_0_hat.dtype)
-        kl = 0.5 * (total(excess + torch.expm1(-excess)) + total(weight * (x_0 - x_0_hat) ** 2))
+        # KL of two Gaussians: (log v_p/v_q + v_q/v_p - 1 + |difference of means|^2 / v_p) / 2, the means c_0 x_0 and c_0 x0_hat apart.
+        # c_0^2 / pv is what the step gains in signal-to-noise ratio, SNR(s) - SNR(t) (arXiv 2107.00630, eq. 13); infinite at the data
         last = s < 0
-        if s.device.type == "cpu":  # reading s costs a stop elsewhere: both of all images there
-            if not bool(last.any()):
-                return kl
-            if not bool(last.all()):
-                images = last.nonzero().flatten().to(kl.device)
-                log_variance = (log_pv + excess)[images]
-                log_mass = discretized_gaussian_log_likelihood(x_0[images], x_0_hat[images], log_variance)
-                return kl.index_put((images,), -log_mass.flatten(1).sum(1).to(kl.dtype))
-        decoder = -discretized_gaussian_log_likelihood(x_0, x_0_hat, log_pv + excess).flatten(1).sum(1)
+        gain = pair.alpha_bar_s * pair.b / (pair.one_minus_alpha_bar_t * pair.one_minus_alpha_bar_s)
+        weight = _like(gain.masked_fill_(last, 0), x_t, torch.float64) * torch.exp(-excess)
+        kl = 0.5 * (total(excess + torch.expm1(-excess)) + total(weight.to(x_0_hat.dtype) * (x_0 - x_0_hat) ** 2))
+        if s.is_cpu and not bool(last.any()):  # reading s costs a stop elsewhere: both of all images there
+            return kl
+        log_variance = _like(log_pv, x_t, torch.float64) + excess
+        if s.is_cpu and not bool(last.all()):
+            images = last.nonzero().flatten().to(kl.device)
+            log_mass = discretized_gaussian_log_likelihood(x_0[images], x_0_hat[images], log_variance[images])
+            return kl.index_put((images,), -log_mass.flatten(1).sum(1).to(kl.dtype))
+        decoder = -discretized_gaussian_log_likelihood(x_0, x_0_hat, log_variance).flatten(1).sum(1)
         return torch.where(last.to(kl.device), decoder, kl)
 
 
