@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
-from measure import Row, in_unit, interleave, ratio_row
+from measure import Row, count_row, in_unit, interleave, median, ratio_row
 from models import BATCH, describe, describe_fast, fast_precision, make_unet
 
 STEPS = {"S": 40, "L": 4}
@@ -78,3 +79,32 @@ def sampling() -> Iterator[Row]:
                 a_step,
             ),
         ]
+        if size == "L":
+            yield from processor(made["ours"], times["bare"])
+
+
+def processor(pipeline: Any, seconds: list[float]) -> list[Row]:
+    """How near the larger network is to what the processor can multiply, and whether 16 bits would multiply faster."""
+    shape = (BATCH, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pipeline.unet(torch.zeros(shape), 0)
+    flops, n = counter.get_total_flops(), 2048
+    matrices = {
+        name: torch.randn(n, n).to(dtype) for name, dtype in {"float32": torch.float32, "bf16": torch.bfloat16}.items()
+    }
+    times = interleave({name: lambda matrix=matrix: matrix @ matrix for name, matrix in matrices.items()}, seconds=0)
+    rates = {name: 2e-9 * n**3 / median(times[name]) for name in matrices}
+    network = 1e-9 * flops * STEPS["L"] / median(seconds)
+    return [
+        count_row(
+            "float32 network L",
+            "the processor's matrix products",
+            rates["float32"],
+            network,
+            "GFLOP/s",
+            more="x as much",
+        ),
+        count_row(
+            "matrix products in bf16", "in float32", rates["float32"], rates["bf16"], "GFLOP/s", more="x as much"
+        ),
+    ]

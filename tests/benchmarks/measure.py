@@ -120,8 +120,8 @@ def ratio_row(
 
 
 def count_row(what: str, beside: str, theirs: float, ours: float, unit: str, target: str = "", more: str = "x") -> Row:
-    """Of two plain numbers: ours over theirs for a target "<= ...", theirs over ours for ">= ..."."""
-    ratio = ours / theirs if target.startswith("<=") else theirs / ours
+    """Of two plain numbers: theirs over ours for a target ">= ...", else ours over theirs."""
+    ratio = theirs / ours if target.startswith(">=") else ours / theirs
     return Row(what, beside, f"{theirs:.4g} {unit}", f"{ours:.4g} {unit}", ratio, ratio, ratio, target, more)
 
 
