@@ -1,6 +1,6 @@
 """The project beside its peers and its limits, in one table: `make bench`, or a part of it: `make bench ONLY=step,memory`.
 
-About 20 minutes on two quiet cores. Prints the table as it grows; the whole goes to --output_dir as bench.md, beside bench.png.
+About 25 minutes on two quiet cores. Prints the table as it grows; the whole goes to --output_dir as bench.md, beside bench.png.
 """
 
 import argparse
