@@ -49,7 +49,7 @@ class ImageSet:
         class_names: the classes' names where the data set has them, else None.
         fingerprint: hex digest of the pixels and sizes themselves, not of labels, file names or dates: one fingerprint,
             one set of training images, on whatever machine.
-        skipped: number of bad images left out (`on_bad_image="skip"`).
+        skipped: number of images left out (`on_bad_image="skip"`).
         num_images: N, also `len()`.
         license: of the images, where the data set states one.
         lossy, resized: numbers of images that came from JPEG files, and that were resized: distances between sets see both.
@@ -212,7 +212,7 @@ def load_images(
 
     meta, stored, kept = index
     if meta["skipped"]:
-        warnings.warn(f"{name}: {meta['skipped']} bad images skipped, such as {'; '.join(meta['bad'])}", stacklevel=2)
+        warnings.warn(f"{name}: {meta['skipped']} images left out; {'; '.join(meta['bad'])}", stacklevel=2)
     if meta["sixteen_bit"]:
         warnings.warn(f"{name}: {meta['sixteen_bit']} 16-bit images scaled to 8 bits, v -> v/257", stacklevel=2)
     return ImageSet(
@@ -418,7 +418,11 @@ def _decode(raw: Any, transform: _Transform) -> _Decoded:
     if isinstance(raw, np.ndarray):
         image = PIL.Image.fromarray(raw)
     else:
-        with PIL.Image.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])) as file:
+        try:
+            file = PIL.Image.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"]))
+        except PIL.UnidentifiedImageError as error:  # its own text names an object in memory
+            raise ValueError("cannot identify its format as one of images") from error
+        with file:
             lossy = file.format in ("JPEG", "MPO")
             image = PIL.ImageOps.exif_transpose(file)  # reads all of it; opening reads the header alone
     sixteen_bit = image.mode.startswith("I")
@@ -452,7 +456,8 @@ def _decode_as(raw: Any, transform: _Transform, mode: str | None) -> _Decoded:
     decoded = _decode(raw, transform)
     if mode is not None and decoded.image.mode != mode:
         convert = "image_mode (--image_mode) L, RGB or RGBA converts every image to one"
-        raise ValueError(f"its mode is {decoded.image.mode}, that of the first image is {mode}; {convert}")
+        found = decoded.image.mode + (" (from 16 bits)" if decoded.sixteen_bit else "")
+        raise ValueError(f"its mode is {found}, that of the first image is {mode}; {convert}")
     return decoded
 
 
@@ -466,7 +471,7 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
     """Writes the decoded file: the pixels of image after image, then an index (.npz), then its length in 8 bytes."""
     mode, skipped, digest = transform.image_mode, 0, hashlib.blake2b(digest_size=16)
     seen = {"sixteen_bit": 0, "lossy": 0, "resized": 0}
-    bad: list[str] = []
+    left_out: dict[str, list[str]] = {}  # by reason
     kept, stored = array("q"), array("i")
     with open(path, "xb") as out:
         for row, (name, raw) in enumerate(rows):
@@ -478,7 +483,7 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
                 if transform.on_bad_image == "error":
                     raise ValueError(f"bad image, {name}: {error} (--on_bad_image skip leaves such out)") from error
                 skipped += 1
-                bad += [f"{name}: {error}"] if len(bad) < 5 else []
+                left_out.setdefault(str(error), []).append(name)
                 continue
             if transform.target is None and kept and (image.height, image.width) != tuple(stored[:2]):
                 raise ValueError(
@@ -492,16 +497,23 @@ def _decode_all(rows: Iterator[tuple[str, Any]], transform: _Transform, path: Pa
             stored.extend((image.height, image.width))
             for what in seen:
                 seen[what] += getattr(decoded, what)
+        reasons = [_counted(*reason) for reason in sorted(left_out.items(), key=lambda item: -len(item[1]))[:5]]
         if not kept:
-            raise ValueError(f"no image could be read; {skipped} bad ones, such as {'; '.join(bad)}")
+            raise ValueError(f"no image could be read, of {skipped}; {'; '.join(reasons)}")
         sizes = np.array(stored, np.int32).reshape(-1, 2)
         sizes = sizes[:1] if (sizes == sizes[0]).all() else sizes
         digest.update(json.dumps([mode, len(kept), transform.target]).encode() + sizes.tobytes())
-        meta = {"mode": mode, "fingerprint": digest.hexdigest(), "skipped": skipped, "bad": bad}
+        meta = {"mode": mode, "fingerprint": digest.hexdigest(), "skipped": skipped, "bad": reasons}
         meta_json = json.dumps(meta | seen)
         index = io.BytesIO()
         np.savez_compressed(index, meta=np.array(meta_json), stored=sizes, kept=np.array(kept, np.int64))
         out.write(index.getvalue() + len(index.getvalue()).to_bytes(8, "little"))
+
+
+def _counted(reason: str, names: list[str]) -> str:
+    """How many images were left out for one reason, and which."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)}: {reason}: {', '.join(names[:3])}{more}"
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray] | None:

@@ -287,7 +287,7 @@ def _diagnose(error: BaseException) -> tuple[str, bool, float]:
             )
         if status == 403:
             return (
-                f"{said}: the token may not write there; it needs the role `write`, and the name before the / has to be yours, or an organisation's of yours",
+                f"{said}: the token may not write there; it needs the role `write`, and the name before the / has to be yours, or an organisation's of yours (`hf auth whoami` shows both)",
                 True,
                 0.0,
             )

@@ -285,7 +285,7 @@ class _Reader:
 
     def _next_epoch(self) -> None:
         if self.epoch >= 0 and self.within == 0:
-            raise ValueError(f"{self.images.name}: no image of {self.name} could be read; {self.bad} bad ones")
+            raise ValueError(f"{self.images.name}: no image of {self.name} could be read, of {self.bad}")
         if self.epoch == 0:
             self.length = self.within
         self.epoch, self.within = self.epoch + 1, 0
@@ -330,7 +330,7 @@ class _Reader:
         if self.epoch == 0:
             self.bad += 1
             if self.bad <= 5:
-                warnings.warn(f"bad image skipped, {name}: {error}", stacklevel=2)
+                warnings.warn(f"image left out, {name}: {error}", stacklevel=2)
 
 
 class WrongSize(ValueError):

@@ -398,4 +398,5 @@ def test_help_explains_every_flag(capsys):
         assert entry, field.name
         first_words = " ".join(field.metadata["help"].split()[:3])
         assert len(field.metadata["help"]) > 10 and first_words in " ".join(entry.group().split()), field.name
-    assert "--config" in text
+    assert "--config" in text and "None)" not in text
+    assert re.search(r"--no_use_ema, --no-use-ema\s+Turn --use_ema off\.\n", text)

@@ -377,7 +377,7 @@ def test_bad_image_is_named_or_skipped_and_counted(load, tmp_path, kind):
         load(folder)
     assert not list((tmp_path / "cache").iterdir())  # half a decode leaves no file
     for _ in range(2):  # decoding, and from the file
-        with pytest.warns(UserWarning, match=rf"1 bad images skipped.*bad\.png.*{message}"):
+        with pytest.warns(UserWarning, match=rf"1 images left out; 1: .*{message}.*bad\.png"):
             images = load(folder, on_bad_image="skip", label_column="label")
     assert (len(images), images.skipped) == (4, 1)
     assert images.labels.tolist() == [0, 1, 3, 4]  # each image keeps its own label
@@ -391,7 +391,7 @@ def test_bad_row_of_a_table_is_named_by_its_number(load, tmp_path):
     for bad, message in [(None, "no image"), ({"bytes": None, "path": str(tmp_path / "gone.png")}, r"gone\.png")]:
         with pytest.raises(ValueError, match=f"row 2.*{message}"):
             load(dataset_name=parquet_of([good, good, bad], tmp_path / "t"))
-    with pytest.raises(ValueError, match="no image could be read; 1 bad ones"):
+    with pytest.raises(ValueError, match="no image could be read, of 1; 1: cannot identify"):
         load(folder_of(tmp_path / "f", a=b"nonsense"), on_bad_image="skip")
 
 

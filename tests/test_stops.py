@@ -4,6 +4,7 @@ import os
 import random
 import shlex
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -172,7 +173,11 @@ def test_a_second_signal_stops_at_once_but_not_a_repetition(train):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, "accelerate launch t.py --a 'b c' --resume_from_checkpoint latest"),
+        ({}, "python t.py --a 'b c' --resume_from_checkpoint latest"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no"},  # which `accelerate launch` sets for what it starts
+            "accelerate launch t.py --a 'b c' --resume_from_checkpoint latest",
+        ),
         (
             {"WORLD_SIZE": "4"},
             "accelerate launch --multi_gpu --num_processes 4 t.py --a 'b c' --resume_from_checkpoint latest",
@@ -191,12 +196,14 @@ def test_a_second_signal_stops_at_once_but_not_a_repetition(train):
     "argv", ["--a|b c", "--resume_from_checkpoint|x|--a|b c", "--a|b c|--resume-from-checkpoint=checkpoint-6"]
 )
 def test_the_command_starts_as_many_processes_and_resumes_once(monkeypatch, environment, expected, argv):
-    for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE", "ACCELERATE_USE_CPU"):
+    for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["t.py", *argv.split("|")])
     assert stops.resume_command() == expected
+    sys.argv += ["--b", "1"]
+    assert stops.resume_command("--b") == expected
 
 
 # ------------------------------------------------------------------------------------------------ killed

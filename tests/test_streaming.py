@@ -158,7 +158,7 @@ def test_a_process_reads_the_shards_of_its_share_alone(stream, shards):
         assert len(seen) == COUNT / 2
 
 
-@pytest.mark.filterwarnings("ignore:.*bad image")
+@pytest.mark.filterwarnings("ignore:.*image left out")
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("bad", [None, 5])
 def test_going_on_from_any_step_is_exact(stream, tmp_path, count, bad):
@@ -244,7 +244,7 @@ def test_a_bad_image_is_named(stream, tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 def test_skipped_images_are_counted_once_whatever_the_number_of_processes(stream, tmp_path, count):
     images = stream(parquet(tmp_path / "set", count, bad=20), first_images=4, on_bad_image="skip")
-    with pytest.warns(UserWarning, match=r"bad image skipped, set.*\(20\.png\)"):
+    with pytest.warns(UserWarning, match=r"image left out, set.*\(20\.png\)"):
         whole = StreamedBatches(images, 8, 0)
         items = [whole[step] for step in range(8)]
         assert [int(item["bad_images"]) for item in items][-1] == 1

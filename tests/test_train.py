@@ -161,8 +161,8 @@ def run_as_printed(train: Trainer, result: object, name: str, *more: object, **r
     line = next(line for line in result.stdout.splitlines() if line.startswith(name))
     for placeholder, value in replacements.items():
         line = line.replace(placeholder, value)
-    launcher, _, script, *flags = shlex.split(line.removeprefix(f"{name}:"))
-    assert launcher == "accelerate" and (ROOT / script) == TRAIN
+    program, script, *flags = shlex.split(line.removeprefix(f"{name}:"))
+    assert program == "python" and (ROOT / script) == TRAIN
     return train(*flags, *more)
 
 

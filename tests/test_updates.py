@@ -310,7 +310,7 @@ def test_a_step_that_is_left_out_changes_the_learning_rate_alone(train, tmp_path
     assert [(update["skipped"], update["in_a_row"]) for update in updates] == [(0, 0), (1, 1), (2, 2), (2, 0)]
     assert [row["step"] for row in rows(folder) if row["loss"] is None or row["grad_norm"] is None] == [5, 6]
     assert all(map(math.isfinite, losses(folder)[6:])) and "NaN" not in (folder / "loss.jsonl").read_text()
-    assert "2 updates left out" in result.stdout
+    assert "updates left out, not finite: 2;" in result.stdout
     assert "loss nan over" not in result.stdout
 
 

@@ -347,7 +347,16 @@ OF_TRAIN_UNCONDITIONAL = {  # flags of diffusers' script that have no namesake h
     "--enable_xformers_memory_efficient_attention": "nothing: PyTorch's own attention is used",
     "--local_rank": "nothing: accelerate launch tells each process",
     "--preserve_input_precision": "nothing: images are of 8 bits here",
+    "--batch_size": "--train_batch_size",
 }
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each flag's default behind its help, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default is None or isinstance(action, argparse._StoreFalseAction)
+        return action.help if told else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
@@ -364,6 +373,8 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
 
     def add_argument(self, *names: Any, **settings: Any) -> Any:
+        if settings.get("action") == "store_false":  # the --no_ form of a switch that is on: it comes with the switch's own words
+            settings |= {"help": f"Turn --{settings['dest']} off.", "default": True}
         if names[0] == "--attention_levels":  # HfArgumentParser wants one value at least of each list
             settings["nargs"] = "*"
         return super().add_argument(*names, **settings)
@@ -413,7 +424,7 @@ def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArgum
 def _parse(classes: tuple[Any, ...], argv: list[str] | None, ignored: set[str] = frozenset()) -> tuple[_Parser, Any]:  # type: ignore[assignment]
     """An instance of each dataclass from the line over the file; keys of the file in `ignored` are another script's."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(classes, allow_abbrev=False, description=__doc__)
+    parser = _Parser(classes, allow_abbrev=False, description=__doc__, formatter_class=_Help)
     parser.add_argument("--config", help="YAML file of flags; flags given beside it win.")
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
@@ -546,6 +557,11 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         raise ValueError(
             f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps); it is 500 unless given"
         )
+
+
+def one_line(message: Warning | str, *where: Any, **also: Any) -> str:
+    """A warning as the scripts show it: without the line of our code that gave it."""
+    return f"warning: {message}\n"
 
 
 def as_config(*arguments: Any) -> dict[str, Any]:

@@ -11,12 +11,13 @@ the data is measured on --variance_split, never on the images that are reported 
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from arguments import DataArguments, EvaluationArguments, parse_evaluation_arguments
+from arguments import DataArguments, EvaluationArguments, one_line, parse_evaluation_arguments
 from ddpm_notes_pipeline.data import ImageSet, load_images
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
@@ -243,6 +244,7 @@ def write(evaluation: EvaluationArguments, images: ImageSet, rows: list[Row], ta
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = one_line
     settings = parse_evaluation_arguments()
     try:
         main(*settings)

@@ -109,9 +109,19 @@ def failing_together(accelerator: Accelerator, what: str | None = None) -> Itera
         raise FailedElsewhere
 
 
-def resume_command() -> str:
-    """The command that goes on with this process's run from its newest whole checkpoint."""
-    flags = re.sub(r"(^|\0)--resume[-_]from[-_]checkpoint[=\0][^\0]*", "", "\0".join(sys.argv[1:])).split("\0")
+def resume_command(*without: str) -> str:
+    """The command that goes on with this process's run from its newest whole checkpoint; `without` some flags that have one value."""
+    given = "\0".join(sys.argv[1:])
+    for name in ("--resume_from_checkpoint", *without):
+        given = re.sub(rf"(^|\0){name.replace('_', '[-_]')}[=\0][^\0]*", "", given)
+    script = shlex.join([sys.argv[0], *filter(None, given.split("\0"))])
+    return f"{launcher()} {script} --resume_from_checkpoint latest"
+
+
+def launcher() -> str:
+    """How this process was started, before the script's name: by `accelerate launch`, with its number of processes, or by `python`."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return "python"  # the launcher sets that for what it starts
     launch = "accelerate launch"
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         launch += " OPTIONS_AS_BEFORE"  # of each machine: its rank, the first one's address
@@ -119,5 +129,4 @@ def resume_command() -> str:
         launch += f" --multi_gpu --num_processes {os.environ['WORLD_SIZE']}"
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "--multi_gpu" in launch:
         launch = f"ACCELERATE_USE_CPU=true {launch}"
-    script = shlex.join([sys.argv[0], *filter(None, flags)])
-    return f"{launch} {script} --resume_from_checkpoint latest"
+    return launch

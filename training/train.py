@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from arguments import DataArguments, ModelArguments, RunArguments, as_config, parse_arguments
+from arguments import DataArguments, ModelArguments, RunArguments, as_config, one_line, parse_arguments
 from checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ddpm_notes_pipeline.batches import StepBatches, step_seed
 from ddpm_notes_pipeline.data import ImageSet, load_images, to_model_range
@@ -46,7 +47,7 @@ from pictures import Trajectory, image_grid, save_losses, save_samples
 from results import open_repo, publish, run_record, save_model
 from samples import SampleTable, figures_of
 from sampling import VALIDATION_EVALUATIONS, averaged_weights, bits_per_dim, sample_grid, show
-from stops import FailedElsewhere, Stopped, Stops, failing_together, resume_command
+from stops import FailedElsewhere, Stopped, Stops, failing_together, launcher, resume_command
 from updates import AveragedWeights, UpdateGuard, poisoned
 from validation import Row, decoder_of, save_evaluation
 
@@ -354,7 +355,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         )
         trajectory.save(output_dir / "trajectory.gif")
         write_card(output_dir, repo_id, run.license)
-        told = summary(images, validation, run, log, validation_log, guard, steps, rate, seconds, output_dir)
+        told = summary(data, images, validation, run, log, validation_log, guard, steps, rate, seconds, output_dir)
         print(told, flush=True)
         if repo_id is not None:
             fault = publish(output_dir, repo_id, run, pushes)
@@ -476,6 +477,7 @@ def config_words() -> list[str]:
 
 
 def summary(
+    data: DataArguments,
     images: ImageSet | ImageStream,
     validation: ImageSet | None,
     run: RunArguments,
@@ -491,14 +493,14 @@ def summary(
     _, losses = log.history()
     tail = [loss for loss in losses[-max(1, len(losses) // 20) :] if math.isfinite(loss)] or [math.nan]
     weights = "averaged (EMA)" if run.use_ema else "raw"
-    skipped = f" ({images.skipped} bad ones skipped)" if images.skipped else ""
-    left_out = f"{guard.skipped} updates left out, not finite; " if guard.skipped else ""
+    skipped = f" ({images.skipped} left out)" if images.skipped else ""
+    left_out = f"updates left out, not finite: {guard.skipped}; " if guard.skipped else ""
     measured, validated = "", "" if validation is None else ", validation.jsonl"
     if validation is not None and validation_log.rows and validation_log.rows[-1]["bits_per_dim"] is not None:
         row = validation_log.rows[-1]
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
         measured = f"{row['bits_per_dim']:.3f}{error} bits/dim on {row['images']} images of {validation.split!r}; "
-    script = "accelerate launch training/train.py"
+    folder = "ANOTHER_FOLDER" if data.train_data_dir else "FOLDER_OF_IMAGES"
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
@@ -507,8 +509,8 @@ def summary(
             f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl{validated} and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
             f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
-            f"Longer:    {resume_command()} --max_train_steps {2 * steps}",  # a later flag wins over an earlier one
-            f"Your own:  {script}{config} --train_data_dir FOLDER_OF_IMAGES --resolution 32 --output_dir outputs/mine",
+            f"Longer:    {resume_command('--max_train_steps')} --max_train_steps {2 * steps}",
+            f"Your own:  {launcher()} {shlex.quote(sys.argv[0])}{config} --train_data_dir {folder} --resolution 32 --output_dir outputs/mine",
         ]
     )
 
@@ -524,6 +526,7 @@ def leave(status: int, text: str, together: bool = False) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.formatwarning = one_line
     settings = parse_arguments()
     try:
         not_published = main(*settings)
