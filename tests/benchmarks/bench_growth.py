@@ -121,8 +121,9 @@ def plot(chains: dict, sets: dict, checkpoints: list[float], processes: dict) ->
     Settings.output_dir.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     for axis, times, label in ((axes[0], chains, "T"), (axes[1], sets, "images in the data set")):
-        axis.plot(list(times), [1e6 * median(values) for values in times.values()], "o-")
-        axis.set(xscale="log", xlabel=label, ylim=(0, None))
+        medians = [1e6 * median(values) for values in times.values()]
+        axis.plot(list(times), medians, "o-")
+        axis.set(xscale="log", xlabel=label, ylim=(0, 1.3 * max(medians)))
     axes[0].set(title="`step`, 16x3x32x32", ylabel="us")
     axes[1].set(title=f"batch of {BATCH} images", ylabel="us")
     axes[2].plot(range(2, len(checkpoints) + 2), [1e3 * value for value in checkpoints], ".")

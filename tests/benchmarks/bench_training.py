@@ -93,6 +93,7 @@ def our_words(size: str, images: Path, folder: Path, fast: bool = True) -> list[
     config.write_text(json.dumps({"_class_name": "UNet2DModel", **CONFIGS[size]}))
     words = ["--dataset_name", str(images), "--model_config_name_or_path", str(config)]
     words += ["--train_batch_size", str(BATCH), "--max_train_steps", "100000", "--checkpointing_steps", "100000"]
+    words += ["--report_to", "none"]  # the other loops have no tracker either
     return [*words, "--mixed_precision", fast_precision(size), "--torch_compile"] if fast else words
 
 

@@ -5,10 +5,12 @@ the times, the median of the ratios, and the middle half of the ratios as their 
 On a machine with other work on it `--clock cpu` counts the time that the kernel gave to the process instead of the time that passed.
 """
 
+import contextlib
 import gc
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -153,18 +155,24 @@ class Child:
             env=environment(threads),
             stderr=self.messages.open("w"),
             cwd=ROOT,
-            start_new_session=True,  # with a group of its own, to stop and end with all it starts
+            start_new_session=True,  # ctrl-C is for the benchmark, which ends it
             text=True,
             **options,  # type: ignore[call-overload]
         )
 
+    def family(self) -> list[psutil.Process]:
+        """It and what it started, which a launcher of several processes puts into sessions of their own."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
     def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def cpu_seconds(self) -> float:
-        """Of it and what it started; in hundredths."""
-        own = psutil.Process(self.process.pid)
-        return sum(sum(p.cpu_times()[:2]) for p in [own, *own.children(recursive=True)])
+        """Of all of them; in hundredths."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.family())
 
     def clock(self) -> float:
         return self.cpu_seconds() if Settings.clock == "cpu" else time.perf_counter()
@@ -180,11 +188,8 @@ class Child:
             raise RuntimeError(f"{self.process.args} ended: {self.messages.read_text()[-2000:]}")
 
     def end(self) -> None:
-        for number in (9, 18):  # KILL; CONT, where it is stopped
-            try:
-                self.signal(number)
-            except ProcessLookupError:
-                break
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
         self.process.wait()
 
 
