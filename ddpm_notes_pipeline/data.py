@@ -212,7 +212,10 @@ def load_images(
 
     meta, stored, kept = index
     if meta["skipped"]:
-        warnings.warn(f"{name}: {meta['skipped']} images left out; {'; '.join(meta['bad'])}", stacklevel=2)
+        warnings.warn(
+            f"{name}: left out {meta['skipped']} of {meta['skipped'] + len(kept)} images; {'; '.join(meta['bad'])}",
+            stacklevel=2,
+        )
     if meta["sixteen_bit"]:
         warnings.warn(f"{name}: {meta['sixteen_bit']} 16-bit images scaled to 8 bits, v -> v/257", stacklevel=2)
     return ImageSet(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from launching import ROOT, describe, launch, once
 from transformers import ViTConfig, ViTModel
 
@@ -107,18 +107,38 @@ def test_samples_of_each_row_are_measured_beside_held_out_images(one):
         assert f"{row[f'frechet_distance ({network})']:.4g}" in line and f"{row['nearest_train_distance']:.4f}" in line
 
 
-def test_samples_are_those_of_their_seeds(one):
-    folder, _ = one
+def pixel_mean_error(folder, scheduler_type, timesteps, **settings):
+    """Of the samples that these settings of the model's scheduler make, in one batch."""
     pipe = DDPMNotesPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDPMNotesScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small", decoder_variance=None)
+    pipe.scheduler = scheduler_type.from_config(pipe.scheduler.config, decoder_variance=None, **settings)
     generators = [torch.Generator().manual_seed(seed) for seed in range(SAMPLES)]
-    images = pipe(SAMPLES, timesteps=list(range(39, -1, -1)), generator=generators, output_type="pt").images
+    images = pipe(SAMPLES, **timesteps, generator=generators, output_type="pt").images
     real = load_images("digits", split="train").take(range(1438))
+    return float(
+        (((images * 255).round() / 255).double().mean(0) - real.double().div(255).mean(0)).square().mean().sqrt()
+    )
+
+
+def test_samples_are_those_of_their_seeds(one):
+    folder, _ = one
     row = results(folder)["metrics"][3]
     assert (row["variance_type"], row["num_inference_steps"]) == ("fixed_small", 40)
-    expected = (((images * 255).round() / 255).double().mean(0) - real.double().div(255).mean(0)).square().mean().sqrt()
-    assert row["pixel_mean_error"] == pytest.approx(float(expected), rel=1e-3)
+    path = {"timesteps": list(range(39, -1, -1))}
+    expected = pixel_mean_error(folder, DDPMNotesScheduler, path, variance_type="fixed_small")
+    assert row["pixel_mean_error"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_samplers_are_the_ones_that_they_are_named():
+    folder, _ = evaluated("evaluate-samplers", "--num_inference_steps", 5, "--max_images", 8, "--samplers", "ddim", "eta0")
+    rows = {row["sampler"]: row for row in results(folder)["metrics"] if "sampler" in row}
+    path = {"num_inference_steps": 5}
+    for name, kind, settings in (("DDIM", DDIMScheduler, {}), ("eta = 0", DDPMNotesScheduler, {"eta": 0.0})):
+        expected = pixel_mean_error(folder, kind, path, timestep_spacing="trailing", **settings)
+        assert rows[name]["pixel_mean_error"] == pytest.approx(expected, rel=1e-3), name
+    # an untrained network's x0_hat is far outside [-1, 1]: what is made of clipping differs
+    assert abs(rows["DDIM"]["pixel_mean_error"] - rows["eta = 0"]["pixel_mean_error"]) > 1e-3
 
 
 def test_one_fitted_decoder_serves_every_variance(one):

@@ -94,7 +94,11 @@ def test_a_recipe_trains_on_images_of_the_form_that_it_names(train, tmp_path, na
     assert f"{TRAINED_ON[name]} images of {channels}x{side}x{side} from " in result.stdout
     assert ("1 left out" in result.stdout) == (name == "folder")
     if name == "folder":  # said in a line, without a line of our code
-        assert re.search(r"^warning: my_images: 1 images left out; 1: .*: row \d+ \(.*\b7\.jpeg\)$", result.stderr, re.MULTILINE)
+        assert re.search(
+            r"^warning: my_images: left out 1 of 11 images; 1: .*: row \d+ \(.*\b7\.jpeg\)$",
+            result.stderr,
+            re.MULTILINE,
+        )
     rows = [json.loads(line) for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and all(0 < row["loss"] < 10 for row in rows)
     data, _, _ = parse_arguments(["--config", str(CONFIGS / f"{name}.yaml")])

@@ -60,7 +60,7 @@ def resume_flags(result: object) -> list[str]:
     """Flags of the command that the last line on stderr ends in."""
     command = error_lines(result)[-1].partition(" Resume: ")[2]
     launcher, script, flags = command.partition(f" {result.args[0]} ")
-    assert launcher == "accelerate launch" and script, describe(result)
+    assert launcher in ("python", "accelerate launch") and script, describe(result)
     return shlex.split(flags)
 
 

@@ -158,7 +158,7 @@ def test_a_process_reads_the_shards_of_its_share_alone(stream, shards):
         assert len(seen) == COUNT / 2
 
 
-@pytest.mark.filterwarnings("ignore:.*image left out")
+@pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("bad", [None, 5])
 def test_going_on_from_any_step_is_exact(stream, tmp_path, count, bad):

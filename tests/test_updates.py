@@ -322,7 +322,7 @@ def test_a_run_of_nothing_else_stops_with_a_diagnosis_and_can_go_on_from_before_
     result = train(*flags, script=driver, expect=1)
     (line,) = [line for line in error_lines(result) if line.startswith("train.py")]
     assert "no finite update in 4 steps in a row (--max_nonfinite_steps); at the last one, step 8: loss nan" in line
-    assert f"{tmp_path}/run/checkpoint-6 is left. Resume: accelerate launch {TRAIN} " in line
+    assert f"{tmp_path}/run/checkpoint-6 is left. Resume: python {TRAIN} " in line
     assert not (tmp_path / "run" / "model_index.json").exists()
     again = train(*flags, "--resume_from_checkpoint", "latest", script=spoiled(driver, [1, 2]), expect=1)
     assert "no finite update in 4 steps in a row" in again.stderr and "step 8: loss nan" in again.stderr

@@ -312,7 +312,7 @@ class EvaluationArguments:
     )
     samplers: list[str] = field(
         default_factory=list,
-        metadata={"help": "Other samplers beside Algorithm 2, for samples alone: ddim, dpmsolver++."},
+        metadata={"help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM)."},
     )
     metric_split: str = field(
         default="train",
@@ -408,8 +408,8 @@ def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArgum
     for name, count in counts.items():
         if count < 1:
             parser.error(f"{name} is too small; allowed: at least {2 if name == '--evaluations_per_image' else 1}")
-    if unknown := set(evaluation.samplers) - {"ddim", "dpmsolver++"}:
-        parser.error(f"--samplers has {', '.join(sorted(unknown))}; allowed: ddim, dpmsolver++")
+    if unknown := set(evaluation.samplers) - {"ddim", "eta0", "dpmsolver++"}:
+        parser.error(f"--samplers has {', '.join(sorted(unknown))}; allowed: ddim, eta0, dpmsolver++")
     if evaluation.table:
         evaluation.metrics, evaluation.decoder, evaluation.paths = True, "fitted", ["even", "best"]
         evaluation.samplers = evaluation.samplers or ["ddim", "dpmsolver++"]

@@ -13,6 +13,7 @@ the data is measured on --variance_split, never on the images that are reported 
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -39,7 +40,17 @@ TABLE_STEPS = (
     50,
     100,
 )  # of --table, beside T; samples of T steps are drawn for fixed_large alone, to compare with
-SAMPLERS = {"ddim": ("DDIM", DDIMScheduler), "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler)}
+SAMPLERS: dict[
+    str, tuple[str, Any, dict[str, Any]]
+] = {  # flag: name in tables, scheduler, what of its settings differs from the model's
+    "ddim": ("DDIM", DDIMScheduler, {}),  # clips x0_hat, and goes on with the eps_hat of before
+    "eta0": (
+        "eta = 0",
+        DDPMNotesScheduler,
+        {"eta": 0.0},
+    ),  # the same sampler with the eps_hat that belongs to the clipped x0_hat
+    "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {}),
+}
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
@@ -135,9 +146,9 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
                     table.add(pipeline, row, timesteps=path)
     for name in evaluation.samplers:
         assert table is not None  # the arguments were checked
-        label, kind_of_scheduler = SAMPLERS[name]
+        label, kind_of_scheduler, settings = SAMPLERS[name]
         # their own spacing that ends at the image, as `even` does; the scheduler's default is for training's T
-        pipeline.scheduler = kind_of_scheduler.from_config(own.config, timestep_spacing="trailing")
+        pipeline.scheduler = kind_of_scheduler.from_config(own.config, timestep_spacing="trailing", **settings)
         for steps in evaluation.metric_steps or evaluation.num_inference_steps or [T]:
             row = {"sampler": label, "path": "trailing", "num_inference_steps": steps}
             table.add(pipeline, row, num_inference_steps=steps)
