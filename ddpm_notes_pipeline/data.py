@@ -212,10 +212,9 @@ def load_images(
 
     meta, stored, kept = index
     if meta["skipped"]:
-        warnings.warn(
-            f"{name}: left out {meta['skipped']} of {meta['skipped'] + len(kept)} images; {'; '.join(meta['bad'])}",
-            stacklevel=2,
-        )
+        reasons = "".join(f"\n  {reason}" for reason in meta["bad"])
+        skipped, rows_seen = meta["skipped"], meta["skipped"] + len(kept)
+        warnings.warn(f"{name}: left out {skipped} of {rows_seen} images{reasons}", stacklevel=2)
     if meta["sixteen_bit"]:
         warnings.warn(f"{name}: {meta['sixteen_bit']} 16-bit images scaled to 8 bits, v -> v/257", stacklevel=2)
     return ImageSet(
@@ -458,7 +457,7 @@ def _decode_as(raw: Any, transform: _Transform, mode: str | None) -> _Decoded:
     """`_decode`, and ValueError where the image is not in `mode`, that of the first one (None: this is the first)."""
     decoded = _decode(raw, transform)
     if mode is not None and decoded.image.mode != mode:
-        convert = "image_mode (--image_mode) L, RGB or RGBA converts every image to one"
+        convert = "image_mode (--image_mode) converts all to one"
         found = decoded.image.mode + (" (from 16 bits)" if decoded.sixteen_bit else "")
         raise ValueError(f"its mode is {found}, that of the first image is {mode}; {convert}")
     return decoded

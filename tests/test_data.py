@@ -377,7 +377,7 @@ def test_bad_image_is_named_or_skipped_and_counted(load, tmp_path, kind):
         load(folder)
     assert not list((tmp_path / "cache").iterdir())  # half a decode leaves no file
     for _ in range(2):  # decoding, and from the file
-        with pytest.warns(UserWarning, match=rf"left out 1 of 5 images; 1: .*{message}.*bad\.png"):
+        with pytest.warns(UserWarning, match=rf"left out 1 of 5 images\n  1: .*{message}.*bad\.png"):
             images = load(folder, on_bad_image="skip", label_column="label")
     assert (len(images), images.skipped) == (4, 1)
     assert images.labels.tolist() == [0, 1, 3, 4]  # each image keeps its own label

@@ -187,3 +187,13 @@ def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
     done = launch("--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None)
     assert done.returncode != 0
     assert "evaluate.py: error:" in done.stderr and "'validation'" in done.stderr and "test" in done.stderr
+
+
+@pytest.mark.slow
+def test_images_of_another_size_than_the_models_are_refused(tmp_path):
+    """Its network would take them, and the card would show the number of no model."""
+    save_model(tmp_path)
+    flags = ["--model", tmp_path, "--dataset_name", "digits", "--resolution", 16, "--image_mode", "RGB"]
+    done = launch(*flags, script=EVALUATE, expect=None)
+    assert done.returncode != 0 and not (tmp_path / "evaluation.json").exists()
+    assert "images are 3x16x16 and the model's are 1x8x8; allowed: the same (--resolution 8 --image_mode L)" in done.stderr

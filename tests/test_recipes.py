@@ -95,7 +95,7 @@ def test_a_recipe_trains_on_images_of_the_form_that_it_names(train, tmp_path, na
     assert ("1 left out" in result.stdout) == (name == "folder")
     if name == "folder":  # said in a line, without a line of our code
         assert re.search(
-            r"^warning: my_images: left out 1 of 11 images; 1: .*: row \d+ \(.*\b7\.jpeg\)$",
+            r"^warning: my_images: left out 1 of 11 images\n  1: .*: row \d+ \(.*\b7\.jpeg\)$",
             result.stderr,
             re.MULTILINE,
         )

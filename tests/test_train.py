@@ -644,10 +644,20 @@ def test_what_a_stop_left_half_written_is_taken_away(train, straight, tmp_path):
     assert not (folder / ".checkpoint-9.partial").exists() and (folder / "checkpoint-6").exists()
 
 
+EPOCHS = "--dataset_name digits --block_out_channels 32 32 --max_train_samples 16 --train_batch_size 8".split()
+
+
 def test_a_warm_up_longer_than_the_epochs_is_refused(train, tmp_path):
-    flags = "--dataset_name digits --block_out_channels 32 32 --max_train_samples 16 --train_batch_size 8 --num_epochs 3".split()
+    flags = [*EPOCHS, "--num_epochs", 3, "--lr_warmup_steps", 7]
     result = train(*flags, "--output_dir", tmp_path / "run", expect=1)
-    assert "--lr_warmup_steps is 500 and training ends after 6 steps" in error_lines(result)[-1]
+    assert "--lr_warmup_steps is 7 and training ends after 6 steps" in error_lines(result)[-1]
+
+
+def test_the_warm_up_is_a_tenth_of_a_short_run(train, tmp_path):
+    short = ["--num_samples", 2, "--ddpm_num_inference_steps", 2, "--layers_per_block", 1]
+    train(*EPOCHS, *short, "--num_epochs", 15, "--output_dir", tmp_path / "run")
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run")]
+    assert rates == pytest.approx([closed_form(n, peak=1e-4, warmup=3, steps=30) for n in range(30)], rel=1e-12)
 
 
 def test_a_launch_that_only_looks_distributed_is_refused(train, tmp_path):

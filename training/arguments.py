@@ -166,7 +166,12 @@ class RunArguments:
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = field(default="cosine", metadata={"help": "How the learning rate falls, counted in optimizer steps."})
-    lr_warmup_steps: int = field(default=500, metadata={"help": "Optimizer steps of linear warm-up."})
+    lr_warmup_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps of linear warm-up. Default: 500, or a tenth of all steps where that is less."
+        },
+    )
     adam_beta1: float = field(default=0.95, metadata={"help": "beta 1 of AdamW."})
     adam_beta2: float = field(default=0.999, metadata={"help": "beta 2 of AdamW."})
     adam_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
@@ -312,7 +317,9 @@ class EvaluationArguments:
     )
     samplers: list[str] = field(
         default_factory=list,
-        metadata={"help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM)."},
+        metadata={
+            "help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM)."
+        },
     )
     metric_split: str = field(
         default="train",
@@ -373,7 +380,9 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
 
     def add_argument(self, *names: Any, **settings: Any) -> Any:
-        if settings.get("action") == "store_false":  # the --no_ form of a switch that is on: it comes with the switch's own words
+        if (
+            settings.get("action") == "store_false"
+        ):  # the --no_ form of a switch that is on: it comes with the switch's own words
             settings |= {"help": f"Turn --{settings['dest']} off.", "default": True}
         if names[0] == "--attention_levels":  # HfArgumentParser wants one value at least of each list
             settings["nargs"] = "*"
@@ -508,7 +517,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         if not (number > 0 and math.isfinite(number)):
             raise ValueError(f"{name} is {number}; allowed: above 0")
     at_least_0 = {
-        "--lr_warmup_steps": run.lr_warmup_steps,
+        "--lr_warmup_steps": run.lr_warmup_steps or 0,
         "--dataloader_num_workers": data.dataloader_num_workers,
         "--seed": run.seed,
         "--adam_weight_decay": run.adam_weight_decay,
@@ -553,9 +562,9 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         raise ValueError(
             f"--ddpm_num_inference_steps is {run.ddpm_num_inference_steps}; allowed: at most {model.ddpm_num_steps} (--ddpm_num_steps)"
         )
-    if run.max_train_steps is not None and run.lr_warmup_steps > run.max_train_steps:
+    if run.max_train_steps is not None and (run.lr_warmup_steps or 0) > run.max_train_steps:
         raise ValueError(
-            f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps); it is 500 unless given"
+            f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps)"
         )
 
 

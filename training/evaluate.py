@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from arguments import DataArguments, EvaluationArguments, one_line, parse_evaluation_arguments
-from ddpm_notes_pipeline.data import ImageSet, load_images
+from ddpm_notes_pipeline.data import MODES, ImageSet, load_images
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import push_command
@@ -69,6 +69,8 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     if not isinstance(pipeline.scheduler, DDPMNotesScheduler):
         pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config)
     images = load(accelerator, data, evaluation.split, evaluation.max_images)
+
+    check_images(pipeline, images)
 
     table = None
     if evaluation.metrics:
@@ -155,6 +157,20 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     if accelerator.is_main_process:
         write(evaluation, images, rows, table)
     accelerator.end_training()
+
+
+def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
+    """Refuse images that are not of the model's size: many a network would take them, and the number would be of no model."""
+    config = pipeline.unet.config
+    side = config.sample_size
+    size = list(side) if isinstance(side, (list, tuple)) else [side, side]
+    mode = next((mode for mode, channels in MODES.items() if channels == config.in_channels), None)
+    if None not in (mode, side) and (images.channels, *images.size) != (config.in_channels, *size):
+        raise ValueError(
+            f"the images are {'x'.join(map(str, (images.channels, *images.size)))} and the model's are "
+            f"{'x'.join(map(str, (config.in_channels, *size)))}; allowed: the same "
+            f"(--resolution {' '.join(map(str, size[: 1 + (size[0] != size[1])]))} --image_mode {mode})"
+        )
 
 
 def is_sampled(evaluation: EvaluationArguments, row: Row, T: int) -> bool:

@@ -80,10 +80,9 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     shown = images.first if data.streaming else images
     steps = run.max_train_steps or math.ceil(run.num_epochs * len(images) / run.train_batch_size)
     share = share_of_batch(run, accelerator)
-    if run.lr_warmup_steps > steps:
-        raise ValueError(
-            f"--lr_warmup_steps is {run.lr_warmup_steps} and training ends after {steps} steps; allowed: at most those (500 unless given)"
-        )
+    warmup = min(500, steps // 10) if run.lr_warmup_steps is None else run.lr_warmup_steps
+    if warmup > steps:
+        raise ValueError(f"--lr_warmup_steps is {warmup} and training ends after {steps} steps; allowed: at most those")
 
     # network and math
     unet, scheduler = make_model(model, images)
@@ -142,7 +141,7 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     lr_scheduler = get_scheduler(
         run.lr_scheduler,
         optimizer.optimizer,
-        num_warmup_steps=run.lr_warmup_steps,
+        num_warmup_steps=warmup,
         num_training_steps=steps,
         last_epoch=done - 1,
     )
@@ -500,7 +499,7 @@ def summary(
         row = validation_log.rows[-1]
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
         measured = f"{row['bits_per_dim']:.3f}{error} bits/dim on {row['images']} images of {validation.split!r}; "
-    folder = "ANOTHER_FOLDER" if data.train_data_dir else "FOLDER_OF_IMAGES"
+    folder, where = ("ANOTHER_FOLDER", "another") if data.train_data_dir else ("FOLDER_OF_IMAGES", "mine")
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(
         [
@@ -510,7 +509,7 @@ def summary(
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
             f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
             f"Longer:    {resume_command('--max_train_steps')} --max_train_steps {2 * steps}",
-            f"Your own:  {launcher()} {shlex.quote(sys.argv[0])}{config} --train_data_dir {folder} --resolution 32 --output_dir outputs/mine",
+            f"Your own:  {launcher()} {shlex.quote(sys.argv[0])}{config} --train_data_dir {folder} --resolution 32 --output_dir outputs/{where}",
         ]
     )
 

@@ -470,7 +470,8 @@ def main() -> None:
     try:
         model = Model(name)
     except (OSError, ValueError) as fault:
-        sys.exit(f"app.py: {name} cannot be loaded: {' '.join(str(fault).split())}")
+        missing = "" if Path(name).is_dir() else "it is no folder here, and no repository by that name could be read: "
+        sys.exit(f"app.py: {name} cannot be loaded: {missing}{' '.join(str(fault).split())}")
     page = build(model).queue(max_size=20)
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none fetched
     page.launch(share=False, max_file_size=MAX_FILE_SIZE, ssr_mode=False, footer_links=[], theme=plain, css=CSS)
