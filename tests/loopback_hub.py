@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -319,6 +320,7 @@ def main() -> None:
     print("In another terminal:\n")
     for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "NO_PROXY"):
         print(f"export {name}={(own | {'HF_ENDPOINT': hub.endpoint})[name]}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     print(f"\nRepos are {arguments.user}/NAME. Control-C ends it.", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
