@@ -24,7 +24,7 @@ PYTEST    := $(RUN) pytest -q -n $(WORKERS)
 JOINED    := $(wildcard tests/test_scheduling_ddpm_notes.py tests/test_pipeline_ddpm_notes.py)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup train test test-all bench lint clean
+.PHONY: help setup train demo test test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -42,6 +42,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 train: $(INSTALLED)  ## train on the embedded digits (CONFIG=FILE.yaml, ARGS="options of training/train.py")
 	$(RUN) accelerate.commands.launch $(LAUNCH) training/train.py --config $(CONFIG) $(ARGS)
+
+demo: $(INSTALLED)  ## a model in the browser: the one that comes with the clone (MODEL_ID=outputs/digits)
+	OPEN_BROWSER=1 $(VENV)/bin/python examples/space/app.py
 
 test: $(INSTALLED)  ## the quick tests, then those of the joined file
 	$(PYTEST) -m "not slow"

@@ -13,9 +13,10 @@ import os
 import uuid
 import warnings
 import zipfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +28,15 @@ import PIL.ImageOps
 import torch
 from tqdm.auto import tqdm
 
+from . import image_folders
+from .image_folders import ImageFolder
+
 MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # image mode -> channels
 EMBEDDED_LICENSES = {
     "digits": "CC BY 4.0 (UCI: Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998)",
     "mnist": None,  # its authors state none
 }
+EMBEDDED = tuple(EMBEDDED_LICENSES)
 FORMAT = 1  # of the decoded file and how it is made: raise it, and every set is decoded anew
 
 
@@ -53,6 +58,8 @@ class ImageSet:
         num_images: N, also `len()`.
         license: of the images, where the data set states one.
         lossy, resized: numbers of images that came from JPEG files, and that were resized: distances between sets see both.
+        num_files: image files in the folder's split; None where the images come from no folder of image files.
+        index: (N,) int64, where the images of a part of a set are among the stored ones (`hold_out`); None: all of them.
     """
 
     name: str
@@ -69,6 +76,8 @@ class ImageSet:
     license: str | None = None
     lossy: int = 0
     resized: int = 0
+    num_files: int | None = None
+    index: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.num_images
@@ -91,8 +100,14 @@ class ImageSet:
         return bool((self.stored != self.size).any())
 
     @cached_property
-    def _offsets(self) -> np.ndarray:  # (N + 1,): where each image begins in `_pixels`, and the end
-        lengths = np.broadcast_to(self.stored.astype(np.int64).prod(axis=1) * self.channels, (len(self),))
+    def _num_stored(self) -> int:
+        if len(self.stored) > 1:
+            return len(self.stored)
+        return len(self) if self.index is None else int(self.index.max()) + 1
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:  # where each stored image begins in `_pixels`, and the end
+        lengths = np.broadcast_to(self.stored.astype(np.int64).prod(axis=1) * self.channels, (self._num_stored,))
         return np.concatenate([[0], np.cumsum(lengths)])
 
     @cached_property
@@ -101,7 +116,7 @@ class ImageSet:
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped array pickles as its bytes: every DataLoader worker would be sent the whole set.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_pixels", "_offsets")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_pixels", "_offsets", "_num_stored")}
 
     def take(self, indices: Any, crop_at: np.ndarray | None = None) -> torch.Tensor:
         """The images at `indices` (n integers in [0, N): a sequence, array or tensor) as uint8 (n, C, H, W).
@@ -112,9 +127,11 @@ class ImageSet:
         index, (height, width) = np.asarray(indices, dtype=np.int64).reshape(-1), self.size
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"indices {index.min()}..{index.max()} are not all in 0..{len(self) - 1} (the images)")
+        if self.index is not None:
+            index = self.index[index]
         if not self.needs_crop:
             return torch.from_numpy(self._pixels.reshape(-1, self.channels, height, width).take(index, axis=0))
-        sizes = np.broadcast_to(self.stored, (len(self), 2))[index]
+        sizes = np.broadcast_to(self.stored, (self._num_stored, 2))[index]
         room = sizes - np.array(self.size)
         corners = room // 2 if crop_at is None else (crop_at * (room + 1)).astype(np.int64)
         out = np.empty((len(index), self.channels, height, width), np.uint8)
@@ -122,6 +139,45 @@ class ImageSet:
             image = self._pixels[self._offsets[index[n]] : self._offsets[index[n] + 1]].reshape(self.channels, h, w)
             out[n] = image[:, top : top + height, left : left + width]
         return torch.from_numpy(out)
+
+    def at_most(self, number: int | None) -> "ImageSet":
+        """So many of the images, evenly spaced over the set; the set itself where it has no more, or for None."""
+        return self if number is None or number >= len(self) else self.part(_spread(len(self), number), self.split)
+
+    def part(self, indices: np.ndarray, split: str) -> "ImageSet":
+        """The images at `indices` (strictly rising) as a set of their own, on the same decoded file, called `split`."""
+        index = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
+            split=split,
+            labels=None if self.labels is None else self.labels[index],
+            fingerprint=hashlib.blake2b(self.fingerprint.encode() + index.tobytes(), digest_size=16).hexdigest(),
+            num_images=len(index),
+            index=index if self.index is None else self.index[index],
+        )
+
+
+HELD_OUT = "held_out"  # the split that `hold_out` makes
+
+
+def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The images in two parts drawn by the seed: those to train on, and round(share * N) that are held out.
+
+    Raises:
+        ValueError: a share that is not above 0 and below 1, or that leaves a part empty.
+    """
+    count = round(share * len(images)) if 0 < share < 1 else 0
+    if not 0 < count < len(images):
+        raise ValueError(
+            f"validation_share is {share} of {len(images)} images, which holds {count} out; it must hold out at least one "
+            "image and leave one to train on"
+        )
+    order = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(HELD_OUT.encode())])).permutation(
+        len(images)
+    )
+    held_out = np.sort(order[:count])
+    training = np.sort(order[count:])
+    return images.part(training, images.split), images.part(held_out, HELD_OUT)
 
 
 # ------------------------------------------------------------------------------------------------ decoding, once
@@ -150,8 +206,9 @@ def load_images(
             the Hub, a folder that `datasets.load_dataset` reads, or one made by `save_to_disk`. The two embedded sets
             have columns "image" and "label"; every fifth image (index % 5 == 4) is their "test" split.
         dataset_config_name: which configuration, where the data set has several.
-        train_data_dir: instead of dataset_name, a folder of images (`imagefolder`: one sub-folder a class).
-        split: "train", "test", ...; where `load_dataset` does the loading also "train[:10%]".
+        train_data_dir: instead of dataset_name, a folder of images. Sub-folders train/ and test/ are its splits where it
+            has no others, else all images are in "train"; the sub-folders of a split are its classes (`image_folders`).
+        split: "train", "test", ...; of a folder of images, and where `load_dataset` does the loading, "train[:10%]" too.
         image_column: may be left out where exactly one column holds images.
         label_column: a ClassLabel or integer column. None: no labels.
         resolution: S or (H, W) in pixels. An image is resized (bilinear, antialiased) by the smallest factor that
@@ -175,16 +232,27 @@ def load_images(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}; at least 1 is needed")
     transform = _transform(resolution, center_crop, image_mode, on_bad_image)
-    if dataset_name in ("digits", "mnist") and not streaming:
+    num_files: int | None = None
+    if dataset_name in EMBEDDED and not streaming:
         source = _embedded_source(dataset_name, dataset_config_name, split, image_column, label_column, max_samples)
     else:
-        table = _load_table(dataset_name, dataset_config_name, train_data_dir, split, streaming)
+        table, image_folder = _load_table(dataset_name, dataset_config_name, train_data_dir, split, streaming)
+        num_files = None if image_folder is None else image_folder.files_of(split)
         if streaming:
             if max_samples is None:
                 raise ValueError("streaming reads the first so many rows: give max_samples (--max_images)")
-            image_column = _columns_of(table.features, image_column, label_column)
+            image_column = _columns_of(table.features, image_column, label_column, image_folder)
             table = _first_rows(table, [image_column, *([label_column] if label_column else [])], max_samples)
-        source = _table_source(table, image_column, label_column, max_samples)
+        elif (
+            image_folder is not None
+            and not image_folder.metadata
+            and "[" not in split
+            and len(table) < (num_files or 0)
+        ):
+            raise ValueError(
+                f"{image_folder.root} has {num_files} image files in split {split!r}, and {len(table)} were found"
+            )
+        source = _table_source(table, image_column, label_column, max_samples, image_folder)
         local = dataset_name is None or Path(dataset_name).expanduser().is_dir()
         source = source._replace(license=table.info.license or None, is_local=local)
     name = str(train_data_dir if dataset_name is None else dataset_name)
@@ -232,6 +300,7 @@ def load_images(
         license=source.license,
         lossy=meta.get("lossy", 0),  # a file that an earlier version decoded does not say
         resized=meta.get("resized", 0),
+        num_files=num_files,
     )
 
 
@@ -293,9 +362,14 @@ def _embedded_arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
     return rows[:, :-1].astype(np.uint8).reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
 
 
-def _load_table(name: str | None, config: str | None, data_dir: Any, split: str, streaming: bool = False) -> Any:
-    """One split as a `datasets.Dataset`, or an `IterableDataset`, or an error that says what there is."""
-    if streaming and name in ("digits", "mnist"):
+def _load_table(
+    name: str | None, config: str | None, data_dir: Any, split: str, streaming: bool = False
+) -> tuple[Any, ImageFolder | None]:
+    """One split as a `datasets.Dataset`, or an `IterableDataset`, and the folder of images that it comes from, if it does.
+
+    Else an error that says what there is.
+    """
+    if streaming and name in EMBEDDED:
         raise ValueError(f"data set {name!r} is embedded in a package and cannot be streamed; leave --streaming out")
     datasets = _optional("datasets", "train")
     what = f"train_data_dir {str(data_dir)!r}" if name is None else f"data set {name!r}"
@@ -311,12 +385,14 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str,
         if split not in splits:
             raise ValueError(f"split {split!r} is not in {what}; it has: {', '.join(splits)}")
         table = splits[split]
-        return table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
-    how: dict[str, Any] = {"split": split, "streaming": streaming}
+        table = table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
+        return table, None
+    folder = _image_folder(local, name is None) if local.is_dir() else None
     try:
-        if name is None:
-            return datasets.load_dataset("imagefolder", data_dir=str(local), **how)
-        return datasets.load_dataset(str(local) if local.is_dir() else name, config, **how)
+        if folder is not None:
+            return folder.load(split, streaming), folder
+        source = str(local) if local.is_dir() else name
+        return datasets.load_dataset(source, config, split=split, streaming=streaming), None
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{what} is neither a folder here nor found on the Hub: {error}") from error
     except FileNotFoundError as error:
@@ -327,6 +403,18 @@ def _load_table(name: str | None, config: str | None, data_dir: Any, split: str,
         if "nknown split" in str(error) or "Bad split" in str(error):
             raise ValueError(f"split {split!r} is not in {what}: {error}") from error
         raise
+
+
+def _image_folder(local: Path, of_images: bool) -> ImageFolder | None:
+    """The folder, where it is one of image files: `of_images` says that it is meant as such."""
+    folder = image_folders.read_image_folder(local)
+    if of_images:
+        if not folder.num_files and not folder.archives:
+            raise FileNotFoundError(f"train_data_dir {str(local)!r} holds no image or data file")
+        return folder
+    readme = local / "README.md"
+    configured = readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
+    return folder if folder.num_files > folder.tables and not configured else None
 
 
 def _first_rows(stream: Any, columns: list[str], count: int) -> Any:
@@ -350,7 +438,9 @@ def _fetched(value: Any) -> Any:
     return value
 
 
-def _columns_of(features: Any, image_column: str | None, label_column: str | None) -> str:
+def _columns_of(
+    features: Any, image_column: str | None, label_column: str | None, folder: ImageFolder | None = None
+) -> str:
     """The column of images, the label column being one: of features, from names to types. ValueError says what there is."""
     datasets = _optional("datasets", "train")
     if features is None:  # of some streams
@@ -368,14 +458,21 @@ def _columns_of(features: Any, image_column: str | None, label_column: str | Non
     if label_column is not None and label_column not in of_labels:
         seen = f"is {features[label_column]}" if label_column in features else "is not a column"
         allowed = f"columns: {columns}; of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
+        if folder is not None and not folder.metadata:
+            allowed += (
+                ". A folder has the column 'label' where every image is in a sub-folder, its class; "
+                f"{folder.without_class()} of {folder.num_files} images are in none"
+            )
         raise ValueError(f"label_column {label_column!r} {seen}; {allowed}")
     return str(image_column)
 
 
-def _table_source(table: Any, image_column: str | None, label_column: str | None, limit: int | None) -> _Source:
+def _table_source(
+    table: Any, image_column: str | None, label_column: str | None, limit: int | None, folder: ImageFolder | None = None
+) -> _Source:
     datasets = _optional("datasets", "train")
     features, key = table.features, [table._fingerprint]
-    image_column = _columns_of(features, image_column, label_column)
+    image_column = _columns_of(features, image_column, label_column, folder)
     chosen = _spread(len(table), limit)
     if len(chosen) < len(table):
         table = table.select(chosen, keep_in_memory=True)

@@ -246,6 +246,12 @@ def _measured_samples(metrics: list[dict[str, Any]]) -> str:
     )
 
 
+def _loss(run: dict[str, Any]) -> str:
+    if run["loss"] is None:
+        return "no loss of the last steps is finite"
+    return f"loss {run['loss']:.4f} over the last {run['loss_steps']} steps"
+
+
 def _training(facts: dict[str, Any]) -> str:
     run, unet, scheduler = facts["run"], facts["unet"], facts["scheduler"].config
     rows = {
@@ -257,7 +263,7 @@ def _training(facts: dict[str, Any]) -> str:
         rows |= {
             "data": f"{_seen(run)} of {run['data']}, split {run['split']}, fingerprint `{run['fingerprint']}`",
             "licence of the data": run.get("data_license") or "not recorded with the data set",
-            "objective": f"{run['objective']}; loss {run['loss']:.4f} over the last {run['loss_steps']} steps",
+            "objective": f"{run['objective']}; {_loss(run)}",
             "length": f"{run['steps']} optimizer steps of {run['train_batch_size']} images, seed {run['seed']}",
             "weights": run["weights"],
             "hardware": f"{run['hardware']}, {run['processes']} process(es), {run['mixed_precision']} mixed precision",

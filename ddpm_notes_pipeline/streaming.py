@@ -65,6 +65,7 @@ class ImageStream:
     transform: _Transform
     skipped: int = 0  # bad images left out; as `first` knows them, the batches count on
     num_images: None = None  # nobody knows
+    num_files: int | None = None  # image files in the folder's split; None where it is no folder of image files
 
     @property
     def name(self) -> str:
@@ -140,12 +141,12 @@ def open_stream(
     if buffer_size < 1:
         raise ValueError(f"buffer_size is {buffer_size}; allowed: at least 1")
     datasets = _optional("datasets", "train")
-    rows = _load_table(dataset_name, dataset_config_name, train_data_dir, split, streaming=True)
+    rows, folder = _load_table(dataset_name, dataset_config_name, train_data_dir, split, streaming=True)
     if rows.features is None:
         raise ValueError(
             f"the columns of split {split!r} are not known before it is read; allowed: a set that states them"
         )
-    image_column = _columns_of(rows.features, image_column, label_column)
+    image_column = _columns_of(rows.features, image_column, label_column, folder)
     class_names = None
     if label_column is not None:
         class_names = getattr(rows.features[label_column], "names", None)
@@ -187,6 +188,7 @@ def open_stream(
         fingerprint=fingerprint,
         transform=transform,
         skipped=first.skipped,
+        num_files=None if folder is None else folder.files_of(split),
     )
 
 

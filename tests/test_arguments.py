@@ -15,12 +15,14 @@ from arguments import (
     RunArguments,
     as_config,
     parse_arguments,
+    warmup_steps,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (DataArguments, ModelArguments, RunArguments)
-FIELDS = [field for cls in CLASSES for field in dataclasses.fields(cls)]
+FIELDS = [field for cls in CLASSES for field in dataclasses.fields(cls) if field.init]
 TYPES = {name: kind for cls in CLASSES for name, kind in typing.get_type_hints(cls).items()}
+TYPES = {field.name: TYPES[field.name] for field in FIELDS}
 
 
 @pytest.fixture
@@ -33,7 +35,10 @@ def parse(tmp_path):
             path = tmp_path / "config.yaml"
             path.write_text(config if isinstance(config, str) else yaml.safe_dump(config), encoding="utf-8")
             line = ["--config", str(path), *line]
-        return {name: value for part in parse_arguments(line) for name, value in dataclasses.asdict(part).items()}
+        parts = parse_arguments(line)
+        return {
+            field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part) if field.init
+        }
 
     return parse
 
@@ -83,10 +88,11 @@ EVERYTHING = {
     for name, kind in TYPES.items()
     if name
     not in ("train_data_dir", "lr_warmup_steps", "train_batch_size", "gradient_accumulation_steps", "metric_interval")
+    and name != "validation_share"
 } | {"lr_warmup_steps": 3, "train_batch_size": 24, "gradient_accumulation_steps": 3, "dataloader_num_workers": 1}
 
 
-NOT_STREAMED = {"metric_interval": 7}  # the only one that contradicts another of them
+NOT_STREAMED = {"metric_interval": 7, "validation_share": 0.04}  # these contradict others of them
 
 OF_ONE_LAUNCH = ("overwrite_output_dir", "resume_from_checkpoint")
 
@@ -378,11 +384,42 @@ def test_a_number_out_of_range_is_refused_alike(refused, name, value):
     [
         ({"train_batch_size": 10, "gradient_accumulation_steps": 4}, "--train_batch_size is 10.*steps 4"),
         ({"ddpm_num_steps": 100, "ddpm_num_inference_steps": 101}, "--ddpm_num_inference_steps is 101.*100"),
-        ({"max_train_steps": 100, "lr_warmup_steps": 101}, "--lr_warmup_steps is 101.*100"),
+        ({"validation_split": "test", "validation_share": 0.1}, "--validation_share and --validation_split are both"),
+        ({"streaming": True, "max_train_steps": 9, "validation_share": 0.1}, "--validation_share needs images"),
+        ({"validation_share": 1.0}, "--validation_share is 1.0; it must be above 0 and below 1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(refused, settings, named):
     assert re.search(named, refused(config=DIGITS | settings))
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_where_it_was_typed(refused):
+    line = ("--max_train_steps", 100, "--lr_warmup_steps", 101)
+    assert re.search("--lr_warmup_steps is 101.*100", refused(*line, config=DIGITS))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(12, 1), (99, 9), (100, 100), (20_000, 100)])
+def test_a_recipe_that_is_cut_short_has_its_warm_up_cut(steps, warmup, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(DIGITS | {"max_train_steps": 5000, "lr_warmup_steps": 100}))
+    *_, run = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--max_train_steps", str(steps)])
+    assert warmup_steps(run, steps) == warmup
+
+
+IMAGES_OF_THE_FILE = {"dataset_name": "./mine", "data_fingerprint": "abc", "validation_share": 0.1}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--train_data_dir", "pngs"), ("--dataset_name=digits",), ("--resolution", 8), ("--max-train-samples", 5)],
+)
+def test_a_fingerprint_is_not_of_images_that_the_line_chooses(parse, flags):
+    assert parse(*flags, config=IMAGES_OF_THE_FILE)["data_fingerprint"] is None
+    assert parse("--learning_rate", 1, config=IMAGES_OF_THE_FILE)["data_fingerprint"] == "abc"
+
+
+def test_a_split_on_the_line_takes_the_place_of_the_share_of_the_file(parse):
+    found = parse("--validation_split", "test", config=IMAGES_OF_THE_FILE)
+    assert (found["validation_split"], found["validation_share"]) == ("test", None)
 
 
 # ------------------------------------------------------------------------------------------------ help

@@ -213,7 +213,7 @@ def test_what_is_not_there_is_said_together_with_what_is(load, tmp_path):
             load(**source)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="0 images in split 'train'"):
+    with pytest.raises(FileNotFoundError, match=r"train_data_dir .*text' holds no image"):
         load(tmp_path / "text")
     with pytest.raises(ValueError, match=r"split 'validation' is not in .*train"):
         load(folder, split="validation")

@@ -27,7 +27,7 @@ RUN = {  # how a command starts: what shortens it
     "python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id you/ddpm-digits": [],
 }
 NOT_RUN = {
-    "MODEL_ID=outputs/digits python examples/space/app.py": "test_space.py starts it and goes through it in a browser",
+    "make demo": "test_space.py starts it and goes through it in a browser",
     "make train": "set-up and the main job: the first command of a fresh machine",
     "make test": "these tests",
     "make bench": "20 minutes of a quiet machine; nothing here is timed",

@@ -485,9 +485,6 @@ def test_a_run_has_an_end(app_module, monkeypatch):
 def test_the_model_is_the_one_of_the_environment_or_of_the_readme(app_module, monkeypatch, tmp_path):
     monkeypatch.setenv("MODEL_ID", "ada/digits")
     assert app_module.model_id() == "ada/digits"
-    monkeypatch.delenv("MODEL_ID")
-    with pytest.raises(SystemExit, match="which model"):
-        app_module.model_id()
     monkeypatch.setenv("MODEL_ID", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=r"app.py: .*nowhere cannot be loaded: "):
         app_module.main()
@@ -496,6 +493,16 @@ def test_the_model_is_the_one_of_the_environment_or_of_the_readme(app_module, mo
     (tmp_path / "README.md").write_text(readme.replace("models: []", "models:\n- user/plain"))
     monkeypatch.setattr(app_module, "__file__", str(tmp_path / "app.py"))
     assert app_module.model_id() == "user/plain"
+
+
+def test_without_a_name_a_clone_shows_the_model_that_comes_with_it(app_module, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    assert app_module.model_id() == str(ROOT / "examples" / "ddpm-mnist")
+    assert "No MODEL_ID: showing" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text((SPACE / "README.md").read_text())
+    monkeypatch.setattr(app_module, "__file__", str(tmp_path / "app.py"))  # no clone around it
+    with pytest.raises(SystemExit, match="which model"):
+        app_module.model_id()
 
 
 def test_the_requirements_are_of_the_tested_environment():

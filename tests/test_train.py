@@ -14,6 +14,7 @@ import sys
 import types
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -178,6 +179,133 @@ def test_the_longer_line_goes_on_with_the_run_that_printed_it(train, tmp_path, g
     assert "steps 4 to 8 of 8 images" in longer.stdout
     assert [row["step"] for row in rows(tmp_path / "a run")] == list(range(1, 9))
     assert "8 steps" in longer.stdout.splitlines()[-5]
+
+
+def test_the_first_line_says_the_batch_in_all_and_of_a_process_and_of_a_part(straight, two_processes, train, tmp_path):
+    (_, one), (_, two) = straight, two_processes
+    assert "1438 images of 1x8x8 from digits" in one.stdout
+    assert "12 of 8 images in all, 8 a process in 1 accumulation step(s) of 8, on 1 process(es)" in one.stdout
+    assert "12 of 8 images in all, 4 a process in 1 accumulation step(s) of 4, on 2 process(es)" in two.stdout
+    parts = train(*TINY, "--max_train_steps", 4, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "run")
+    assert "4 of 8 images in all, 8 a process in 4 accumulation step(s) of 2, on 1 process(es)" in parts.stdout
+
+
+def test_a_run_that_holds_nothing_out_says_so(straight):
+    assert "nothing was held out (--validation_share 0.04 measures" in straight[1].stdout
+
+
+def test_a_share_that_is_held_out_is_measured_and_never_trained_on(train, tmp_path):
+    """Also by evaluate.py, which finds the same images again from the settings that training left."""
+    done = train(*TINY, "--validation_share", 0.05, "--seed", 3, "--output_dir", tmp_path / "run")
+    assert "1366 images of 1x8x8 from digits" in done.stdout  # 0.05 of 1438 are 72
+    assert "bits/dim on 72 images of 'held_out'" in done.stdout
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (measured["split"], measured["images"]) == ("held_out", 72)
+    run = json.loads((tmp_path / "run" / "training_run.json").read_text())
+    assert run["images"] == 1366 and run["fingerprint"] != measured["fingerprint"]
+    assert "72 images of digits, split held_out" in (tmp_path / "run" / "README.md").read_text()
+    again = ["--config", tmp_path / "run" / "training_config.yaml", "--model", tmp_path / "run"]
+    again += ["--split", "held_out", "--evaluations_per_image", 16, "--results_dir", tmp_path / "results"]
+    train(*again, script=TRAIN.with_name("evaluate.py"))
+    found = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    assert found["fingerprint"] == measured["fingerprint"]
+    assert found["results"][0]["total"] == pytest.approx(measured["results"][0]["total"], rel=1e-9)
+
+
+def test_a_recipe_cut_short_says_that_its_warm_up_is_cut(train, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset_name: digits\nmax_train_steps: 500\nlr_warmup_steps: 100\n")
+    flags = [flag for flag in TINY if flag not in ("--lr_warmup_steps", "4", "--dataset_name", "digits")]
+    done = train("--config", tmp_path / "recipe.yaml", *flags, "--output_dir", tmp_path / "run")
+    assert "warm-up: 1 steps instead of 100, since training ends after 12" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ the same images again
+
+
+def set_of_squares(path: Path, level: int) -> Path:
+    """A folder that `datasets` reads: 40 grey 8x8 images in parquet."""
+    rng = np.random.default_rng(level)
+    images = [PIL.Image.fromarray(rng.integers(0, level, (8, 8), dtype=np.uint8)) for _ in range(40)]
+    path.mkdir(parents=True)
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(path / "train.parquet")
+    return path
+
+
+def test_a_local_set_called_mnist_does_not_come_back_as_the_embedded_one(train, tmp_path):
+    flags = [flag for flag in TINY if flag not in ("--dataset_name", "digits")]
+    folder = set_of_squares(tmp_path / "data" / "mnist", 200)
+    train(*flags, "--dataset_name", folder, "--output_dir", tmp_path / "run")
+    config = tmp_path / "run" / "training_config.yaml"
+    assert "dataset_name: ./mnist\n" in config.read_text() and str(tmp_path) not in config.read_text()
+    again = ["--config", config, "--max_train_steps", 2, "--output_dir", tmp_path / "again"]
+    (line,) = error_lines(train(*again, cwd=tmp_path, expect=1))
+    assert "data set './mnist' is not a folder" in line
+    train(*again, cwd=folder.parent)  # where the folder is, it is found
+
+
+def test_other_images_under_the_name_of_the_trained_ones_are_refused(train, tmp_path):
+    flags = [flag for flag in TINY if flag not in ("--dataset_name", "digits")]
+    train(*flags, "--dataset_name", set_of_squares(tmp_path / "a" / "mine", 200), "--output_dir", tmp_path / "run")
+    set_of_squares(tmp_path / "b" / "mine", 100)
+    again = ["--config", tmp_path / "run" / "training_config.yaml", "--output_dir", tmp_path / "again"]
+    (line,) = error_lines(train(*again, cwd=tmp_path / "b", expect=1))
+    trained_on = json.loads((tmp_path / "run" / "training_run.json").read_text())["fingerprint"]
+    assert f"images of the fingerprint {trained_on} and mine (split train) has " in line
+    train(*again, "--dataset_name", "./mine", cwd=tmp_path / "b")  # named on the line, they are meant
+
+
+def test_two_sets_whose_classes_differ_are_told_which(train, tmp_path):
+    for split, classes in (("train", ("cat", "dog")), ("test", ("cat", "rat"))):
+        for name in classes:
+            pngs(tmp_path / "data" / split / name, "L")
+    # of one folder the classes are those of both splits; two sub-folders of it are two sets
+    (tmp_path / "data" / "test").rename(tmp_path / "test")
+    images, other = (
+        load_images(train_data_dir=folder, label_column="label", cache_dir=tmp_path / "cache", show_progress=False)
+        for folder in (tmp_path / "data" / "train", tmp_path / "test")
+    )
+    accelerator = types.SimpleNamespace(num_processes=1)
+    with pytest.raises(ValueError, match="must have the same classes; they differ in dog, rat"):
+        train_script.check_validation(accelerator, images, other)
+
+
+# ------------------------------------------------------------------------------------------------ how a run ends
+
+
+def test_a_loss_that_is_not_finite_in_the_last_steps_leaves_card_and_samples(train, tmp_path):
+    """One update is left out, the last; the run is worth as much as before."""
+    poison = tmp_path / "poison.py"
+    poison.write_text(
+        "import runpy, sys\n"
+        "import ddpm_notes_pipeline.objectives as objectives\n"
+        "original, calls = objectives.Objective.__call__, []\n"
+        "def call(self, *args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    loss = original(self, *args, **kwargs)\n"
+        "    return loss * float('nan') if len(calls) == 12 else loss\n"
+        "objectives.Objective.__call__ = call\n"
+        f"sys.argv[0] = {str(TRAIN)!r}\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
+    done = train(*TINY, "--output_dir", tmp_path / "run", script=poison)
+    assert json.loads((tmp_path / "run" / "training_run.json").read_text())["loss"] is None
+    assert "no loss of the last steps is finite" in (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "run" / "samples.png").exists() and "left out, not finite: 1" in done.stdout
+
+
+@pytest.mark.parametrize("moment", ["validation:save_evaluation", "ddpm_notes_pipeline.model_card:write_card"])
+def test_a_run_killed_behind_its_last_checkpoint_writes_evaluation_json_when_it_is_resumed(train, tmp_path, moment):
+    held_out = ["--validation_split", "test", "--max_validation_images", 8, "--output_dir"]
+    straight = tmp_path / "straight"
+    train(*TINY, *held_out, straight)
+    train(*TINY, *held_out, tmp_path / "run", stop_at=(moment, 1), expect=-signal.SIGKILL)
+    assert (tmp_path / "run" / "checkpoint-12").exists() and not (tmp_path / "run" / "samples.png").exists()
+    train(*TINY, *held_out, tmp_path / "run", "--resume_from_checkpoint", "latest")
+    found, expected = (json.loads((path / "evaluation.json").read_text()) for path in (tmp_path / "run", straight))
+    assert found["results"] == expected["results"] and found["weights"] == expected["weights"]
+    rows_of = [(path / "validation.jsonl").read_text() for path in (tmp_path / "run", straight)]
+    assert rows_of[0] == rows_of[1]  # measured twice, written once
 
 
 def test_the_your_own_line_trains_on_a_folder_of_images(train, tmp_path):

@@ -27,18 +27,33 @@ class DataArguments:
         default=None, metadata={"help": "Configuration of the data set on the Hub."}
     )
     train_data_dir: str | None = field(
-        default=None, metadata={"help": "A folder of images, in the place of --dataset_name."}
+        default=None,
+        metadata={
+            "help": "A folder of images, in the place of --dataset_name. Where all its sub-folders are named train, test, validation or "
+            "the like, they are its splits; else every image below it is in the split 'train'."
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str | None = field(
         default=None,
-        metadata={"help": "Split whose bits/dim are measured while training. Default: none ('test' for the embedded)."},
+        metadata={"help": "Split whose bits/dim are measured while training. Default: none."},
+    )
+    validation_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold this share of the training images out, drawn by --seed, and measure bits/dim on them, in the place of "
+            "--validation_split. evaluate.py finds them again as --split held_out. Default: none are held out."
+        },
     )
     image_column: str | None = field(
         default=None, metadata={"help": "Column of the images. Default: the only one that holds images."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of class labels, for class-conditional training."}
+        default=None,
+        metadata={
+            "help": "Column of class labels, for class-conditional training. 'label' for a folder of images: the class of an image is "
+            "the first sub-folder that it is in (below the split's, if the folder has splits)."
+        },
     )
     label_dropout: float = field(
         default=0.1,
@@ -72,7 +87,8 @@ class DataArguments:
     max_validation_images: int = field(
         default=256,
         metadata={
-            "help": "Measure on so many images of --validation_split, evenly spaced over it (--streaming: the first)."
+            "help": "Measure on at most so many images of --validation_split, or of those that --validation_share holds out, evenly "
+            "spaced over them (--streaming: the first)."
         },
     )
     on_bad_image: Literal["error", "skip"] = field(
@@ -83,6 +99,13 @@ class DataArguments:
     )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that prepare batches ahead; 0: the training one."}
+    )
+    data_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "The fingerprint that the training images must have; others are an error. Written by training into "
+            "training_config.yaml. Not read where flags beside the file choose other images."
+        },
     )
 
 
@@ -169,7 +192,8 @@ class RunArguments:
     lr_warmup_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps of linear warm-up. Default: 500, or a tenth of all steps where that is less."
+            "help": "Optimizer steps of linear warm-up. Default: 500, or a tenth of all steps where that is less. A file's --config "
+            "warm-up that is longer than the run is cut to that."
         },
     )
     adam_beta1: float = field(default=0.95, metadata={"help": "beta 1 of AdamW."})
@@ -219,8 +243,8 @@ class RunArguments:
     validation_steps: int = field(
         default=1000,
         metadata={
-            "help": "Measure bits/dim of --validation_split every so many steps, and after the last: the averaged weights, the "
-            "same noise each time, 16 network evaluations an image."
+            "help": "Measure bits/dim of --validation_split or --validation_share every so many steps, and after the last: the "
+            "averaged weights, the same noise each time, 16 network evaluations an image."
         },
     )
     sample_steps: int | None = field(
@@ -229,8 +253,8 @@ class RunArguments:
     metric_interval: int | None = field(
         default=None,
         metadata={
-            "help": "Sample every so many steps and measure how far samples are from the training images, beside those of "
-            "--validation_split. Default: never, it takes time."
+            "help": "Sample every so many steps and measure how far samples are from the training images, beside those held out. "
+            "Default: never, it takes time."
         },
     )
     metric_images: int = field(default=1000, metadata={"help": "So many samples then."})
@@ -265,6 +289,9 @@ class RunArguments:
             "help": "The model's licence, as the Hub names licences. Default: apache-2.0, or that of the card before."
         },
     )
+    typed: frozenset[str] = field(
+        default=frozenset(), init=False, compare=False
+    )  # settings that the command line itself gave
 
 
 @dataclass
@@ -273,7 +300,11 @@ class EvaluationArguments:
 
     model: str = field(metadata={"help": "A DDPM: a folder, or a repository on the Hub."})
     revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
-    split: str = field(default="test", metadata={"help": "Split of the images to measure on."})
+    split: str = field(
+        default="test",
+        metadata={"help": "Split of the images to measure on; held_out: those that --validation_share held out."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the training run: it drew the images of --validation_share."})
     max_images: int | None = field(default=None, metadata={"help": "Measure on the first so many images."})
     variance_types: list[str] | None = field(
         default=None,
@@ -344,6 +375,26 @@ class EvaluationArguments:
 
 Arguments = tuple[DataArguments, ModelArguments, RunArguments]
 
+OF_ONE_SOURCE = {
+    "dataset_name",
+    "dataset_config_name",
+    "train_data_dir",
+    "train_split",
+    "validation_split",
+    "image_column",
+    "label_column",
+}
+CHOOSE_IMAGES = OF_ONE_SOURCE - {"validation_split", "label_column"} | {  # what a fingerprint depends on
+    "validation_share",
+    "resolution",
+    "center_crop",
+    "image_mode",
+    "max_train_samples",
+    "on_bad_image",
+    "streaming",
+    "shuffle_buffer_size",
+    "seed",
+}
 
 OF_TRAIN_UNCONDITIONAL = {  # flags of diffusers' script that have no namesake here
     "--save_images_epochs": "--sample_steps",
@@ -394,7 +445,9 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
 
     Exits with status 2 and one line on an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
+    argv = sys.argv[1:] if argv is None else argv
     parser, parts = _parse((DataArguments, ModelArguments, RunArguments), argv)
+    parts[2].typed = typed_flags(argv)
     try:
         check_arguments(*parts)
     except ValueError as error:
@@ -440,7 +493,13 @@ def _parse(classes: tuple[Any, ...], argv: list[str] | None, ignored: set[str] =
     known, line = config.parse_known_args(argv)
     tokens = _read_config(parser, known.config, line, ignored) if known.config else []
     namespace = parser.parse_args(tokens + line)
-    return parser, tuple(cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in classes)
+    return parser, tuple(cls(**{f.name: getattr(namespace, f.name) for f in fields(cls) if f.init}) for cls in classes)
+
+
+def typed_flags(line: list[str]) -> frozenset[str]:
+    """The names of the flags on a command line, without dashes."""
+    words = (word.partition("=")[0].replace("-", "_") for word in line)
+    return frozenset(word.removeprefix("__") for word in words if word.startswith("__"))
 
 
 def _read_config(parser: _Parser, path: str, line: list[str], ignored: set[str]) -> list[str]:
@@ -453,14 +512,15 @@ def _read_config(parser: _Parser, path: str, line: list[str], ignored: set[str])
     if not isinstance(values, dict):
         parser.error(f"--config {path} holds {type(values).__name__}; allowed: lines of the form 'flag: value'")
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    given = {word.partition("=")[0].replace("-", "_") for word in line}
-    source = {"dataset_name", "dataset_config_name", "train_data_dir"}
-    if given & {"__dataset_name", "__train_data_dir"}:  # another source of images: nothing of the file's own fits it
-        values = {
-            key: value
-            for key, value in values.items()
-            if key not in source | {"train_split", "validation_split", "image_column", "label_column"}
-        }
+    given = typed_flags(line)
+    if given & {"dataset_name", "train_data_dir"}:  # another source of images: nothing of the file's own fits it
+        values = {key: value for key, value in values.items() if key not in OF_ONE_SOURCE}
+    if given & CHOOSE_IMAGES:
+        values.pop("data_fingerprint", None)
+    if "validation_split" in given:
+        values.pop("validation_share", None)
+    if "validation_share" in given:
+        values.pop("validation_split", None)
     tokens: list[str] = []
     for key, value in values.items():
         if key in ignored and f"--{key}" not in parser._option_string_actions:
@@ -540,10 +600,20 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         raise ValueError(
             f"--dataset_name is {data.dataset_name} and --train_data_dir is {data.train_data_dir}; allowed: exactly one of them"
         )
-    if run.metric_interval is not None and (data.streaming or data.validation_split is None):
+    if data.validation_share is not None:
+        if not 0 < data.validation_share < 1:
+            raise ValueError(f"--validation_share is {data.validation_share}; it must be above 0 and below 1")
+        if data.validation_split is not None:
+            raise ValueError("--validation_share and --validation_split are both given; give one of them")
+        if data.streaming:
+            raise ValueError(
+                "--validation_share needs images that are stored; with --streaming give --validation_split"
+            )
+    held_out = data.validation_split is not None or data.validation_share is not None
+    if run.metric_interval is not None and (data.streaming or not held_out):
         raise ValueError(
             f"--metric_interval is {run.metric_interval} with {'--streaming' if data.streaming else 'no --validation_split'}; allowed: with "
-            "images that are stored, and a split to compare with"
+            "images that are stored, and others to compare with (--validation_split or --validation_share)"
         )
     if data.streaming and run.max_train_steps is None:
         raise ValueError("--streaming wants --max_train_steps: nobody knows how many images a pass has")
@@ -562,10 +632,22 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         raise ValueError(
             f"--ddpm_num_inference_steps is {run.ddpm_num_inference_steps}; allowed: at most {model.ddpm_num_steps} (--ddpm_num_steps)"
         )
-    if run.max_train_steps is not None and (run.lr_warmup_steps or 0) > run.max_train_steps:
-        raise ValueError(
-            f"--lr_warmup_steps is {run.lr_warmup_steps}; allowed: at most {run.max_train_steps} (--max_train_steps)"
-        )
+    if run.max_train_steps is not None and "lr_warmup_steps" in run.typed:
+        warmup_steps(run, run.max_train_steps)
+
+
+def warmup_steps(run: RunArguments, steps: int) -> int:
+    """Optimizer steps of warm-up of a run of so many steps; one that a file asks for is cut where the run is shorter.
+
+    Raises:
+        ValueError: the command line itself asks for more than there are steps.
+    """
+    usual, asked = min(500, steps // 10), run.lr_warmup_steps
+    if asked is None or asked <= steps:
+        return usual if asked is None else asked
+    if "lr_warmup_steps" in run.typed:
+        raise ValueError(f"--lr_warmup_steps is {asked} and training ends after {steps} steps; it must be at most that")
+    return usual
 
 
 def one_line(message: Warning | str, *where: Any, **also: Any) -> str:
@@ -579,5 +661,5 @@ def as_config(*arguments: Any) -> dict[str, Any]:
         name: value
         for part in arguments
         for name, value in asdict(part).items()
-        if value is not None and name not in ("overwrite_output_dir", "resume_from_checkpoint")
+        if value is not None and name not in ("overwrite_output_dir", "resume_from_checkpoint", "typed")
     }

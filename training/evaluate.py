@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from arguments import DataArguments, EvaluationArguments, one_line, parse_evaluation_arguments
-from ddpm_notes_pipeline.data import MODES, ImageSet, load_images
+from ddpm_notes_pipeline.data import HELD_OUT, MODES, ImageSet, hold_out, load_images
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import push_command
@@ -68,13 +68,13 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
     if not isinstance(pipeline.scheduler, DDPMNotesScheduler):
         pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config)
-    images = load(accelerator, data, evaluation.split, evaluation.max_images)
+    images = load(accelerator, data, evaluation.split, evaluation.max_images, evaluation.seed)
 
     check_images(pipeline, images)
 
     table = None
     if evaluation.metrics:
-        real = load(accelerator, data, evaluation.metric_split, None)
+        real = load(accelerator, data, evaluation.metric_split, None, evaluation.seed)
         table = SampleTable(
             accelerator,
             real,
@@ -100,7 +100,7 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     mse = own.original_sample_mse
     decoder = own.decoder_variance or {}
     if fit_needed or (mse is None and ("optimal" in variances or "best" in evaluation.paths)):
-        known = load(accelerator, data, evaluation.variance_split, None)
+        known = load(accelerator, data, evaluation.variance_split, None, evaluation.seed)
         known_labels = known.labels if pipeline.num_classes is not None else None
         if mse is None:
             measured = measure_original_sample_mse(pipeline, batches(known), known_labels, accelerator=accelerator)
@@ -182,25 +182,32 @@ def is_sampled(evaluation: EvaluationArguments, row: Row, T: int) -> bool:
     return row.steps in (evaluation.metric_steps or ()) and (row.path == "even" or row.variance == "optimal")
 
 
-def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: int | None) -> ImageSet:
+def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: int | None, seed: int = 0) -> ImageSet:
     """A split, its images whole or cropped at the centre, decoded by one process a machine."""
+    shared = data.validation_share is not None and split in (data.train_split, HELD_OUT)
+    if split == HELD_OUT and not shared:
+        raise ValueError(f"--split is {HELD_OUT} and no --validation_share says which images those are")
     with accelerator.local_main_process_first():
-        return load_images(
+        found = load_images(
             dataset_name=data.dataset_name,
             dataset_config_name=data.dataset_config_name,
             train_data_dir=data.train_data_dir,
-            split=split,
+            split=data.train_split if shared else split,
             image_column=data.image_column,
             label_column=data.label_column,
             resolution=data.resolution,
             center_crop=True,
             image_mode=data.image_mode,
-            max_samples=max_images,
+            max_samples=data.max_train_samples if shared else max_images,
             cache_dir=data.cache_dir,
             on_bad_image=data.on_bad_image,
             streaming=data.streaming,
             show_progress=accelerator.is_local_main_process,
         )
+    if data.validation_share is None or not shared:
+        return found
+    training, held_out = hold_out(found, data.validation_share, seed)
+    return (held_out if split == HELD_OUT else training).at_most(max_images)
 
 
 def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:

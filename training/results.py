@@ -23,7 +23,7 @@ from diffusers import UNet2DModel
 
 import ddpm_notes_pipeline
 from arguments import DataArguments, ModelArguments, RunArguments, as_config
-from ddpm_notes_pipeline.data import ImageSet
+from ddpm_notes_pipeline.data import EMBEDDED, ImageSet
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.publishing import BackgroundPushes, PublishingError, prepare_repo, push_command, push_folder
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
@@ -44,16 +44,24 @@ def save_model(
 ) -> None:
     """The pipeline with its code, training_config.yaml and training_run.json."""
     DDPMNotesPipeline(unet, scheduler).save_pretrained(folder)
-    save_settings(folder / "training_config.yaml", *settings)
+    save_settings(folder / "training_config.yaml", *settings, fingerprint=record["fingerprint"])
     (folder / "training_run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def save_settings(path: Path, data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
-    """training_config.yaml: with it, and an --output_dir, `--config` repeats the run. Of a path here only the last name is kept."""
+def save_settings(
+    path: Path, data: DataArguments, model: ModelArguments, run: RunArguments, fingerprint: str | None = None
+) -> None:
+    """training_config.yaml: with it, and an --output_dir, `--config` repeats the run on images of that fingerprint.
+
+    Of a path here only the last name is kept, as "./name": it names no embedded set and no repository.
+    """
     config = {name: value for name, value in as_config(data, model, run).items() if name not in OWN_SETTINGS}
     for name in PATH_SETTINGS:
-        if is_local(config.get(name)):
-            config[name] = Path(config[name]).expanduser().resolve().name
+        embedded = name == "dataset_name" and config.get(name) in EMBEDDED
+        if not embedded and is_local(config.get(name)):
+            config[name] = f"./{Path(config[name]).expanduser().resolve().name}"
+    if fingerprint is not None:
+        config["data_fingerprint"] = fingerprint
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 

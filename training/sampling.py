@@ -41,7 +41,7 @@ def bits_per_dim(
     None if a signal stops the run meanwhile.
     """
     pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(desc="validate", leave=False, disable=not accelerator.is_main_process)
     unet.eval()
     n = VALIDATION_EVALUATIONS
     result = measure_bits_per_dim(accelerator, pipeline, images, stops, evaluations_per_image=n, batch_size=8 * n)

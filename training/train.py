@@ -31,10 +31,10 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from arguments import DataArguments, ModelArguments, RunArguments, as_config, one_line, parse_arguments
+from arguments import DataArguments, ModelArguments, RunArguments, as_config, one_line, parse_arguments, warmup_steps
 from checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from ddpm_notes_pipeline.batches import StepBatches, step_seed
-from ddpm_notes_pipeline.data import ImageSet, load_images, to_model_range
+from ddpm_notes_pipeline.data import ImageSet, hold_out, load_images, to_model_range
 from ddpm_notes_pipeline.model_card import weights_digest, write_card
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
 from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
@@ -76,13 +76,17 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         validation = None
         if data.validation_split is not None:
             validation = load_split(accelerator, data, data.validation_split, data.max_validation_images)
+        elif data.validation_share is not None:
+            images, held_out = hold_out(images, data.validation_share, run.seed)
+            validation = held_out.at_most(data.max_validation_images)
+    check_fingerprint(data, images)
     check_validation(accelerator, images, validation)
     shown = images.first if data.streaming else images
     steps = run.max_train_steps or math.ceil(run.num_epochs * len(images) / run.train_batch_size)
     share = share_of_batch(run, accelerator)
-    warmup = min(500, steps // 10) if run.lr_warmup_steps is None else run.lr_warmup_steps
-    if warmup > steps:
-        raise ValueError(f"--lr_warmup_steps is {warmup} and training ends after {steps} steps; allowed: at most those")
+    warmup = warmup_steps(run, steps)
+    if run.lr_warmup_steps is not None and warmup < run.lr_warmup_steps:
+        say(accelerator, f"warm-up: {warmup} steps instead of {run.lr_warmup_steps}, since training ends after {steps}")
 
     # network and math
     unet, scheduler = make_model(model, images)
@@ -173,8 +177,9 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
     say(
         accelerator,
         f"{many(images)} of {'x'.join(map(str, (images.channels, *images.size)))} from {images.name}, "
-        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M weights in levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {done} to {steps} of {run.train_batch_size} images "
-        f"on {accelerator.num_processes} process(es) of {accelerator.device.type}, {run.mixed_precision} mixed precision",
+        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M weights in levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {done} to {steps} of {run.train_batch_size} images in all, "
+        f"{share} a process in {run.gradient_accumulation_steps} accumulation step(s) of {share // run.gradient_accumulation_steps}, on "
+        f"{accelerator.num_processes} process(es) of {accelerator.device.type}, {run.mixed_precision} mixed precision",
     )
 
     # train
@@ -196,21 +201,24 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
         return run_record(accelerator, images, *settings, log.history()[1], done, time.monotonic() - started)
 
     def validate(step: int) -> BitsPerDimOutput | None:
-        """bits/dim of the averaged weights behind `step`, if they are due and not there yet; on the same noise each time."""
+        """bits/dim of the averaged weights behind `step`, if they are due; on the same noise each time.
+
+        Those of the last step are measured again where an earlier launch did so: it may have ended before it kept more than the total.
+        """
         due = step % run.validation_steps == 0 or step == steps
-        if validation is None or not due or validation_log.has(step):
+        if validation is None or not due or (validation_log.has(step) and step < steps):
             return None
         with log.paused(), averaged_weights(unet, ema):
             result = bits_per_dim(accelerator, unet, scheduler, validation, stops)
         with failing_together(accelerator, f"could not write {validation_log.path}"):
-            if result is not None:
+            if result is not None and not validation_log.has(step):
                 validation_log.add(step, bits_per_dim_figures(result))
         return result
 
     def measure_samples(step: int) -> None:
         """How far samples of the averaged weights behind `step` are from images, if that is due; from the same seeds each time."""
         due = step == steps or (run.metric_interval and step % run.metric_interval == 0)
-        if table is None or not due or metric_log.has(step):
+        if table is None or not due or (metric_log.has(step) and step < steps):
             return
         pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
         n = run.ddpm_num_inference_steps or len(scheduler)
@@ -224,10 +232,11 @@ def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str |
             result = table.add(pipeline, row, stops, num_inference_steps=n)
             unet.train()
         with failing_together(accelerator, f"could not write {metric_log.path}"):
-            if result is not None:
+            if result is not None and not metric_log.has(step):
                 metric_log.add(step, figures_of(result))
 
-    if done or model.pretrained_model_name_or_path:  # weights that were learned: where this run starts from
+    # weights that were learned: where this run starts from
+    if (done or model.pretrained_model_name_or_path) and done < steps:
         validate(done)
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
     for step, batch in enumerate(loader, start=done):
@@ -432,17 +441,30 @@ def load_split(
     return load_images(**settings, streaming=data.streaming)
 
 
+def check_fingerprint(data: DataArguments, images: ImageSet | ImageStream) -> None:
+    """Refuse other images than those that a training_config.yaml was written for."""
+    if data.data_fingerprint not in (None, images.fingerprint):
+        raise ValueError(
+            f"the configuration was written for images of the fingerprint {data.data_fingerprint} and {images.name} (split {images.split}) has "
+            f"{images.fingerprint}: they are not the same images. To train on these, take the line data_fingerprint out of the file"
+        )
+
+
 def check_validation(accelerator: Accelerator, images: ImageSet | ImageStream, validation: ImageSet | None) -> None:
     """Refuse validation images that the network trained on `images` does not fit, and too few of them."""
     if validation is None:
         return
     split = f"--validation_split {validation.split}"
-    ours, theirs = ((one.channels, *one.size, one.class_names) for one in (images, validation))
+    ours, theirs = ((one.channels, *one.size) for one in (images, validation))
     if ours != theirs or (validation.num_classes or 0) > (images.num_classes or 0):
         raise ValueError(
-            f"{split} has images of {'x'.join(map(str, theirs[:3]))} and {validation.num_classes or 0} classes; allowed: "
-            f"those of the training images, {'x'.join(map(str, ours[:3]))} and {images.num_classes or 0}"
+            f"{split} has images of {'x'.join(map(str, theirs))} and {validation.num_classes or 0} classes; allowed: "
+            f"those of the training images, {'x'.join(map(str, ours))} and {images.num_classes or 0}"
         )
+    if images.class_names != validation.class_names:
+        differ = sorted(set(images.class_names or ()) ^ set(validation.class_names or ()))
+        what = f"differ in {', '.join(differ)}" if differ else "are the same in another order"
+        raise ValueError(f"{split} and the training images must have the same classes; they {what}")
     if len(validation) < accelerator.num_processes:
         raise ValueError(f"{split} has {len(validation)} images; allowed: at least one for each process")
 
@@ -459,8 +481,9 @@ def share_of_batch(run: RunArguments, accelerator: Accelerator) -> int:
 
 
 def many(images: ImageSet | ImageStream) -> str:
-    """How many images, as far as that is known."""
-    return "a stream of images" if images.num_images is None else f"{images.num_images} images"
+    """How many images, of how many files, as far as that is known."""
+    number = "a stream of images" if images.num_images is None else f"{images.num_images} images"
+    return number if images.num_files is None else f"{number} of {images.num_files} files"
 
 
 def say(accelerator: Accelerator, text: str) -> None:
@@ -499,6 +522,8 @@ def summary(
         row = validation_log.rows[-1]
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
         measured = f"{row['bits_per_dim']:.3f}{error} bits/dim on {row['images']} images of {validation.split!r}; "
+    elif validation is None:
+        measured = "nothing was held out (--validation_share 0.04 measures bits/dim on images not trained on); "
     folder, where = ("ANOTHER_FOLDER", "another") if data.train_data_dir else ("FOLDER_OF_IMAGES", "mine")
     config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
     return "\n".join(

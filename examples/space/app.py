@@ -1,6 +1,7 @@
 """A demo of a DDPM: images from noise while they form, an image's way into noise, its bits/dim, and what the variance does.
 
-    MODEL_ID=outputs/digits python app.py       # a folder, or a repository on the Hub: "user/name"
+    python examples/space/app.py                             # in a clone: the model that comes with it
+    MODEL_ID=outputs/digits python examples/space/app.py     # a folder, or a repository on the Hub: "user/name"
 
 On the Hub the model is the one that the metadata of the Space's README.md names. It is loaded as strangers load it: diffusers, and the code
 that lies in the model's own repository. Whatever takes time ends after MAX_SECONDS (an environment variable, 60 unless set).
@@ -49,12 +50,16 @@ COLOURS = {"decoder": "#e07b39", "KL of the steps": "#3b78b5", "prior": "#7a7a7a
 
 
 def model_id() -> str:
-    """MODEL_ID, or the first of `models` in the README.md beside this file, which publishing fills in."""
-    named = os.environ.get("MODEL_ID")
-    models = RepoCard.load(Path(__file__).with_name("README.md")).data.get("models")
-    if not named and not models:
-        sys.exit("app.py: which model? MODEL_ID=outputs/digits python examples/space/app.py (a folder, or user/name)")
-    return named or models[0]
+    """MODEL_ID; or the first of `models` in the README.md beside this file, which publishing fills in; or the clone's."""
+    here = Path(__file__).resolve().parent
+    models = RepoCard.load(here / "README.md").data.get("models")
+    if named := os.environ.get("MODEL_ID") or (models or [None])[0]:
+        return named
+    example = here.parent / "ddpm-mnist"
+    if not (example / "model_index.json").is_file():
+        sys.exit("app.py: which model? MODEL_ID=outputs/digits python app.py (a folder, or user/name)")
+    print(f"No MODEL_ID: showing {example}. Another: MODEL_ID=outputs/digits python examples/space/app.py", flush=True)
+    return str(example)
 
 
 class Model:
@@ -474,7 +479,15 @@ def main() -> None:
         sys.exit(f"app.py: {name} cannot be loaded: {missing}{' '.join(str(fault).split())}")
     page = build(model).queue(max_size=20)
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none fetched
-    page.launch(share=False, max_file_size=MAX_FILE_SIZE, ssr_mode=False, footer_links=[], theme=plain, css=CSS)
+    page.launch(
+        inbrowser=bool(os.environ.get("OPEN_BROWSER")),
+        share=False,
+        max_file_size=MAX_FILE_SIZE,
+        ssr_mode=False,
+        footer_links=[],
+        theme=plain,
+        css=CSS,
+    )
 
 
 if __name__ == "__main__":
