@@ -54,7 +54,7 @@ test-all: $(INSTALLED)  ## every test, the slow ones too
 	$(PYTEST)
 	$(if $(JOINED),DDPM_NOTES_JOINED=1 $(PYTEST) $(JOINED))
 
-bench: $(INSTALLED)  ## the project beside its peers, in one table: 25 minutes (ONLY=step,memory ARGS="--clock cpu")
+bench: $(INSTALLED)  ## the project beside its peers, in one table: 25 minutes (ONLY=step,terms ARGS="--clock cpu")
 	$(VENV)/bin/python tests/benchmarks/run.py --only "$(ONLY)" $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy

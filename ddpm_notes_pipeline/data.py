@@ -517,6 +517,7 @@ def _decode(raw: Any, transform: _Transform) -> _Decoded:
     if isinstance(raw, np.ndarray):
         image = PIL.Image.fromarray(raw)
     else:
+        raw = _fetched(raw)
         try:
             file = PIL.Image.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"]))
         except PIL.UnidentifiedImageError as error:  # its own text names an object in memory

@@ -19,7 +19,7 @@ import torch
 from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 
 OBJECTIVES = ("simple", "hybrid", "vlb")
-WEIGHTINGS = ("none", "min_snr", "p2")
+WEIGHTINGS = ("none", "min_snr")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "loss_second_moment")
 
 
@@ -33,9 +33,8 @@ class Objective:
             "vlb": T times one term of the bound in bits/dim, so that its mean over t is the bound (prior apart).
             "hybrid": simple + 0.001 vlb, the mean held still inside vlb (Nichol & Dhariwal, arXiv 2102.09672, eq. 16): the bound trains
             the variance alone. Needs a learned variance.
-        weighting: of "simple" over t. "none"; "min_snr": error of x_0 times min(SNR, gamma) (arXiv 2303.09556);
-            "p2": error of eps over (k + SNR)^gamma (arXiv 2204.00227).
-        snr_gamma: gamma of "min_snr". p2_gamma, p2_k: of "p2".
+        weighting: of "simple" over t. "none"; "min_snr": error of x_0 times min(SNR, gamma) (arXiv 2303.09556).
+        snr_gamma: gamma of "min_snr".
 
     Raises:
         ValueError: an unknown name; "hybrid" without a learned variance; a weighting of the bound.
@@ -45,8 +44,6 @@ class Objective:
     kind: str = "simple"
     weighting: str = "none"
     snr_gamma: float = 5.0
-    p2_gamma: float = 1.0
-    p2_k: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("kind", self.kind, OBJECTIVES), ("weighting", self.weighting, WEIGHTINGS)):
@@ -110,13 +107,10 @@ class Objective:
         return (len(self.scheduler) / (x_0[0].numel() * math.log(2)) * nats).float()
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Weight of the squared error of the network's own target at t, (B,) float64."""
+        """Weight "min_snr" of the squared error of the network's own target at t, (B,) float64."""
         alpha_bar = self.scheduler._log_alpha_bar.to(t.device)[t].exp()
         snr = alpha_bar / (1 - alpha_bar)
-        if self.weighting == "min_snr":
-            of_x_0 = snr.clamp(max=self.snr_gamma)
-        else:
-            of_x_0 = snr / (self.p2_k + snr) ** self.p2_gamma
+        of_x_0 = snr.clamp(max=self.snr_gamma)
         # the same weight said of another target's error (module docstring)
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "epsilon":

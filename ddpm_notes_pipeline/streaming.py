@@ -26,7 +26,6 @@ from .data import (
     _columns_of,
     _decode_as,
     _digest,
-    _fetched,
     _load_table,
     _optional,
     _pixels_of,
@@ -314,7 +313,7 @@ class _Reader:
             if label is None or not 0 <= label < (classes or 0):
                 raise ValueError(f"its label is {label}; allowed: 0 to {(classes or 0) - 1}")
         mode = next(name for name, channels in MODES.items() if channels == images.channels)
-        image = _decode_as(_fetched(row[images.image_column]), images.transform, mode).image
+        image = _decode_as(row[images.image_column], images.transform, mode).image
         if images.transform.target is None and (image.height, image.width) != images.size:
             raise WrongSize(
                 f"it is {image.height}x{image.width} (height x width), the first one {images.size[0]}x{images.size[1]}; "

@@ -1,6 +1,7 @@
 """Folders of image files: which splits and classes they have, and that no image is lost on the way."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,14 @@ def test_metadata_above_split_folders_is_of_all_splits(load, tmp_path):
     (folder / "test" / "metadata.csv").write_text("file_name,kind\n1.png,6\n")
     assert load(train_data_dir=folder, label_column="kind").labels.tolist() == [5]
     assert load(train_data_dir=folder, label_column="kind", split="test").labels.tolist() == [6]
+
+
+def test_images_in_an_archive_are_read_beside_the_others(load, tmp_path):
+    folder = write_images(tmp_path / "f", "0.png", "1.png")
+    write_images(tmp_path / "packed", "2.png", "training_3.png")
+    shutil.make_archive(str(folder / "more"), "zip", tmp_path / "packed")
+    images = load(train_data_dir=folder)
+    assert sorted(levels(images)) == [0, 0, 1, 1] and images.num_files is None
 
 
 def test_hidden_files_are_passed_over_and_linked_folders_followed_once(load, tmp_path):

@@ -915,7 +915,7 @@ OBJECTIVES = {
 MORE_OBJECTIVES = {
     "hybrid, learned": "--objective hybrid --variance_type learned --timestep_sampling stratified",
     "bound": "--objective vlb",
-    "p2, x_0": "--loss_weighting p2 --prediction_type sample",
+    "min SNR, x_0": "--loss_weighting min_snr --prediction_type sample",
     "gradient checkpointing": "--gradient_checkpointing",
 }
 CASES = [*OBJECTIVES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_OBJECTIVES)]

@@ -165,7 +165,7 @@ class RunArguments:
     objective: Literal["simple", "hybrid", "vlb"] = field(
         default="simple", metadata={"help": "Loss: Algorithm 1, the bound, or both."}
     )
-    loss_weighting: Literal["none", "min_snr", "p2"] = field(
+    loss_weighting: Literal["none", "min_snr"] = field(
         default="none", metadata={"help": "Weights of the simple loss over timesteps."}
     )
     snr_gamma: float = field(default=5.0, metadata={"help": "gamma of min_snr."})

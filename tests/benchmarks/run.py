@@ -1,4 +1,4 @@
-"""The project beside its peers and its limits, in one table: `make bench`, or a part of it: `make bench ONLY=step,memory`.
+"""The project beside its peers and its limits, in one table: `make bench`, or a part of it: `make bench ONLY=step,terms`.
 
 About 25 minutes on two quiet cores. Prints the table as it grows; the whole goes to --output_dir as bench.md, beside bench.png.
 """
@@ -24,9 +24,6 @@ PARTS = {  # name -> module and function
     "sampling": "bench_sampling.sampling",
     "training": "bench_training.training",
     "likelihood": "bench_likelihood.likelihood",
-    "startup": "bench_footprint.startup",
-    "memory": "bench_footprint.memory",
-    "growth": "bench_growth.growth",
 }
 
 
