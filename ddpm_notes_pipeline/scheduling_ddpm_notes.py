@@ -208,6 +208,9 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             ours["variance_type"], config["variance_type"] = "optimal", STOCK_FALLBACK
         if ours:
             config[PRIVATE_ENTRY] = ours
+        defaults = [name for name in config.pop("_use_default_values", []) if name not in PRIVATE_SETTINGS]
+        if defaults:  # the entry that a stock scheduler has, of the settings that it knows
+            config["_use_default_values"] = defaults
         self._internal_dict = FrozenDict(config)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -351,7 +354,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         columns = (scale, x_t_to_x_0 / scale, limit, x_0_to_mean * scale, x_t_to_mean, std, log_pv, gap)
         rows = zip(*(column.tolist() for column in columns), scale.float().unbind())
         self._path = {t: StepCoefficients(t == path[-1], *row) for t, row in zip(path, rows)}
-        self._previous = dict(zip(path, [*path[1:], -1]))
+        self._positions = {t: i for i, t in enumerate(path)}
 
     def _decoder_variances(self, path: list[int]) -> torch.Tensor:
         """Variance of p(x_0 | x_t) for every last timestep t, (T,) float64.
@@ -374,18 +377,23 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
                 variances[last] = variance
         return variances
 
-    def previous_timestep(self, timestep: Timesteps) -> int:
+    def previous_timestep(self, timestep: Timesteps) -> Timesteps:
         """The s that follows t on the path, -1 (the data) after its last.
 
+        Returns:
+            As the stock scheduler: t - 1, of t's own type, before `set_timesteps`; afterwards an int64 tensor without dimensions.
+
         Raises:
-            ValueError: t is not on the path that `set_timesteps` chose.
+            ValueError: t is not on the path.
         """
-        t = self._path_index(timestep)
-        if t not in self._previous:
+        position = self._positions.get(t := self._path_index(timestep))
+        if position is None:
             raise ValueError(
-                f"timestep {t} is not on the path; allowed: {_shorten(list(self._path))} (see set_timesteps)"
+                f"timestep is {t}; it must be on the path: {_shorten(list(self._path))} (see set_timesteps)"
             )
-        return self._previous[t]
+        if self.num_inference_steps is None:
+            return timestep - 1
+        return torch.tensor(-1) if position == len(self._path) - 1 else self.timesteps[position + 1]
 
     def _path_index(self, timestep: Timesteps) -> int:
         # `for t in scheduler.timesteps` gives views into it. On an accelerator the offset of such a view says which it is,

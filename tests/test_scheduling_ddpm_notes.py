@@ -258,7 +258,56 @@ def test_surface_of_the_stock_scheduler(n):
     assert {c.__name__ for c in ours.compatibles} == {c.__name__ for c in stock.compatibles}
     x_t = randn(0)
     assert ours.scale_model_input(x_t, 5) is x_t
-    assert all(ours.config[name] == value for name, value in stock.config.items() if name != "_use_default_values")
+    assert as_dict(ours.config) == as_dict(stock.config)
+
+
+def as_dict(config) -> dict:
+    """A config without our private entry; the names of defaults, which diffusers lists in any order, as a set."""
+    values = {name: value for name, value in config.items() if name != "_ddpm_notes"}
+    return values | {name: set(values[name]) for name in ["_use_default_values"] if name in values}
+
+
+def test_the_previous_timestep_is_a_tensor_where_the_stock_one_is():
+    """0-d, int64, on the device of the timesteps (-1 on the CPU); before `set_timesteps` t - 1, of whatever type t has."""
+    ours, stock = DDPMNotesScheduler(), DDPMScheduler()
+    forms = [999, torch.tensor(999), torch.tensor([999]), torch.tensor(999, dtype=torch.int32), np.int64(999), 0]
+    paths = [None, {"num_inference_steps": 7}, {"timesteps": [999, 500, 3]}, {"num_inference_steps": 1000}]
+    for path in paths:
+        if path is not None:
+            ours.set_timesteps(**path), stock.set_timesteps(**path)
+            forms = [form for t in ours.timesteps for form in (t, int(t), t[None], t.int())]
+        for t in forms:
+            got, want = ours.previous_timestep(t), stock.previous_timestep(t)
+            assert type(got) is type(want) and got == want, (path, t)
+            if isinstance(want, torch.Tensor):
+                assert (got.dtype, got.shape, got.device) == (want.dtype, want.shape, want.device), (path, t)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        {"num_train_timesteps": 50},
+        {"beta_start": 0.0002, "variance_type": "fixed_large"},
+        {"_class_name": "DDIMScheduler", "num_train_timesteps": 50, "set_alpha_to_one": True},
+        "stock",
+        "optimal",
+    ],
+    ids=str,
+)
+def test_a_config_names_the_same_settings_as_left_at_their_defaults_as_the_stock_one(saved, tmp_path):
+    if isinstance(saved, str):
+        scheduler = DDPMScheduler() if saved == "stock" else DDPMNotesScheduler(**OPTIMAL)
+        saved = json.loads(scheduler.to_json_string())
+    saved = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.42.1"} | saved
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(saved))
+    for load in (
+        lambda cls: cls.from_pretrained(tmp_path),
+        lambda cls: cls.from_config(dict(saved)),
+        lambda cls: cls.from_config(DDPMScheduler.from_pretrained(tmp_path).config),
+        lambda cls: cls.from_config(DDPMNotesScheduler.from_pretrained(tmp_path).config),
+    ):
+        assert as_dict(load(DDPMNotesScheduler).config) == as_dict(load(DDPMScheduler).config)
 
 
 def test_step_takes_every_form_of_a_timestep_and_leaves_its_inputs_alone():
