@@ -17,6 +17,7 @@ Timesteps are counted as diffusers does, t = 0..T-1, and **s = -1 is the data x_
 rounded once when they meet a tensor; arithmetic is float32 at least.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -215,6 +216,11 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As diffusers', under the stock class's name: by it `from_config` knows what to pass over without a warning."""
+        if "_use_default_values" in kwargs:
+            # diffusers counts what was given by position as left out, and its `from_config` would then lose it
+            parameters = inspect.signature(type(self).__init__).parameters
+            names = [n for n in kwargs["_use_default_values"] if kwargs[n] is parameters[n].default]
+            kwargs |= {"_use_default_values": names}
         super().register_to_config(**{**kwargs, **({"_class_name": STOCK_CLASS} if "_class_name" in kwargs else {})})
 
     @classmethod

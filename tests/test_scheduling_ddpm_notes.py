@@ -703,6 +703,14 @@ def test_configs_pass_through_other_schedulers_as_stock_ones_do(other, case, loa
     assert not said and ours_of(back) == ours_of(ours)
 
 
+def test_a_setting_given_by_position_is_not_lost_by_from_config():
+    """Stock: DDPMScheduler.from_config(DDPMScheduler(50).config) has 1000 timesteps."""
+    scheduler = DDPMNotesScheduler(50, 0.001, variance_type="optimal", original_sample_mse=[0.1] * 50)
+    for config in (scheduler.config, DDPMScheduler.from_config(scheduler.config).config):
+        again = DDPMNotesScheduler.from_config(config)
+        assert again.to_json_string() == scheduler.to_json_string() and torch.equal(again.betas, scheduler.betas)
+
+
 def test_settings_given_to_from_config_win_over_the_saved_ones():
     scheduler = DDPMNotesScheduler(**OURS["optimal"])
     load = DDPMNotesScheduler.from_config
