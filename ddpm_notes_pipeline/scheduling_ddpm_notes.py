@@ -40,7 +40,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 HALF_PIXEL = 1 / 255  # half the distance between two neighbouring levels of an 8-bit image in [-1, 1]
 
 # Stock diffusers classes know neither our settings nor "optimal". Ours sit in one private config entry, which they load and re-save
-# without a word, and `variance_type` holds the type that they can fall back to.
+# without a word, and `variance_type` holds the type that they can fall back to: a learned one where the network has twice the channels.
 PRIVATE_ENTRY = "_ddpm_notes"
 PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "eta")
 STOCK_CLASS, STOCK_FALLBACK = "DDPMScheduler", "fixed_small"
@@ -201,12 +201,14 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------------------------------------ configuration
 
-    def _keep_private_settings(self) -> None:
-        """Move what stock classes do not know into the private config entry."""
+    def _keep_private_settings(self, fallback: str = STOCK_FALLBACK) -> None:
+        """Move what stock classes do not know into the private config entry; `fallback` is their type in the place of "optimal"."""
         config = {name: value for name, value in self.config.items() if name not in PRIVATE_SETTINGS}
         ours = {name: getattr(self, name) for name in PRIVATE_SETTINGS if getattr(self, name) is not None}
         if self.variance_type == "optimal":
-            ours["variance_type"], config["variance_type"] = "optimal", STOCK_FALLBACK
+            ours["variance_type"], config["variance_type"] = "optimal", fallback
+            if fallback != STOCK_FALLBACK:
+                ours["stock_variance_type"] = fallback
         if ours:
             config[PRIVATE_ENTRY] = ours
         defaults = [name for name in config.pop("_use_default_values", []) if name not in PRIVATE_SETTINGS]
@@ -226,14 +228,19 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Like diffusers' `from_config`: from this class's config or any compatible scheduler's, changed by `kwargs`."""
+        fallback = config.get("variance_type") if isinstance(config, dict) else None
         if isinstance(config, dict) and PRIVATE_ENTRY in config:
             config = dict(config)
             ours = dict(config.pop(PRIVATE_ENTRY))
-            if config.get("variance_type") != STOCK_FALLBACK:  # somebody chose another one since
+            if fallback != ours.pop("stock_variance_type", STOCK_FALLBACK):  # somebody chose another one since
                 ours.pop("variance_type", None)
             config.update(ours)
             config["_use_default_values"] = [name for name in config.get("_use_default_values", []) if name not in ours]
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        if fallback in LEARNED_VARIANCES:  # stock classes need to be told what the network's other channels are
+            scheduler._keep_private_settings(fallback)
+        return made
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the stock class, so that any diffusers loads it."""

@@ -346,12 +346,24 @@ def test_step_draws_from_one_generator_one_an_image_or_the_global_one():
     assert rms(got, stock.step(output, 900, x_t).prev_sample) < 1e-4
 
 
-@pytest.mark.parametrize("config", [{}, {"variance_type": "learned_range", "eta": 0.5}])
+@pytest.mark.parametrize(
+    "config", [{}, {"variance_type": "learned_range", "eta": 0.5}, OPTIMAL], ids=["", "eta", "optimal"]
+)
 def test_a_variance_half_that_is_not_used_changes_nothing(config):
-    plain, scheduler = DDPMNotesScheduler(eta=config.get("eta")), DDPMNotesScheduler(**config)
+    scheduler = DDPMNotesScheduler(**config)
+    plain = DDPMNotesScheduler(eta=0.5) if "eta" in config else scheduler
     x_t, output = randn(0), randn(1)
-    got = scheduler.step(torch.cat([output, randn(2)], dim=1), 500, x_t, generator=gen(3)).prev_sample
-    assert torch.equal(got, plain.step(output, 500, x_t, generator=gen(3)).prev_sample)
+    doubled = torch.cat([output, randn(2)], dim=1)
+    for t in (500, 0):
+        got = scheduler.step(doubled, t, x_t, generator=gen(3)).prev_sample
+        assert torch.equal(got, plain.step(output, t, x_t, generator=gen(3)).prev_sample)
+        assert torch.equal(scheduler.predict_noise(doubled, x_t, t), plain.predict_noise(output, x_t, t))
+        means = [s.reverse_mean_variance(o, x_t, t, t - 1) for s, o in ((scheduler, doubled), (plain, output))]
+        assert all(torch.equal(*both) for both in zip(*means))
+        if "eta" not in config:
+            x_0 = (images(4) * 127.5 + 127.5).round() / 127.5 - 1
+            terms = [scheduler.vlb_terms(o, x_0, x_t, t, t - 1) for o in (doubled, output)]
+            assert torch.equal(*terms) and terms[0].shape == (2,)
 
 
 # ------------------------------------------------------------------------------------ stock's defects stay fixed
@@ -727,6 +739,27 @@ def test_settings_given_to_from_config_win_over_the_saved_ones():
     config = copy.deepcopy(dict(scheduler.config))
     load(scheduler.config, eta=0.5)
     assert dict(scheduler.config) == config
+
+
+@pytest.mark.parametrize("learned", ["learned", "learned_range"])
+def test_stock_classes_read_a_learned_type_for_the_optimal_variance_of_a_learned_model(learned, tmp_path):
+    """They need it to split the network's output; one that somebody chose since wins."""
+    load = DDPMNotesScheduler.from_config
+    optimal = load(DDPMNotesScheduler(variance_type=learned, eta=0.5).config, **OPTIMAL)
+    optimal.save_config(tmp_path)
+    stock = DDPMScheduler.from_pretrained(tmp_path)
+    assert stock.variance_type == stock.config.variance_type == optimal.config.variance_type == learned
+    loaded = [DDPMNotesScheduler.from_pretrained(tmp_path), load(optimal.config), load(stock.config)]
+    loaded += [load(DDIMScheduler.from_config(stock.config).config), copy.deepcopy(optimal)]
+    for scheduler in loaded:
+        assert ours_of(scheduler) == ("optimal", MSE, None, 0.5)
+        assert scheduler.to_json_string() == optimal.to_json_string()
+    scheduler, unused = load(optimal.config, return_unused_kwargs=True, other=1)
+    assert scheduler.to_json_string() == optimal.to_json_string() and unused["other"] == 1
+    # the way back, and other choices
+    assert load(optimal.config, variance_type=learned).variance_type == learned
+    for other in {"fixed_small", "fixed_large", "learned", "learned_range"} - {learned}:
+        assert load(DDPMScheduler.from_config(optimal.config, variance_type=other).config).variance_type == other
 
 
 @pytest.mark.parametrize("case", OURS)
