@@ -1,6 +1,7 @@
 """training/evaluate.py as users start it, on an untrained network: what it prints, writes and refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,27 +10,29 @@ from diffusers import DDIMScheduler, UNet2DModel
 from launching import ROOT, describe, launch, once
 from transformers import ViTConfig, ViTModel
 
+from arguments import parse_evaluation_arguments
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from evaluate import main
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 SAMPLES = 20
 FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21".split()
 
 
-def save_model(folder):
+def save_model(folder, **settings):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
-        out_channels=1,
+        out_channels=2 if settings.get("variance_type", "").startswith("learned") else 1,
         block_out_channels=(32, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
-    DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4)).save_pretrained(folder)
+    DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4, **settings)).save_pretrained(folder)
 
 
 def save_network(folder):
@@ -58,6 +61,11 @@ def evaluated(name, *flags, processes=1):
 @pytest.fixture(scope="module")
 def one():
     return evaluated("evaluate-1", *FLAGS, "--save_variances")
+
+
+def evaluate_here(folder, *flags):
+    """The same in this process, without the launcher."""
+    main(*parse_evaluation_arguments(["--model", str(folder), "--dataset_name", "digits", *map(str, flags)]))
 
 
 def results(folder):
@@ -187,6 +195,39 @@ def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
     done = launch("--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None)
     assert done.returncode != 0
     assert "evaluate.py: error:" in done.stderr and "'validation'" in done.stderr and "test" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--paths", "even", "bset"], "--paths has bset; each must be one of even, best"),
+        (["--paths", "bset", "--table"], "--paths has bset; each must be one of even, best"),
+        (["--variance_types", "fixed_smal", "optimal"], "--variance_types has fixed_smal; each must be one of fixed_small, "),
+        (["--samplers", "ddmi", "--metrics"], "--samplers has ddmi; each must be one of ddim, eta0, dpmsolver++"),
+    ],
+)
+def test_a_typo_in_a_list_of_choices_is_refused_before_anything_is_loaded(capsys, flags, says):
+    """A path of a mistyped kind was an even one, in a table under the mistyped name."""
+    with pytest.raises(SystemExit) as exit:
+        parse_evaluation_arguments(["--model", "nothing/here", "--dataset_name", "digits", *flags])
+    assert exit.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "known"),
+    [
+        ("learned_range", "learned", "learned_range, fixed_small"),
+        ("learned", "learned_range", "learned, fixed_small"),
+        ("fixed_large", "learned", "fixed_small"),
+    ],
+)
+def test_a_network_s_output_is_not_read_as_another_variance_than_it_was_trained_as(tmp_path, own, asked, known):
+    """v of learned_range lies between -1 and 1: read as the log variance of "learned", it is noise as large as the image."""
+    save_model(tmp_path, variance_type=own)
+    says = f"--variance_types has {asked} and the model's variance is {own}; each must be one of {known}, fixed_large, optimal"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        evaluate_here(tmp_path, "--variance_types", "fixed_small", asked)
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 @pytest.mark.slow

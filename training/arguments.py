@@ -14,6 +14,8 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
+from ddpm_notes_pipeline.scheduling_ddpm_notes import VARIANCE_TYPES
+
 
 @dataclass
 class DataArguments:
@@ -417,8 +419,14 @@ def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArgum
     for name, count in counts.items():
         if count < 1:
             parser.error(f"{name} is too small; allowed: at least {2 if name == '--evaluations_per_image' else 1}")
-    if unknown := set(evaluation.samplers) - {"ddim", "eta0", "dpmsolver++"}:
-        parser.error(f"--samplers has {', '.join(sorted(unknown))}; allowed: ddim, eta0, dpmsolver++")
+    choices: dict[str, tuple[list[str], tuple[str, ...]]] = {
+        "--variance_types": (evaluation.variance_types or [], VARIANCE_TYPES),
+        "--paths": (evaluation.paths, ("even", "best")),
+        "--samplers": (evaluation.samplers, ("ddim", "eta0", "dpmsolver++")),
+    }
+    for name, (given, known) in choices.items():
+        if unknown := [value for value in given if value not in known]:
+            parser.error(f"{name} has {', '.join(unknown)}; each must be one of {', '.join(known)}")
     if evaluation.table:
         evaluation.metrics, evaluation.decoder, evaluation.paths = True, "fitted", ["even", "best"]
         evaluation.samplers = evaluation.samplers or ["ddim", "dpmsolver++"]
