@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from launching import ROOT, describe, launch, once
 from transformers import ViTConfig, ViTModel
 
@@ -158,6 +158,60 @@ def test_what_was_measured_is_kept_in_the_models_folder(one):
     scheduler = DDPMNotesPipeline.from_pretrained(one[0]).scheduler
     assert scheduler.variance_type == "optimal" and len(scheduler.original_sample_mse) == 40
     assert list(scheduler.decoder_variance) == [0]
+
+
+FEW = "--max_images 4 --num_inference_steps 2 --variance_split test --save_variances".split()
+
+
+def saved_scheduler(folder):
+    return DDPMNotesPipeline.from_pretrained(folder).scheduler
+
+
+def test_save_variances_saves_what_nothing_else_asked_to_measure(tmp_path):
+    save_model(tmp_path)
+    evaluate_here(tmp_path, *FEW)
+    saved = saved_scheduler(tmp_path)
+    assert saved.variance_type == "optimal" and saved.decoder_variance is None
+    assert len(saved.original_sample_mse) == 40 and min(saved.original_sample_mse) > 0
+
+
+def test_save_variances_saves_what_was_known_and_needed_no_measuring(tmp_path):
+    mse = [0.01 * (t + 1) for t in range(40)]
+    save_model(tmp_path, original_sample_mse=mse, decoder_variance={0: 0.003, 2: 0.1})
+    assert saved_scheduler(tmp_path).variance_type == "fixed_small"
+    evaluate_here(tmp_path, *FEW, "--variance_types", "optimal", "--decoder", "fitted")
+    saved = saved_scheduler(tmp_path)
+    known = (saved.variance_type, saved.original_sample_mse, saved.decoder_variance)
+    assert known == ("optimal", mse, {0: 0.003, 2: 0.1})
+
+
+def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
+    """It fell back to fixed_small, which does not know what the other half of the network's channels is."""
+    save_model(tmp_path, variance_type="learned_range")
+    before = DDPMPipeline.from_pretrained(tmp_path)
+    evaluate_here(tmp_path, *FEW, "--decoder", "fitted")
+    after = DDPMPipeline.from_pretrained(tmp_path)
+    assert after.scheduler.variance_type == "learned_range"
+    images = []
+    for pipe in (before, after):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(torch.from_numpy(pipe(2, generator, num_inference_steps=5, output_type="np").images))
+    assert torch.equal(*images)
+    saved = saved_scheduler(tmp_path)
+    assert saved.variance_type == "optimal" and list(saved.decoder_variance) == [0]
+    # its learned variance is still there to compare with
+    evaluate_here(tmp_path, *FEW[:4], "--variance_types", "learned_range", "optimal")
+    assert [row["variance_type"] for row in results(tmp_path)["results"]] == ["learned_range", "optimal"]
+
+
+def test_save_variances_of_a_model_on_the_hub_makes_no_folder_of_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        evaluate_here("user/name", "--save_variances")
+    assert exit.value.code == 2
+    assert "--model is user/name, which must be a folder here: download the repository first" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_is_what_the_pipeline_says(one):

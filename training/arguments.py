@@ -297,7 +297,13 @@ class EvaluationArguments:
     variance_split: str = field(
         default="train", metadata={"help": "Split to measure on what optimal, best and fitted need to know."}
     )
-    save_variances: bool = field(default=False, metadata={"help": "Keep what was measured in the model's folder."})
+    save_variances: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the measured variance of each step, and the decoder's with --decoder fitted, in the scheduler of the "
+            "model, a folder here; its variance_type becomes optimal."
+        },
+    )
     full: bool = field(default=False, metadata={"help": "Evaluate every term of the bound."})
     evaluations_per_image: int = field(
         default=38, metadata={"help": "Network evaluations for each image, without --full."}
@@ -431,6 +437,11 @@ def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArgum
         evaluation.metrics, evaluation.decoder, evaluation.paths = True, "fitted", ["even", "best"]
         evaluation.samplers = evaluation.samplers or ["ddim", "dpmsolver++"]
         evaluation.metric_sets = max(evaluation.metric_sets, 2)  # a spread needs two
+    if evaluation.save_variances and not Path(evaluation.model).is_dir():
+        parser.error(
+            f"--save_variances writes into the model's folder and --model is {evaluation.model}, which must be a folder here: "
+            "download the repository first (hf download), or leave --save_variances out"
+        )
     if evaluation.samplers and not evaluation.metrics:
         parser.error("--samplers have no bits/dim; allowed with --metrics")
     if (data.dataset_name is None) == (data.train_data_dir is None):

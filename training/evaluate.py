@@ -100,16 +100,17 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     fit_needed = evaluation.decoder == "fitted"
     mse = own.original_sample_mse
     decoder = own.decoder_variance or {}
-    if fit_needed or (mse is None and ("optimal" in variances or "best" in evaluation.paths)):
+    mse_needed = evaluation.save_variances or "optimal" in variances or "best" in evaluation.paths
+    if (mse_needed and mse is None) or (fit_needed and 0 not in decoder):
         known = load(accelerator, data, evaluation.variance_split, None)
         known_labels = known.labels if pipeline.num_classes is not None else None
-        if mse is None:
+        if mse_needed and mse is None:
             measured = measure_original_sample_mse(pipeline, batches(known), known_labels, accelerator=accelerator)
             mse = measured.original_sample_mse.tolist()
         if fit_needed and 0 not in decoder:
             decoder = {**decoder, 0: fit_decoder_variance(pipeline, batches(known), known_labels)[0]}
-        if evaluation.save_variances and accelerator.is_main_process:
-            optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
+    if evaluation.save_variances and accelerator.is_main_process:
+        optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
 
     rows = []
     for variance in variances:
