@@ -267,6 +267,16 @@ def test_a_typo_in_a_list_of_choices_is_refused_before_anything_is_loaded(capsys
     assert exit.value.code == 2 and says in capsys.readouterr().err
 
 
+def test_max_images_takes_the_images_that_its_help_says(capsys):
+    """They are spread over the split: sets that are sorted by class would be measured on their first one."""
+    with pytest.raises(SystemExit):
+        parse_evaluation_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Measure on so many images, evenly spaced over the split (--streaming: the first)." in text
+    images, few = (load_images("digits", split="test", max_samples=n, show_progress=False) for n in (None, 3))
+    assert torch.equal(few.take(range(3)), images.take([i * len(images) // 3 for i in range(3)]))
+
+
 @pytest.mark.parametrize(
     ("own", "asked", "known"),
     [

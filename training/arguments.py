@@ -276,26 +276,37 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "A DDPM: a folder, or a repository on the Hub."})
     revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
     split: str = field(default="test", metadata={"help": "Split of the images to measure on."})
-    max_images: int | None = field(default=None, metadata={"help": "Measure on the first so many images."})
+    max_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure on so many images, evenly spaced over the split (--streaming: the first). Default: all."
+        },
+    )
     variance_types: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Variances to compare: fixed_small, fixed_large, learned_range, optimal. Default: the model's own."
+            "help": "Variances to compare: fixed_small, fixed_large, optimal, and the learned type that the model was trained with. "
+            "Default: the model's own (--table: all of them)."
         },
     )
-    num_inference_steps: list[int] | None = field(default=None, metadata={"help": "Steps K of the paths. Default: T."})
+    num_inference_steps: list[int] | None = field(
+        default=None, metadata={"help": "Steps K of the paths. Default: T (--table: 10, 25, 50, 100 and T)."}
+    )
     paths: list[str] = field(
         default_factory=lambda: ["even"],
-        metadata={"help": "even: K timesteps evenly from 0 to T-1; best: the K with the least bound."},
+        metadata={
+            "help": "even: K timesteps evenly from 0 to T-1; best: the K, 0 and T-1 among them, with the least bound of optimal."
+        },
     )
     decoder: Literal["own", "fitted"] = field(
         default="own",
         metadata={
-            "help": "Variance of the decoder: each variance type's own rule, or one fitted number for all of them."
+            "help": "Variance of the decoder: each variance type's own rule, or one fitted number for all but the learned."
         },
     )
     variance_split: str = field(
-        default="train", metadata={"help": "Split to measure on what optimal, best and fitted need to know."}
+        default="train",
+        metadata={"help": "Split to measure on what optimal, best, fitted and --save_variances need to know."},
     )
     save_variances: bool = field(
         default=False,
@@ -306,27 +317,37 @@ class EvaluationArguments:
     )
     full: bool = field(default=False, metadata={"help": "Evaluate every term of the bound."})
     evaluations_per_image: int = field(
-        default=38, metadata={"help": "Network evaluations for each image, without --full."}
+        default=38,
+        metadata={
+            "help": "Network evaluations for each image, without --full; a path of no more steps is measured in full."
+        },
     )
     batch_size: int = field(default=128, metadata={"help": "Noisy images through the network at once."})
-    noise_seed: int = field(default=0, metadata={"help": "Of the noise."})
+    noise_seed: int = field(default=0, metadata={"help": "Of the noise, and of the samples."})
     metrics: bool = field(
-        default=False, metadata={"help": "Sample too, for each row, and measure how far samples are from images."}
+        default=False,
+        metadata={"help": "Sample too, for the rows of --metric_steps, and measure how far samples are from images."},
     )
     metric_images: int = field(
-        default=1000, metadata={"help": "Samples for each row; image i has the seed noise_seed + i."}
+        default=1000, metadata={"help": "Samples for each such row; image i has the seed noise_seed + i."}
     )
     metric_sets: int = field(
         default=1,
-        metadata={"help": "So many sets of them, each from other seeds: figures are means, standard errors over sets."},
+        metadata={
+            "help": "So many sets of them, each from other seeds: figures are means, standard errors over sets (--table: at least 2)."
+        },
     )
     metric_steps: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of steps to sample at. Default: all that bounds are measured at."}
+        default=None,
+        metadata={
+            "help": "Numbers of steps to sample at. Default: all that bounds are measured at (--table: 10, 25, 50, 100)."
+        },
     )
     samplers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM)."
+            "help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM). "
+            "Wants --metrics. --table: ddim and dpmsolver++, if none is given."
         },
     )
     metric_split: str = field(
@@ -342,7 +363,8 @@ class EvaluationArguments:
     table: bool = field(
         default=False,
         metadata={
-            "help": "The whole comparison, as table.md: every variance, 10 to T steps, even and best, samples, other samplers."
+            "help": "The whole comparison, as table.md: every variance, 10 to T steps, even and best, a fitted decoder, samples (at T of "
+            "fixed_large alone, below T of even paths and of optimal's best ones), other samplers."
         },
     )
     results_dir: str | None = field(

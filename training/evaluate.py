@@ -105,10 +105,13 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
         known = load(accelerator, data, evaluation.variance_split, None)
         known_labels = known.labels if pipeline.num_classes is not None else None
         if mse_needed and mse is None:
-            measured = measure_original_sample_mse(pipeline, batches(known), known_labels, accelerator=accelerator)
+            measured = measure_original_sample_mse(
+                pipeline, batches(known), known_labels, batch_size=evaluation.batch_size, accelerator=accelerator
+            )
             mse = measured.original_sample_mse.tolist()
         if fit_needed and 0 not in decoder:
-            decoder = {**decoder, 0: fit_decoder_variance(pipeline, batches(known), known_labels)[0]}
+            fitted = fit_decoder_variance(pipeline, batches(known), known_labels, batch_size=evaluation.batch_size)
+            decoder = {**decoder, 0: fitted[0]}
     if evaluation.save_variances and accelerator.is_main_process:
         optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
 
