@@ -4,7 +4,7 @@ PYTHON     ?= python3
 VENV       ?= .venv
 VENV_FLAGS ?=
 PIP_FLAGS  ?= -c constraints.txt
-# `make train ARGS="--num_train_steps 100"`: options of training/train.py, after those of the configuration file.
+# `make train ARGS="--max_train_steps 100"`: options of training/train.py, after those of the configuration file.
 CONFIG     ?= training/configs/digits.yaml
 ARGS       ?=
 # Options of `accelerate launch`, each one given: it warns about the ones it has to fill in, and on a CPU it fills in

@@ -310,7 +310,7 @@ def _limits(facts: dict[str, Any]) -> str:
     lines.append(
         "bits/dim is an upper bound for 8-bit images of this size and Algorithm 2's sampler. There is none for guided sampling or other schedulers."
     )
-    if facts["scheduler"].variance_type in LEARNED_VARIANCES:
+    if facts["scheduler"].config.variance_type in LEARNED_VARIANCES:
         lines.append(
             "Its network also outputs a variance: stock DDPMScheduler knows what to do with that; stock DDIM and DPM-Solver only inside this repository's pipeline."
         )

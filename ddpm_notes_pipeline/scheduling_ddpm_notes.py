@@ -17,6 +17,7 @@ Timesteps are counted as diffusers does, t = 0..T-1, and **s = -1 is the data x_
 rounded once when they meet a tensor; arithmetic is float32 at least.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -39,7 +40,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 HALF_PIXEL = 1 / 255  # half the distance between two neighbouring levels of an 8-bit image in [-1, 1]
 
 # Stock diffusers classes know neither our settings nor "optimal". Ours sit in one private config entry, which they load and re-save
-# without a word, and `variance_type` holds the type that they can fall back to.
+# without a word, and `variance_type` holds the type that they can fall back to: a learned one where the network has twice the channels.
 PRIVATE_ENTRY = "_ddpm_notes"
 PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "eta")
 STOCK_CLASS, STOCK_FALLBACK = "DDPMScheduler", "fixed_small"
@@ -200,31 +201,46 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------------------------------------ configuration
 
-    def _keep_private_settings(self) -> None:
-        """Move what stock classes do not know into the private config entry."""
+    def _keep_private_settings(self, fallback: str = STOCK_FALLBACK) -> None:
+        """Move what stock classes do not know into the private config entry; `fallback` is their type in the place of "optimal"."""
         config = {name: value for name, value in self.config.items() if name not in PRIVATE_SETTINGS}
         ours = {name: getattr(self, name) for name in PRIVATE_SETTINGS if getattr(self, name) is not None}
         if self.variance_type == "optimal":
-            ours["variance_type"], config["variance_type"] = "optimal", STOCK_FALLBACK
+            ours["variance_type"], config["variance_type"] = "optimal", fallback
+            if fallback != STOCK_FALLBACK:
+                ours["stock_variance_type"] = fallback
         if ours:
             config[PRIVATE_ENTRY] = ours
+        defaults = [name for name in config.pop("_use_default_values", []) if name not in PRIVATE_SETTINGS]
+        if defaults:  # the entry that a stock scheduler has, of the settings that it knows
+            config["_use_default_values"] = defaults
         self._internal_dict = FrozenDict(config)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As diffusers', under the stock class's name: by it `from_config` knows what to pass over without a warning."""
+        if "_use_default_values" in kwargs:
+            # diffusers counts what was given by position as left out, and its `from_config` would then lose it
+            parameters = inspect.signature(type(self).__init__).parameters
+            names = [n for n in kwargs["_use_default_values"] if kwargs[n] is parameters[n].default]
+            kwargs |= {"_use_default_values": names}
         super().register_to_config(**{**kwargs, **({"_class_name": STOCK_CLASS} if "_class_name" in kwargs else {})})
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Like diffusers' `from_config`: from this class's config or any compatible scheduler's, changed by `kwargs`."""
+        fallback = config.get("variance_type") if isinstance(config, dict) else None
         if isinstance(config, dict) and PRIVATE_ENTRY in config:
             config = dict(config)
             ours = dict(config.pop(PRIVATE_ENTRY))
-            if config.get("variance_type") != STOCK_FALLBACK:  # somebody chose another one since
+            if fallback != ours.pop("stock_variance_type", STOCK_FALLBACK):  # somebody chose another one since
                 ours.pop("variance_type", None)
             config.update(ours)
             config["_use_default_values"] = [name for name in config.get("_use_default_values", []) if name not in ours]
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        if fallback in LEARNED_VARIANCES:  # stock classes need to be told what the network's other channels are
+            scheduler._keep_private_settings(fallback)
+        return made
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the stock class, so that any diffusers loads it."""
@@ -351,7 +367,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         columns = (scale, x_t_to_x_0 / scale, limit, x_0_to_mean * scale, x_t_to_mean, std, log_pv, gap)
         rows = zip(*(column.tolist() for column in columns), scale.float().unbind())
         self._path = {t: StepCoefficients(t == path[-1], *row) for t, row in zip(path, rows)}
-        self._previous = dict(zip(path, [*path[1:], -1]))
+        self._positions = {t: i for i, t in enumerate(path)}
 
     def _decoder_variances(self, path: list[int]) -> torch.Tensor:
         """Variance of p(x_0 | x_t) for every last timestep t, (T,) float64.
@@ -374,18 +390,23 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
                 variances[last] = variance
         return variances
 
-    def previous_timestep(self, timestep: Timesteps) -> int:
+    def previous_timestep(self, timestep: Timesteps) -> Timesteps:
         """The s that follows t on the path, -1 (the data) after its last.
 
+        Returns:
+            As the stock scheduler: t - 1, of t's own type, before `set_timesteps`; afterwards an int64 tensor without dimensions.
+
         Raises:
-            ValueError: t is not on the path that `set_timesteps` chose.
+            ValueError: t is not on the path.
         """
-        t = self._path_index(timestep)
-        if t not in self._previous:
+        position = self._positions.get(t := self._path_index(timestep))
+        if position is None:
             raise ValueError(
-                f"timestep {t} is not on the path; allowed: {_shorten(list(self._path))} (see set_timesteps)"
+                f"timestep is {t}; it must be on the path: {_shorten(list(self._path))} (see set_timesteps)"
             )
-        return self._previous[t]
+        if self.num_inference_steps is None:
+            return timestep - 1
+        return torch.tensor(-1) if position == len(self._path) - 1 else self.timesteps[position + 1]
 
     def _path_index(self, timestep: Timesteps) -> int:
         # `for t in scheduler.timesteps` gives views into it. On an accelerator the offset of such a view says which it is,

@@ -437,3 +437,10 @@ def test_help_explains_every_flag(capsys):
         assert len(field.metadata["help"]) > 10 and first_words in " ".join(entry.group().split()), field.name
     assert "--config" in text and "None)" not in text
     assert re.search(r"--no_use_ema, --no-use-ema\s+Turn --use_ema off\.\n", text)
+
+
+def test_the_flags_that_the_makefile_shows_exist(parse):
+    shown = re.findall(r'make train ARGS="(.*?)"', (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert shown
+    for flags in shown:
+        parse("--dataset_name=digits", "--lr_warmup_steps=0", *flags.split())

@@ -4,6 +4,7 @@ Coin: pixels -1 or 1 at random, 1 bit each; with the exact denoiser the bound's 
 2.911295e-05, 1.006812, 0.509825 bits/dim for linear betas, T = 1000, fixed_small), found by quadrature outside this library.
 """
 
+import io
 import math
 
 import numpy as np
@@ -220,6 +221,31 @@ def test_the_number_of_an_image_depends_neither_on_its_batch_nor_on_who_measures
     torch.testing.assert_close(second_half, want[3:], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("settings", [{"evaluations_per_image": 6}, {"num_inference_steps": 5}], ids=["few", "full"])
+def test_the_result_does_not_depend_on_how_images_are_batched(settings):
+    """Not by a bit: the ranges were chosen on the first batch, whatever its size."""
+    pipe, x = pipeline(), levels(21)
+    want = pipe.bits_per_dim(x, **settings)
+    for sizes in (1, 3, 5, 17, [1, 19, 1]):
+        for batches in (list(x.split(sizes)), iter(x.split(sizes))):
+            got = pipe.bits_per_dim(batches, **settings)
+            assert torch.equal(got.parts_per_image, want.parts_per_image), sizes
+            assert torch.equal(got.per_timestep, want.per_timestep), sizes
+            assert got.network_evaluations == want.network_evaluations
+    apart = pipe.bits_per_dim(x.split(4), pilot_images=iter(x[:16].split(3)), **settings)
+    assert torch.equal(apart.parts_per_image, want.parts_per_image)
+
+
+def test_the_progress_bar_of_a_list_of_batches_counts_images():
+    pipe, x = pipeline(num_train_timesteps=5), levels(7)
+    pictures = [PIL.Image.fromarray(image[0].numpy()) for image in x]
+    for images in (x.split(3), [{"pixel_values": part} for part in x.split(3)], [pictures[:4], pictures[4:]], pictures):
+        shown = io.StringIO()
+        pipe.set_progress_bar_config(file=shown, disable=False)
+        pipe.bits_per_dim(images)
+        assert "| 7/7 [" in shown.getvalue()
+
+
 def test_a_data_set_read_as_a_stream_is_never_held():
     """Batches are asked for one at a time, after the one before has been measured."""
     pipe, alive = pipeline(num_train_timesteps=10), []
@@ -253,6 +279,43 @@ def test_labels_reach_the_network():
     pipe.bits_per_dim(levels(2), **path)
     pipe.bits_per_dim([{"pixel_values": levels(2), "class_labels": torch.tensor([1, 0])}], **path)
     assert [labels.tolist() for labels in seen] == [[0, 0, 0, 2, 2, 2], [3] * 6, [1, 1, 1, 0, 0, 0]]
+
+
+def labelled_pipeline():
+    """With the null label 3, and the list of labels that its network has seen, a call an entry."""
+    network, seen = unet(num_class_embeds=4), []
+    network.register_to_config(_ddpm_notes={"null_label": 3})
+    network.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(set(kwargs["class_labels"].tolist())), with_kwargs=True
+    )
+    return pipeline(network), seen
+
+
+def test_labels_given_for_images_do_not_meet_other_pilot_images():
+    pipe, seen = labelled_pipeline()
+    pilot = [{"pixel_values": levels(2, seed=5), "class_labels": torch.tensor([2, 2])}]
+    cases = [
+        ({"class_labels": [0, 1, 0]}, pilot, [{2}, {2}]),  # labels of their own
+        ({"class_labels": 1}, levels(2, seed=5), [{1}, {1}]),  # one for all
+        ({}, pilot, [{2}, {2}]),
+        ({}, levels(2, seed=5), [{3}, {3}]),
+    ]
+    for labels, pilots, first in cases:
+        seen.clear()
+        pipe.bits_per_dim(levels(3), evaluations_per_image=4, pilot_images=pilots, **labels)
+        assert seen[:2] == first
+    with pytest.raises(ValueError, match="one label an image of images, and pilot_images has none; it must be"):
+        pipe.bits_per_dim(levels(3), [0, 1, 0], evaluations_per_image=4, pilot_images=levels(3, seed=5))
+    with pytest.raises(ValueError, match="pilot_images is empty; it must have at least one image"):
+        pipe.bits_per_dim(levels(3), evaluations_per_image=4, pilot_images=[])
+
+
+def test_labels_that_are_not_as_many_as_the_images_are_refused_however_these_are_batched():
+    pipe, _ = labelled_pipeline()
+    for n in (5, 7):
+        for images in (levels(6), levels(6).split(1), levels(6).split(2)):
+            with pytest.raises(ValueError, match=rf"class_labels has {n} labels for (at least )?6 images; it must"):
+                pipe.bits_per_dim(images, class_labels=[0] * n, timesteps=[900, 0])
 
 
 def test_measuring_leaves_the_pipelines_own_path_alone():

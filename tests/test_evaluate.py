@@ -1,35 +1,38 @@
 """training/evaluate.py as users start it, on an untrained network: what it prints, writes and refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from launching import ROOT, describe, launch, once
 from transformers import ViTConfig, ViTModel
 
+from arguments import parse_evaluation_arguments
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from evaluate import main
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 SAMPLES = 20
 FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21".split()
 
 
-def save_model(folder):
+def save_model(folder, **settings):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
-        out_channels=1,
+        out_channels=2 if settings.get("variance_type", "").startswith("learned") else 1,
         block_out_channels=(32, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
-    DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4)).save_pretrained(folder)
+    DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4, **settings)).save_pretrained(folder)
 
 
 def save_network(folder):
@@ -58,6 +61,11 @@ def evaluated(name, *flags, processes=1):
 @pytest.fixture(scope="module")
 def one():
     return evaluated("evaluate-1", *FLAGS, "--save_variances")
+
+
+def evaluate_here(folder, *flags):
+    """The same in this process, without the launcher."""
+    main(*parse_evaluation_arguments(["--model", str(folder), "--dataset_name", "digits", *map(str, flags)]))
 
 
 def results(folder):
@@ -152,6 +160,60 @@ def test_what_was_measured_is_kept_in_the_models_folder(one):
     assert list(scheduler.decoder_variance) == [0]
 
 
+FEW = "--max_images 4 --num_inference_steps 2 --variance_split test --save_variances".split()
+
+
+def saved_scheduler(folder):
+    return DDPMNotesPipeline.from_pretrained(folder).scheduler
+
+
+def test_save_variances_saves_what_nothing_else_asked_to_measure(tmp_path):
+    save_model(tmp_path)
+    evaluate_here(tmp_path, *FEW)
+    saved = saved_scheduler(tmp_path)
+    assert saved.variance_type == "optimal" and saved.decoder_variance is None
+    assert len(saved.original_sample_mse) == 40 and min(saved.original_sample_mse) > 0
+
+
+def test_save_variances_saves_what_was_known_and_needed_no_measuring(tmp_path):
+    mse = [0.01 * (t + 1) for t in range(40)]
+    save_model(tmp_path, original_sample_mse=mse, decoder_variance={0: 0.003, 2: 0.1})
+    assert saved_scheduler(tmp_path).variance_type == "fixed_small"
+    evaluate_here(tmp_path, *FEW, "--variance_types", "optimal", "--decoder", "fitted")
+    saved = saved_scheduler(tmp_path)
+    known = (saved.variance_type, saved.original_sample_mse, saved.decoder_variance)
+    assert known == ("optimal", mse, {0: 0.003, 2: 0.1})
+
+
+def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
+    """It fell back to fixed_small, which does not know what the other half of the network's channels is."""
+    save_model(tmp_path, variance_type="learned_range")
+    before = DDPMPipeline.from_pretrained(tmp_path)
+    evaluate_here(tmp_path, *FEW, "--decoder", "fitted")
+    after = DDPMPipeline.from_pretrained(tmp_path)
+    assert after.scheduler.variance_type == "learned_range"
+    images = []
+    for pipe in (before, after):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(torch.from_numpy(pipe(2, generator, num_inference_steps=5, output_type="np").images))
+    assert torch.equal(*images)
+    saved = saved_scheduler(tmp_path)
+    assert saved.variance_type == "optimal" and list(saved.decoder_variance) == [0]
+    # its learned variance is still there to compare with
+    evaluate_here(tmp_path, *FEW[:4], "--variance_types", "learned_range", "optimal")
+    assert [row["variance_type"] for row in results(tmp_path)["results"]] == ["learned_range", "optimal"]
+
+
+def test_save_variances_of_a_model_on_the_hub_makes_no_folder_of_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        evaluate_here("user/name", "--save_variances")
+    assert exit.value.code == 2
+    assert "--model is user/name, which must be a folder here: download the repository first" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_table_is_what_the_pipeline_says(one):
     folder, _ = one
     pipe = DDPMNotesPipeline.from_pretrained(folder)
@@ -187,6 +249,49 @@ def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
     done = launch("--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None)
     assert done.returncode != 0
     assert "evaluate.py: error:" in done.stderr and "'validation'" in done.stderr and "test" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--paths", "even", "bset"], "--paths has bset; each must be one of even, best"),
+        (["--paths", "bset", "--table"], "--paths has bset; each must be one of even, best"),
+        (["--variance_types", "fixed_smal", "optimal"], "--variance_types has fixed_smal; each must be one of fixed_small, "),
+        (["--samplers", "ddmi", "--metrics"], "--samplers has ddmi; each must be one of ddim, eta0, dpmsolver++"),
+    ],
+)
+def test_a_typo_in_a_list_of_choices_is_refused_before_anything_is_loaded(capsys, flags, says):
+    """A path of a mistyped kind was an even one, in a table under the mistyped name."""
+    with pytest.raises(SystemExit) as exit:
+        parse_evaluation_arguments(["--model", "nothing/here", "--dataset_name", "digits", *flags])
+    assert exit.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_max_images_takes_the_images_that_its_help_says(capsys):
+    """They are spread over the split: sets that are sorted by class would be measured on their first one."""
+    with pytest.raises(SystemExit):
+        parse_evaluation_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Measure on so many images, evenly spaced over the split (--streaming: the first)." in text
+    images, few = (load_images("digits", split="test", max_samples=n, show_progress=False) for n in (None, 3))
+    assert torch.equal(few.take(range(3)), images.take([i * len(images) // 3 for i in range(3)]))
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "known"),
+    [
+        ("learned_range", "learned", "learned_range, fixed_small"),
+        ("learned", "learned_range", "learned, fixed_small"),
+        ("fixed_large", "learned", "fixed_small"),
+    ],
+)
+def test_a_network_s_output_is_not_read_as_another_variance_than_it_was_trained_as(tmp_path, own, asked, known):
+    """v of learned_range lies between -1 and 1: read as the log variance of "learned", it is noise as large as the image."""
+    save_model(tmp_path, variance_type=own)
+    says = f"--variance_types has {asked} and the model's variance is {own}; each must be one of {known}, fixed_large, optimal"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        evaluate_here(tmp_path, "--variance_types", "fixed_small", asked)
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 @pytest.mark.slow

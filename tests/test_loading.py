@@ -33,6 +33,7 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 import ddpm_notes_pipeline
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline, pipeline_source
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from ddpm_notes_pipeline.variances import optimal_scheduler
 
 LAYOUT = {
     "model_index.json",
@@ -47,11 +48,12 @@ SCHEDULERS = {
     "plain": {},
     "optimal": {"variance_type": "optimal", "original_sample_mse": MSE, "decoder_variance": {0: 0.002, 10: 0.03}},
     "learned": {"variance_type": "learned_range"},
+    "learned_optimal": {"variance_type": "learned_range"},  # whose best variance was measured
     "eta": {"eta": 0.25, "variance_type": "fixed_large"},
     "labelled": {"beta_schedule": "squaredcos_cap_v2"},
     "twin": {},  # of "plain", with other weights
 }
-UNLABELLED = ["plain", "optimal", "learned", "eta", "twin"]
+UNLABELLED = ["plain", "optimal", "learned", "learned_optimal", "eta", "twin"]
 PLUGGED = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}  # in the place of the scheduler of "optimal"
 WAYS = ("installed", "stock", "trusted")
 
@@ -75,7 +77,7 @@ def tiny_unet(name):
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
-        out_channels=2 if name == "learned" else 1,
+        out_channels=2 if name.startswith("learned") else 1,
         block_out_channels=(16, 32),
         norm_num_groups=8,
         layers_per_block=1,
@@ -94,7 +96,10 @@ def made(name):
         pipe = made("optimal")
         pipe.scheduler = PLUGGED[name].from_config(pipe.scheduler.config)
         return pipe
-    return DDPMNotesPipeline(tiny_unet(name), DDPMNotesScheduler(num_train_timesteps=T, **SCHEDULERS[name]))
+    scheduler = DDPMNotesScheduler(num_train_timesteps=T, **SCHEDULERS[name])
+    if name == "learned_optimal":
+        scheduler = optimal_scheduler(scheduler, MSE, 0.002)
+    return DDPMNotesPipeline(tiny_unet(name), scheduler)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,7 @@ def test_the_scheduler_s_config_has_what_stock_knows_and_one_private_entry(shelf
         key for key in DDPMScheduler().config if not key.startswith("_")
     }
     assert {key for key in config if key.startswith("_")} <= {"_diffusers_version", "_ddpm_notes"}
-    assert ("_ddpm_notes" in config) == (name in ("optimal", "eta"))
+    assert ("_ddpm_notes" in config) == (name in ("optimal", "eta", "learned_optimal"))
     DDPMScheduler(**{key: value for key, value in config.items() if not key.startswith("_")})
 
 
@@ -280,6 +285,23 @@ def test_the_stock_pipeline_makes_the_same_images_where_it_can(shelf):
     # fixed_small is what it falls back to from "optimal"
     fallback = DDPMNotesPipeline(tiny_unet("optimal"), DDPMNotesScheduler(num_train_timesteps=T))
     np.testing.assert_allclose(sample(load("stock", shelf / "optimal")), sample(fallback), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:alpha_bar at the path's first timestep")
+def test_stock_samples_a_learned_model_whose_best_variance_was_measured(shelf):
+    """Its network has twice the channels: a stock scheduler of fixed_small fails on them."""
+    stock = load("stock", shelf / "learned_optimal")
+    assert (type(stock), stock.scheduler.variance_type) == (DDPMPipeline, "learned_range")
+    np.testing.assert_array_equal(sample(stock), sample(load("stock", shelf / "learned")))
+    # ours has the measured variance, and takes no notice of the other half of the channels
+    ours = load("installed", shelf / "learned_optimal")
+    assert ours.scheduler.variance_type == "optimal" and ours.unet.config.out_channels == 2
+    fixed = DDPMNotesPipeline(ours.unet, made("optimal").scheduler)
+    fixed.scheduler = DDPMNotesScheduler.from_config(fixed.scheduler.config, decoder_variance=0.002)
+    np.testing.assert_array_equal(sample(ours), sample(fixed))
+    pixels = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    path = {"timesteps": [49, 30, 12, 0]}
+    assert torch.equal(ours.bits_per_dim(pixels, **path).per_image, fixed.bits_per_dim(pixels, **path).per_image)
 
 
 def test_labels_and_guidance_work_from_the_folder(shelf):

@@ -1,5 +1,6 @@
 """The network that is chosen for images of any channels and size, and what is refused."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 
 from arguments import parse_arguments
 from ddpm_notes_pipeline.data import ImageSet, load_images
+from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
+from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 from networks import make_model
 
 
@@ -79,3 +82,43 @@ def test_attention_is_where_it_was_asked_for_also_nowhere(tmp_path, flags, level
 def test_a_network_that_does_not_fit_is_refused_with_what_would(tmp_path, size, flags, message):
     with pytest.raises(ValueError, match=message):
         network_of(images_of(tmp_path, "L", *size), *flags)
+
+
+MEASURED = {"original_sample_mse": [0.1] * 20, "decoder_variance": {0: 0.01, 3: 0.2}}
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range", "learned"])
+@pytest.mark.parametrize("optimal", [True, False])
+def test_training_that_goes_on_does_not_keep_the_variances_of_the_old_network(tmp_path, variance_type, optimal):
+    images = images_of(tmp_path, "L", 8, 8)
+    flags = [
+        "--dataset_name=digits",
+        "--layers_per_block=1",
+        "--block_out_channels=8",
+        f"--variance_type={variance_type}",
+    ]
+    unet, scheduler = make_model(parse_arguments([*flags, "--ddpm_num_steps=20"])[1], images)
+    changed = {"variance_type": "optimal"} if optimal else {}
+    measured = DDPMNotesScheduler.from_config(scheduler.config, **MEASURED, **changed, timestep_spacing="trailing")
+    DDPMNotesPipeline(unet, measured).save_pretrained(tmp_path / "model")
+    _, model, _ = parse_arguments(["--dataset_name=digits", f"--pretrained_model_name_or_path={tmp_path / 'model'}"])
+    was = "optimal" if optimal else variance_type
+    with pytest.warns(
+        UserWarning, match=rf"variance_type is {variance_type} \(was {was}\); evaluate.py --save_variances"
+    ):
+        again, kept = make_model(model, images)
+    assert again.config.out_channels == (1 if variance_type == "fixed_small" else 2)
+    assert (kept.variance_type, kept.original_sample_mse, kept.decoder_variance) == (variance_type, None, None)
+    assert kept.config.timestep_spacing == "trailing" and "_ddpm_notes" not in kept.config  # nothing else is lost
+
+
+def test_training_that_goes_on_from_a_model_without_measured_variances_says_nothing(tmp_path):
+    images = images_of(tmp_path, "L", 8, 8)
+    _, model, _ = parse_arguments(["--dataset_name=digits", "--layers_per_block=1", "--block_out_channels=8"])
+    unet, scheduler = make_model(model, images)
+    DDPMNotesPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
+    _, model, _ = parse_arguments(["--dataset_name=digits", f"--pretrained_model_name_or_path={tmp_path / 'model'}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kept = make_model(model, images)[1]
+    assert kept.to_json_string() == scheduler.to_json_string()

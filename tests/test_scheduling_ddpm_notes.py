@@ -258,7 +258,56 @@ def test_surface_of_the_stock_scheduler(n):
     assert {c.__name__ for c in ours.compatibles} == {c.__name__ for c in stock.compatibles}
     x_t = randn(0)
     assert ours.scale_model_input(x_t, 5) is x_t
-    assert all(ours.config[name] == value for name, value in stock.config.items() if name != "_use_default_values")
+    assert as_dict(ours.config) == as_dict(stock.config)
+
+
+def as_dict(config) -> dict:
+    """A config without our private entry; the names of defaults, which diffusers lists in any order, as a set."""
+    values = {name: value for name, value in config.items() if name != "_ddpm_notes"}
+    return values | {name: set(values[name]) for name in ["_use_default_values"] if name in values}
+
+
+def test_the_previous_timestep_is_a_tensor_where_the_stock_one_is():
+    """0-d, int64, on the device of the timesteps (-1 on the CPU); before `set_timesteps` t - 1, of whatever type t has."""
+    ours, stock = DDPMNotesScheduler(), DDPMScheduler()
+    forms = [999, torch.tensor(999), torch.tensor([999]), torch.tensor(999, dtype=torch.int32), np.int64(999), 0]
+    paths = [None, {"num_inference_steps": 7}, {"timesteps": [999, 500, 3]}, {"num_inference_steps": 1000}]
+    for path in paths:
+        if path is not None:
+            ours.set_timesteps(**path), stock.set_timesteps(**path)
+            forms = [form for t in ours.timesteps for form in (t, int(t), t[None], t.int())]
+        for t in forms:
+            got, want = ours.previous_timestep(t), stock.previous_timestep(t)
+            assert type(got) is type(want) and got == want, (path, t)
+            if isinstance(want, torch.Tensor):
+                assert (got.dtype, got.shape, got.device) == (want.dtype, want.shape, want.device), (path, t)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        {"num_train_timesteps": 50},
+        {"beta_start": 0.0002, "variance_type": "fixed_large"},
+        {"_class_name": "DDIMScheduler", "num_train_timesteps": 50, "set_alpha_to_one": True},
+        "stock",
+        "optimal",
+    ],
+    ids=str,
+)
+def test_a_config_names_the_same_settings_as_left_at_their_defaults_as_the_stock_one(saved, tmp_path):
+    if isinstance(saved, str):
+        scheduler = DDPMScheduler() if saved == "stock" else DDPMNotesScheduler(**OPTIMAL)
+        saved = json.loads(scheduler.to_json_string())
+    saved = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.42.1"} | saved
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(saved))
+    for load in (
+        lambda cls: cls.from_pretrained(tmp_path),
+        lambda cls: cls.from_config(dict(saved)),
+        lambda cls: cls.from_config(DDPMScheduler.from_pretrained(tmp_path).config),
+        lambda cls: cls.from_config(DDPMNotesScheduler.from_pretrained(tmp_path).config),
+    ):
+        assert as_dict(load(DDPMNotesScheduler).config) == as_dict(load(DDPMScheduler).config)
 
 
 def test_step_takes_every_form_of_a_timestep_and_leaves_its_inputs_alone():
@@ -297,12 +346,24 @@ def test_step_draws_from_one_generator_one_an_image_or_the_global_one():
     assert rms(got, stock.step(output, 900, x_t).prev_sample) < 1e-4
 
 
-@pytest.mark.parametrize("config", [{}, {"variance_type": "learned_range", "eta": 0.5}])
+@pytest.mark.parametrize(
+    "config", [{}, {"variance_type": "learned_range", "eta": 0.5}, OPTIMAL], ids=["", "eta", "optimal"]
+)
 def test_a_variance_half_that_is_not_used_changes_nothing(config):
-    plain, scheduler = DDPMNotesScheduler(eta=config.get("eta")), DDPMNotesScheduler(**config)
+    scheduler = DDPMNotesScheduler(**config)
+    plain = DDPMNotesScheduler(eta=0.5) if "eta" in config else scheduler
     x_t, output = randn(0), randn(1)
-    got = scheduler.step(torch.cat([output, randn(2)], dim=1), 500, x_t, generator=gen(3)).prev_sample
-    assert torch.equal(got, plain.step(output, 500, x_t, generator=gen(3)).prev_sample)
+    doubled = torch.cat([output, randn(2)], dim=1)
+    for t in (500, 0):
+        got = scheduler.step(doubled, t, x_t, generator=gen(3)).prev_sample
+        assert torch.equal(got, plain.step(output, t, x_t, generator=gen(3)).prev_sample)
+        assert torch.equal(scheduler.predict_noise(doubled, x_t, t), plain.predict_noise(output, x_t, t))
+        means = [s.reverse_mean_variance(o, x_t, t, t - 1) for s, o in ((scheduler, doubled), (plain, output))]
+        assert all(torch.equal(*both) for both in zip(*means))
+        if "eta" not in config:
+            x_0 = (images(4) * 127.5 + 127.5).round() / 127.5 - 1
+            terms = [scheduler.vlb_terms(o, x_0, x_t, t, t - 1) for o in (doubled, output)]
+            assert torch.equal(*terms) and terms[0].shape == (2,)
 
 
 # ------------------------------------------------------------------------------------ stock's defects stay fixed
@@ -654,6 +715,14 @@ def test_configs_pass_through_other_schedulers_as_stock_ones_do(other, case, loa
     assert not said and ours_of(back) == ours_of(ours)
 
 
+def test_a_setting_given_by_position_is_not_lost_by_from_config():
+    """Stock: DDPMScheduler.from_config(DDPMScheduler(50).config) has 1000 timesteps."""
+    scheduler = DDPMNotesScheduler(50, 0.001, variance_type="optimal", original_sample_mse=[0.1] * 50)
+    for config in (scheduler.config, DDPMScheduler.from_config(scheduler.config).config):
+        again = DDPMNotesScheduler.from_config(config)
+        assert again.to_json_string() == scheduler.to_json_string() and torch.equal(again.betas, scheduler.betas)
+
+
 def test_settings_given_to_from_config_win_over_the_saved_ones():
     scheduler = DDPMNotesScheduler(**OURS["optimal"])
     load = DDPMNotesScheduler.from_config
@@ -670,6 +739,27 @@ def test_settings_given_to_from_config_win_over_the_saved_ones():
     config = copy.deepcopy(dict(scheduler.config))
     load(scheduler.config, eta=0.5)
     assert dict(scheduler.config) == config
+
+
+@pytest.mark.parametrize("learned", ["learned", "learned_range"])
+def test_stock_classes_read_a_learned_type_for_the_optimal_variance_of_a_learned_model(learned, tmp_path):
+    """They need it to split the network's output; one that somebody chose since wins."""
+    load = DDPMNotesScheduler.from_config
+    optimal = load(DDPMNotesScheduler(variance_type=learned, eta=0.5).config, **OPTIMAL)
+    optimal.save_config(tmp_path)
+    stock = DDPMScheduler.from_pretrained(tmp_path)
+    assert stock.variance_type == stock.config.variance_type == optimal.config.variance_type == learned
+    loaded = [DDPMNotesScheduler.from_pretrained(tmp_path), load(optimal.config), load(stock.config)]
+    loaded += [load(DDIMScheduler.from_config(stock.config).config), copy.deepcopy(optimal)]
+    for scheduler in loaded:
+        assert ours_of(scheduler) == ("optimal", MSE, None, 0.5)
+        assert scheduler.to_json_string() == optimal.to_json_string()
+    scheduler, unused = load(optimal.config, return_unused_kwargs=True, other=1)
+    assert scheduler.to_json_string() == optimal.to_json_string() and unused["other"] == 1
+    # the way back, and other choices
+    assert load(optimal.config, variance_type=learned).variance_type == learned
+    for other in {"fixed_small", "fixed_large", "learned", "learned_range"} - {learned}:
+        assert load(DDPMScheduler.from_config(optimal.config, variance_type=other).config).variance_type == other
 
 
 @pytest.mark.parametrize("case", OURS)

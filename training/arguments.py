@@ -14,6 +14,8 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
+from ddpm_notes_pipeline.scheduling_ddpm_notes import VARIANCE_TYPES
+
 
 @dataclass
 class DataArguments:
@@ -305,51 +307,78 @@ class EvaluationArguments:
         metadata={"help": "Split of the images to measure on; held_out: those that --validation_share held out."},
     )
     seed: int = field(default=0, metadata={"help": "Of the training run: it drew the images of --validation_share."})
-    max_images: int | None = field(default=None, metadata={"help": "Measure on the first so many images."})
+    max_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure on so many images, evenly spaced over the split (--streaming: the first). Default: all."
+        },
+    )
     variance_types: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Variances to compare: fixed_small, fixed_large, learned_range, optimal. Default: the model's own."
+            "help": "Variances to compare: fixed_small, fixed_large, optimal, and the learned type that the model was trained with. "
+            "Default: the model's own (--table: all of them)."
         },
     )
-    num_inference_steps: list[int] | None = field(default=None, metadata={"help": "Steps K of the paths. Default: T."})
+    num_inference_steps: list[int] | None = field(
+        default=None, metadata={"help": "Steps K of the paths. Default: T (--table: 10, 25, 50, 100 and T)."}
+    )
     paths: list[str] = field(
         default_factory=lambda: ["even"],
-        metadata={"help": "even: K timesteps evenly from 0 to T-1; best: the K with the least bound."},
+        metadata={
+            "help": "even: K timesteps evenly from 0 to T-1; best: the K, 0 and T-1 among them, with the least bound of optimal."
+        },
     )
     decoder: Literal["own", "fitted"] = field(
         default="own",
         metadata={
-            "help": "Variance of the decoder: each variance type's own rule, or one fitted number for all of them."
+            "help": "Variance of the decoder: each variance type's own rule, or one fitted number for all but the learned."
         },
     )
     variance_split: str = field(
-        default="train", metadata={"help": "Split to measure on what optimal, best and fitted need to know."}
+        default="train",
+        metadata={"help": "Split to measure on what optimal, best, fitted and --save_variances need to know."},
     )
-    save_variances: bool = field(default=False, metadata={"help": "Keep what was measured in the model's folder."})
+    save_variances: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the measured variance of each step, and the decoder's with --decoder fitted, in the scheduler of the "
+            "model, a folder here; its variance_type becomes optimal."
+        },
+    )
     full: bool = field(default=False, metadata={"help": "Evaluate every term of the bound."})
     evaluations_per_image: int = field(
-        default=38, metadata={"help": "Network evaluations for each image, without --full."}
+        default=38,
+        metadata={
+            "help": "Network evaluations for each image, without --full; a path of no more steps is measured in full."
+        },
     )
     batch_size: int = field(default=128, metadata={"help": "Noisy images through the network at once."})
-    noise_seed: int = field(default=0, metadata={"help": "Of the noise."})
+    noise_seed: int = field(default=0, metadata={"help": "Of the noise, and of the samples."})
     metrics: bool = field(
-        default=False, metadata={"help": "Sample too, for each row, and measure how far samples are from images."}
+        default=False,
+        metadata={"help": "Sample too, for the rows of --metric_steps, and measure how far samples are from images."},
     )
     metric_images: int = field(
-        default=1000, metadata={"help": "Samples for each row; image i has the seed noise_seed + i."}
+        default=1000, metadata={"help": "Samples for each such row; image i has the seed noise_seed + i."}
     )
     metric_sets: int = field(
         default=1,
-        metadata={"help": "So many sets of them, each from other seeds: figures are means, standard errors over sets."},
+        metadata={
+            "help": "So many sets of them, each from other seeds: figures are means, standard errors over sets (--table: at least 2)."
+        },
     )
     metric_steps: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of steps to sample at. Default: all that bounds are measured at."}
+        default=None,
+        metadata={
+            "help": "Numbers of steps to sample at. Default: all that bounds are measured at (--table: 10, 25, 50, 100)."
+        },
     )
     samplers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM)."
+            "help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM). "
+            "Wants --metrics. --table: ddim and dpmsolver++, if none is given."
         },
     )
     metric_split: str = field(
@@ -365,7 +394,8 @@ class EvaluationArguments:
     table: bool = field(
         default=False,
         metadata={
-            "help": "The whole comparison, as table.md: every variance, 10 to T steps, even and best, samples, other samplers."
+            "help": "The whole comparison, as table.md: every variance, 10 to T steps, even and best, a fitted decoder, samples (at T of "
+            "fixed_large alone, below T of even paths and of optimal's best ones), other samplers."
         },
     )
     results_dir: str | None = field(
@@ -470,12 +500,23 @@ def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArgum
     for name, count in counts.items():
         if count < 1:
             parser.error(f"{name} is too small; allowed: at least {2 if name == '--evaluations_per_image' else 1}")
-    if unknown := set(evaluation.samplers) - {"ddim", "eta0", "dpmsolver++"}:
-        parser.error(f"--samplers has {', '.join(sorted(unknown))}; allowed: ddim, eta0, dpmsolver++")
+    choices: dict[str, tuple[list[str], tuple[str, ...]]] = {
+        "--variance_types": (evaluation.variance_types or [], VARIANCE_TYPES),
+        "--paths": (evaluation.paths, ("even", "best")),
+        "--samplers": (evaluation.samplers, ("ddim", "eta0", "dpmsolver++")),
+    }
+    for name, (given, known) in choices.items():
+        if unknown := [value for value in given if value not in known]:
+            parser.error(f"{name} has {', '.join(unknown)}; each must be one of {', '.join(known)}")
     if evaluation.table:
         evaluation.metrics, evaluation.decoder, evaluation.paths = True, "fitted", ["even", "best"]
         evaluation.samplers = evaluation.samplers or ["ddim", "dpmsolver++"]
         evaluation.metric_sets = max(evaluation.metric_sets, 2)  # a spread needs two
+    if evaluation.save_variances and not Path(evaluation.model).is_dir():
+        parser.error(
+            f"--save_variances writes into the model's folder and --model is {evaluation.model}, which must be a folder here: "
+            "download the repository first (hf download), or leave --save_variances out"
+        )
     if evaluation.samplers and not evaluation.metrics:
         parser.error("--samplers have no bits/dim; allowed with --metrics")
     if (data.dataset_name is None) == (data.train_data_dir is None):

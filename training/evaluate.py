@@ -68,6 +68,7 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
     if not isinstance(pipeline.scheduler, DDPMNotesScheduler):
         pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config)
+    check_variance_types(evaluation.variance_types or [], pipeline.scheduler)
     images = load(accelerator, data, evaluation.split, evaluation.max_images, evaluation.seed)
 
     check_images(pipeline, images)
@@ -91,7 +92,7 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     own = pipeline.scheduler
     T = len(own)
     if evaluation.table:
-        learned = [own.variance_type] if own.variance_type in LEARNED_VARIANCES else []
+        learned = [own.config.variance_type] if own.config.variance_type in LEARNED_VARIANCES else []
         evaluation.variance_types = evaluation.variance_types or ["fixed_small", "fixed_large", *learned, "optimal"]
         evaluation.num_inference_steps = evaluation.num_inference_steps or [k for k in TABLE_STEPS if k < T] + [T]
         evaluation.metric_steps = evaluation.metric_steps or [k for k in TABLE_STEPS if k < T]
@@ -99,25 +100,23 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     fit_needed = evaluation.decoder == "fitted"
     mse = own.original_sample_mse
     decoder = own.decoder_variance or {}
-    if fit_needed or (mse is None and ("optimal" in variances or "best" in evaluation.paths)):
+    mse_needed = evaluation.save_variances or "optimal" in variances or "best" in evaluation.paths
+    if (mse_needed and mse is None) or (fit_needed and 0 not in decoder):
         known = load(accelerator, data, evaluation.variance_split, None, evaluation.seed)
         known_labels = known.labels if pipeline.num_classes is not None else None
-        if mse is None:
-            measured = measure_original_sample_mse(pipeline, batches(known), known_labels, accelerator=accelerator)
+        if mse_needed and mse is None:
+            measured = measure_original_sample_mse(
+                pipeline, batches(known), known_labels, batch_size=evaluation.batch_size, accelerator=accelerator
+            )
             mse = measured.original_sample_mse.tolist()
         if fit_needed and 0 not in decoder:
-            decoder = {**decoder, 0: fit_decoder_variance(pipeline, batches(known), known_labels)[0]}
-        if evaluation.save_variances and accelerator.is_main_process:
-            optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
+            fitted = fit_decoder_variance(pipeline, batches(known), known_labels, batch_size=evaluation.batch_size)
+            decoder = {**decoder, 0: fitted[0]}
+    if evaluation.save_variances and accelerator.is_main_process:
+        optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
 
     rows = []
     for variance in variances:
-        if (variance in LEARNED_VARIANCES) != (
-            own.variance_type in LEARNED_VARIANCES
-        ) and variance in LEARNED_VARIANCES:
-            raise ValueError(
-                f"--variance_types has {variance} and the model's is {own.variance_type}: its network outputs none"
-            )
         scheduler = DDPMNotesScheduler.from_config(
             own.config,
             variance_type=variance,
@@ -157,6 +156,18 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     if accelerator.is_main_process:
         write(evaluation, images, rows, table)
     accelerator.end_training()
+
+
+def check_variance_types(variances: list[str], scheduler: DDPMNotesScheduler) -> None:
+    """Refuse a learned variance that is not what the network was trained to output: its numbers would be misread."""
+    own = scheduler.config.variance_type  # the learned type also where "optimal" took its place
+    for variance in variances:
+        if variance in LEARNED_VARIANCES and variance != own:
+            learned = f"{own}, " if own in LEARNED_VARIANCES else ""
+            raise ValueError(
+                f"--variance_types has {variance} and the model's variance is {own}; "
+                f"each must be one of {learned}fixed_small, fixed_large, optimal"
+            )
 
 
 def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:

@@ -1,6 +1,7 @@
 """The network of a run and the scheduler that is its math: new ones that fit the images, or those of a repository to go on from."""
 
 import math
+import warnings
 
 from diffusers import UNet2DModel
 
@@ -12,7 +13,7 @@ from ddpm_notes_pipeline.streaming import ImageStream
 
 
 def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
-    """A new UNet and scheduler, or those of a repository to go on from.
+    """A new UNet and scheduler, or those of a repository to go on from, without the variances measured on that network.
 
     Raises:
         ValueError: a network that does not fit the images.
@@ -35,7 +36,7 @@ def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[U
                 f"{images.num_classes or 0} classes; allowed: an embedding for each class, or neither (see --label_column)"
             )
         unet.register_to_config(sample_size=list(images.size))
-        return unet.float(), scheduler
+        return unet.float(), without_measured_variances(scheduler)
     scheduler = DDPMNotesScheduler(
         num_train_timesteps=model.ddpm_num_steps,
         beta_schedule=model.ddpm_beta_schedule,
@@ -88,6 +89,24 @@ def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[U
             **{PRIVATE_ENTRY: {"null_label": images.num_classes, "class_names": images.class_names}}
         )
     return unet, scheduler
+
+
+def without_measured_variances(scheduler: DDPMNotesScheduler) -> DDPMNotesScheduler:
+    """The scheduler without V_t and the decoder's variance, which were measured on a network that training will change.
+
+    In the place of "optimal" comes the type that fits the network's outputs, which stock classes have used all along. Warns of it.
+    """
+    if scheduler.original_sample_mse is None and scheduler.decoder_variance is None:
+        return scheduler
+    own = scheduler.config.variance_type
+    warnings.warn(
+        "the repository's original_sample_mse and decoder_variance were measured on its network, which training changes: they are left out "
+        f"and variance_type is {own} (was {scheduler.variance_type}); evaluate.py --save_variances measures them again",
+        stacklevel=3,
+    )
+    return DDPMNotesScheduler.from_config(
+        scheduler.config, variance_type=own, original_sample_mse=None, decoder_variance=None
+    )
 
 
 def check_size(size: tuple[int, int], levels: int) -> None:
