@@ -1,4 +1,4 @@
-# ddpm_notes_pipeline 0.1.0, sha256 of the lines below ced929dfccef98b070351bb95608bdc76884bd67dc7540533af4681faf9c7bc3
+# ddpm_notes_pipeline 0.1.0, sha256 of the lines below 83975582290251794f7e41ac1364a39a5f90a13afe5c0431c5aed05604990c02
 """The math of DDPM (Ho et al. 2020, arXiv 2006.11239), as a diffusers scheduler.
 
 A fixed chain adds noise to an image x_0 in T small steps, beta_t at a time; with alpha_bar_t = prod(1 - beta) any x_t is one jump away:
@@ -18,6 +18,7 @@ Timesteps are counted as diffusers does, t = 0..T-1, and **s = -1 is the data x_
 rounded once when they meet a tensor; arithmetic is float32 at least.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -40,7 +41,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 HALF_PIXEL = 1 / 255  # half the distance between two neighbouring levels of an 8-bit image in [-1, 1]
 
 # Stock diffusers classes know neither our settings nor "optimal". Ours sit in one private config entry, which they load and re-save
-# without a word, and `variance_type` holds the type that they can fall back to.
+# without a word, and `variance_type` holds the type that they can fall back to: a learned one where the network has twice the channels.
 PRIVATE_ENTRY = "_ddpm_notes"
 PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "eta")
 STOCK_CLASS, STOCK_FALLBACK = "DDPMScheduler", "fixed_small"
@@ -201,31 +202,46 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------------------------------------ configuration
 
-    def _keep_private_settings(self) -> None:
-        """Move what stock classes do not know into the private config entry."""
+    def _keep_private_settings(self, fallback: str = STOCK_FALLBACK) -> None:
+        """Move what stock classes do not know into the private config entry; `fallback` is their type in the place of "optimal"."""
         config = {name: value for name, value in self.config.items() if name not in PRIVATE_SETTINGS}
         ours = {name: getattr(self, name) for name in PRIVATE_SETTINGS if getattr(self, name) is not None}
         if self.variance_type == "optimal":
-            ours["variance_type"], config["variance_type"] = "optimal", STOCK_FALLBACK
+            ours["variance_type"], config["variance_type"] = "optimal", fallback
+            if fallback != STOCK_FALLBACK:
+                ours["stock_variance_type"] = fallback
         if ours:
             config[PRIVATE_ENTRY] = ours
+        defaults = [name for name in config.pop("_use_default_values", []) if name not in PRIVATE_SETTINGS]
+        if defaults:  # the entry that a stock scheduler has, of the settings that it knows
+            config["_use_default_values"] = defaults
         self._internal_dict = FrozenDict(config)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As diffusers', under the stock class's name: by it `from_config` knows what to pass over without a warning."""
+        if "_use_default_values" in kwargs:
+            # diffusers counts what was given by position as left out, and its `from_config` would then lose it
+            parameters = inspect.signature(type(self).__init__).parameters
+            names = [n for n in kwargs["_use_default_values"] if kwargs[n] is parameters[n].default]
+            kwargs |= {"_use_default_values": names}
         super().register_to_config(**{**kwargs, **({"_class_name": STOCK_CLASS} if "_class_name" in kwargs else {})})
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Like diffusers' `from_config`: from this class's config or any compatible scheduler's, changed by `kwargs`."""
+        fallback = config.get("variance_type") if isinstance(config, dict) else None
         if isinstance(config, dict) and PRIVATE_ENTRY in config:
             config = dict(config)
             ours = dict(config.pop(PRIVATE_ENTRY))
-            if config.get("variance_type") != STOCK_FALLBACK:  # somebody chose another one since
+            if fallback != ours.pop("stock_variance_type", STOCK_FALLBACK):  # somebody chose another one since
                 ours.pop("variance_type", None)
             config.update(ours)
             config["_use_default_values"] = [name for name in config.get("_use_default_values", []) if name not in ours]
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        if fallback in LEARNED_VARIANCES:  # stock classes need to be told what the network's other channels are
+            scheduler._keep_private_settings(fallback)
+        return made
 
     def to_json_string(self) -> str:
         """The config as JSON, under the name of the stock class, so that any diffusers loads it."""
@@ -352,7 +368,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         columns = (scale, x_t_to_x_0 / scale, limit, x_0_to_mean * scale, x_t_to_mean, std, log_pv, gap)
         rows = zip(*(column.tolist() for column in columns), scale.float().unbind())
         self._path = {t: StepCoefficients(t == path[-1], *row) for t, row in zip(path, rows)}
-        self._previous = dict(zip(path, [*path[1:], -1]))
+        self._positions = {t: i for i, t in enumerate(path)}
 
     def _decoder_variances(self, path: list[int]) -> torch.Tensor:
         """Variance of p(x_0 | x_t) for every last timestep t, (T,) float64.
@@ -375,18 +391,23 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
                 variances[last] = variance
         return variances
 
-    def previous_timestep(self, timestep: Timesteps) -> int:
+    def previous_timestep(self, timestep: Timesteps) -> Timesteps:
         """The s that follows t on the path, -1 (the data) after its last.
 
+        Returns:
+            As the stock scheduler: t - 1, of t's own type, before `set_timesteps`; afterwards an int64 tensor without dimensions.
+
         Raises:
-            ValueError: t is not on the path that `set_timesteps` chose.
+            ValueError: t is not on the path.
         """
-        t = self._path_index(timestep)
-        if t not in self._previous:
+        position = self._positions.get(t := self._path_index(timestep))
+        if position is None:
             raise ValueError(
-                f"timestep {t} is not on the path; allowed: {_shorten(list(self._path))} (see set_timesteps)"
+                f"timestep is {t}; it must be on the path: {_shorten(list(self._path))} (see set_timesteps)"
             )
-        return self._previous[t]
+        if self.num_inference_steps is None:
+            return timestep - 1
+        return torch.tensor(-1) if position == len(self._path) - 1 else self.timesteps[position + 1]
 
     def _path_index(self, timestep: Timesteps) -> int:
         # `for t in scheduler.timesteps` gives views into it. On an accelerator the offset of such a view says which it is,
@@ -1006,6 +1027,7 @@ probability, have the same mean: unbiased, at a fraction of the cost.
 
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -1031,6 +1053,7 @@ from tqdm.auto import tqdm
 # Share of an image's terms that is drawn whatever the pilot images said.
 DEFENSIVE_SHARE = 0.3
 PILOT_IMAGES = 16
+ImageBatch = tuple[torch.Tensor, torch.Tensor | None]  # uint8 (B, C, H, W), labels (B,)
 
 
 @dataclass
@@ -1326,7 +1349,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
     ) -> BitsPerDimOutput:
         """How many bits a dimension the model needs at most to encode images: the bound on -log2 P(x_0) / dims, term by term.
 
-        Each image gets its own noise, from (seed, its number): the batch it is in does not matter, and calls with one seed compare
+        Each image gets its own noise, from (seed, its number): how images are batched does not matter, and calls with one seed compare
         models on the same noise. Without `full`, the decoder's term and `evaluations_per_image - 1` others are evaluated for each image,
         one in each of as many ranges of timesteps that contribute alike, found from a few pilot images first.
 
@@ -1334,14 +1357,16 @@ class DDPMNotesPipeline(DiffusionPipeline):
             images: 8-bit images: uint8 tensor (N, C, H, W), uint8 array (N, H, W, C) or (N, C, H, W), PIL image(s), floats
                 k / 127.5 - 1 (k = 0..255), or an iterable of batches of these (or of dicts with "pixel_values" and maybe
                 "class_labels"), which is read once and never held whole.
-            class_labels: for a class-conditional model: one for all, or one an image; None takes the batches' own, else the null label.
+            class_labels: for a class-conditional model: one for all, or one an image of `images`; None takes the batches' own, else the
+                null label.
             num_inference_steps, timesteps: the path; a sampler of K steps has its own bound. None: every timestep.
             evaluations_per_image: network evaluations for each image. A path of no more steps is summed in full.
             full: evaluate every term of the path.
             clip: clip x0_hat; None as the scheduler's config says (improved-diffusion: in evaluation, not in training).
             batch_size: how many noisy images go through the network at once.
             seed: of all noise. first_image: number of the first image, to split a set over processes.
-            pilot_images: images to find the ranges with, where `images` is one part of a set. Default: the first of `images`.
+            pilot_images: images to find the ranges with, where `images` is one part of a set, with labels of their own where
+                `class_labels` has one an image. The first 16 are used. Default: those of `images`.
             guidance_scale: must be 1. Guided sampling follows no normalised reverse process: it has no bound.
 
         Raises:
@@ -1374,42 +1399,36 @@ class DDPMNotesPipeline(DiffusionPipeline):
             )
 
         batches = self._image_batches(images, class_labels)
-        first, dims = next(batches, None), 0
-        if first is None:
-            raise ValueError("images is empty; allowed: at least one image")
         terms = _BoundTerms(self, scheduler, clip, batch_size, seed)
-        if full or len(path) <= evaluations_per_image:
-            terms.take_all()
-        else:
-            pilot, labels = first if pilot_images is None else next(self._image_batches(pilot_images, class_labels))
-            terms.choose_ranges(
-                evaluations_per_image - 1, pilot[:PILOT_IMAGES], None if labels is None else labels[:PILOT_IMAGES]
-            )
+        sampled = not full and len(path) > evaluations_per_image
+        # read ahead: how images are batched must not decide which of them the ranges are chosen on
+        held, pilot = _first_images(batches, PILOT_IMAGES if sampled and pilot_images is None else 1)
+        if not held:
+            raise ValueError("images is empty; allowed: at least one image")
+        if sampled:
+            if pilot_images is not None:
+                one = class_labels is not None and torch.as_tensor(class_labels).numel() == 1
+                own = self._image_batches(pilot_images, class_labels if one else None, class_labels is not None)
+                _, pilot = _first_images(own, PILOT_IMAGES)
+            if not pilot:
+                raise ValueError("pilot_images is empty; it must have at least one image")
+            terms.choose_ranges(evaluations_per_image - 1, pilot)
+        dims, batches = held[0][0][0].numel(), itertools.chain(held, batches)
+        del held, pilot  # the last references to these images, once they are measured
         parts, number = [], first_image
-        total = len(images) if isinstance(images, (torch.Tensor, np.ndarray, list)) else None
-        with tqdm(
-            **{"desc": "bits/dim", "unit": "image", "total": total, **getattr(self, "_progress_bar_config", {})}
-        ) as bar:
-            for pixels, labels in self._chain(first, batches):
-                dims = dims or pixels[0].numel()
+        settings = {"desc": "bits/dim", "unit": "image", "total": _number_of_images(images)}
+        with tqdm(**{**settings, **getattr(self, "_progress_bar_config", {})}) as bar:
+            for pixels, labels in _regrouped(batches, max(1, batch_size // terms.per_image)):
                 if pixels[0].numel() != dims:
                     raise ValueError(f"images has {pixels[0].numel()} dims after {dims}; allowed: images of one size")
-                rows = max(1, batch_size // terms.per_image)
-                for i in range(0, len(pixels), rows):
-                    chunk = slice(i, i + rows)
-                    parts.append(terms(pixels[chunk], None if labels is None else labels[chunk], number))
-                    number += len(parts[-1])
-                    bar.update(len(parts[-1]))
+                parts.append(terms(pixels, labels, number))
+                number += len(pixels)
+                bar.update(len(pixels))
         self.maybe_free_model_hooks()
         return BitsPerDimOutput.from_parts(torch.cat(parts), terms.per_timestep, dims, terms.evaluations)
 
-    @staticmethod
-    def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-        yield first
-        yield from rest
-
-    def _image_batches(self, images: Any, class_labels: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """(uint8 (B, C, H, W), labels (B,) or None) for whatever `images` is."""
+    def _image_batches(self, images: Any, class_labels: Any, own_labels: bool = False) -> Iterator[ImageBatch]:
+        """(uint8 (B, C, H, W), labels (B,) or None) for whatever `images` is; `own_labels`: those without labels are refused."""
         if isinstance(images, PIL.Image.Image):
             images = [images]
         whole = isinstance(images, (torch.Tensor, np.ndarray)) or (
@@ -1419,20 +1438,31 @@ class DDPMNotesPipeline(DiffusionPipeline):
             raise ValueError(
                 f"images is {type(images).__name__}; allowed: 8-bit images as tensors, arrays, PIL images, or batches of them"
             )
+        given = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
+        one_an_image = given is not None and given.numel() != 1
         start = 0
         for batch in [images] if whole else images:
             pixels, labels = (
                 (batch["pixel_values"], batch.get("class_labels")) if isinstance(batch, dict) else (batch, None)
             )
             pixels = as_pixels(pixels, self.unet.config.in_channels)
-            if class_labels is not None:
-                given = torch.as_tensor(class_labels).reshape(-1)
-                labels = given if given.numel() == 1 else given[start : start + len(pixels)]
             if not len(pixels):
                 continue
+            end = start + len(pixels)
+            if given is not None:
+                labels = given[start:end] if one_an_image else given
+                if one_an_image and (given.numel() < end or (whole and given.numel() > end)):
+                    raise ValueError(_labels_do_not_fit(given.numel(), f"{end}" if whole else f"at least {end}"))
+            elif own_labels and labels is None:
+                raise ValueError(
+                    "class_labels has one label an image of images, and pilot_images has none; it must be batches of "
+                    '{"pixel_values": ..., "class_labels": ...}, or class_labels one label for all'
+                )
             device = torch.device("cpu")  # checked here, moved with the noisy images
             yield pixels, self._labels(labels, len(pixels), device)
-            start += len(pixels)
+            start = end
+        if given is not None and one_an_image and start and given.numel() != start:
+            raise ValueError(_labels_do_not_fit(given.numel(), f"{start}"))
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -1481,22 +1511,19 @@ class _BoundTerms:
         self.p: torch.Tensor | None = None
         self.per_image = len(self.t)
 
-    def choose_ranges(self, n: int, pixels: torch.Tensor, labels: torch.Tensor | None) -> None:
+    def choose_ranges(self, n: int, images: list[ImageBatch]) -> None:
         """Draw n of the KL terms with p proportional to their root mean square over a pilot: the least noise for the number."""
         K = len(self.t) - 1
-        x_0 = _in_model_range(pixels)
         # the pilot's timesteps: half of them even in t, half even in log SNR, where the terms of clean images are large
         log_alpha_bar = self.scheduler._log_alpha_bar
         log_snr = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
         share = (log_snr[self.s[:-1]] - log_snr[self.t[:-1]]).nan_to_num(posinf=0.0)
         density = (0.5 / K + 0.5 * share / share.sum()).cumsum(0)
         grid = torch.searchsorted(density, (torch.arange(n) + 0.5) / n).clamp(max=K - 1).unique()
-        pilot = [
-            self._nats(
-                x_0[i : i + 1], None if labels is None else labels[i : i + 1], grid, self._noise(-1 - i, len(grid), x_0)
-            )
-            for i in range(len(x_0))
-        ]
+        pilot = []
+        for i, (pixels, labels) in enumerate(images):
+            x_0 = _in_model_range(pixels)
+            pilot.append(self._nats(x_0, labels, grid, self._noise(-1 - i, len(grid), x_0)))
         rms = torch.stack(pilot).pow(2).mean(0).sqrt().clamp(min=1e-12)
         p = torch.from_numpy(np.exp(np.interp(np.arange(K), grid.numpy(), rms.log().numpy())))
         # part of the draws follow no pilot, which may have missed rare large terms: no weight can explode
@@ -1557,6 +1584,56 @@ class _BoundTerms:
             nats.append(self.scheduler.vlb_terms(output.to(dtype), x, x_t, t, s, self.clip).cpu())
         self.evaluations += len(index)
         return torch.cat(nats).double()
+
+
+def _first_images(batches: Iterator[ImageBatch], n: int) -> tuple[list[ImageBatch], list[ImageBatch]]:
+    """The batches that the first n images are in, and these images one by one; fewer where there are fewer."""
+    held: list[ImageBatch] = []
+    images: list[ImageBatch] = []
+    while len(images) < n and (batch := next(batches, None)) is not None:
+        held.append(batch)
+        pixels, labels = batch
+        for i in range(min(len(pixels), n - len(images))):
+            images.append((pixels[i : i + 1], None if labels is None else labels[i : i + 1]))
+    return held, images
+
+
+def _regrouped(batches: Iterable[ImageBatch], n: int) -> Iterator[ImageBatch]:
+    """The same images n at a time (fewer at the end), so that a network's rounding does not depend on how they came."""
+    rest: ImageBatch | None = None
+    for pixels, labels in batches:
+        if rest is not None and rest[0].shape[1:] != pixels.shape[1:]:
+            yield rest
+        elif rest is not None:
+            pixels = torch.cat([rest[0], pixels])
+            labels = None if labels is None or rest[1] is None else torch.cat([rest[1], labels])
+        rest = None
+        for i in range(0, len(pixels), n):
+            part = pixels[i : i + n], None if labels is None else labels[i : i + n]
+            if len(part[0]) < n:
+                rest = part
+            else:
+                yield part
+    if rest is not None:
+        yield rest
+
+
+def _number_of_images(images: Any) -> int | None:
+    """How many images `bits_per_dim` is given; None where they come one batch after another."""
+    if isinstance(images, dict):
+        return _number_of_images(images["pixel_values"])
+    if isinstance(images, PIL.Image.Image):
+        return 1
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        return len(images) if images.ndim else None
+    if not isinstance(images, (list, tuple)):
+        return None
+    numbers = [_number_of_images(batch) for batch in images]
+    return None if None in numbers else sum(n or 0 for n in numbers)
+
+
+def _labels_do_not_fit(labels: int, images: str) -> str:
+    return f"class_labels has {labels} labels for {images} images; it must have one an image, or one for all"
 
 
 def as_pixels(images: Any, channels: int) -> torch.Tensor:
