@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, RepoCard
+from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
 
 # HTTPError is what every fault of the network is: of httpx where huggingface_hub is 1.x, of httpx2 where it is 2.x.
 from huggingface_hub.errors import (
@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, get_session, hf_raise_for_status
 
 from .model_card import read_facts, write_card
 
@@ -83,7 +83,7 @@ def prepare_repo(
 
     def prepare() -> str:
         if license is not None:
-            ModelCard(f"---\nlicense: {license}\n---\n").validate()
+            _ask_about(license, api)
         # What is there is not asked for anew: a token may be allowed to write to a repository and not to make one.
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
@@ -250,6 +250,12 @@ class BackgroundPushes:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._waiting is not None:
             shutil.rmtree(self._waiting[0], ignore_errors=True)
+
+
+def _ask_about(license: str, api: HfApi) -> None:
+    """Have a card with this licence checked. `ModelCard.validate` of huggingface_hub 1.x asks huggingface.co whatever the endpoint is."""
+    card = {"repoType": "model", "content": f"---\nlicense: {license}\n---\n"}
+    hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card, headers={"Accept": "text/plain"}))
 
 
 def _published_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:

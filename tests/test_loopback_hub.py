@@ -32,6 +32,7 @@ from huggingface_hub import (
     constants,
     file_download,
     hf_api,
+    set_client_factory,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -79,7 +80,22 @@ def connect(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return lambda token="hf_user": HfApi(endpoint=hub.endpoint, token=token)
+
+    def ask_here(request):
+        """A `RepoCard` of huggingface_hub 1.x is checked by https://huggingface.co, whatever the endpoint is."""
+        if request.url.host == "huggingface.co":
+            here = httpx.URL(hub.endpoint)
+            request.url = request.url.copy_with(scheme=here.scheme, host=here.host, port=here.port)
+            request.headers["Host"] = here.netloc.decode()
+
+    def client():
+        client = _http.default_client_factory()
+        client.event_hooks["request"].append(ask_here)
+        return client
+
+    set_client_factory(client)
+    yield lambda token="hf_user": HfApi(endpoint=hub.endpoint, token=token)
+    set_client_factory(_http.default_client_factory)
 
 
 @pytest.fixture
