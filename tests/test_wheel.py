@@ -31,22 +31,23 @@ print(json.dumps([ddpm_notes_pipeline.__file__, names]))
 """
 
 
-def run(command: list, cwd: Path, timeout: int = 600) -> str:
-    """Without this checkout on the path; the standard output."""
+def run(command: list, cwd: Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Without this checkout on the path."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+    return done
 
 
-def build(folder: Path) -> None:
+def build(folder: Path) -> subprocess.CompletedProcess[str]:
     """The wheel, of a copy: a build leaves folders behind, and takes what an older one left."""
     source = folder / "source"
-    source.mkdir()
+    source.mkdir(parents=True)
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "ddpm_notes_pipeline"):
         (source / name).symlink_to(ROOT / name)
-    run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source], folder)
+    return run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source], folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,11 @@ def wheel() -> Path:
 def installed(wheel) -> Path:
     """The Python of an environment with the wheel and what it needs for training, in the versions of constraints.txt."""
 
-    def install(folder: Path) -> None:
+    def install(folder: Path) -> subprocess.CompletedProcess[str]:
         venv.create(folder / "venv", with_pip=True)
         pip = [folder / "venv" / "bin" / "python", "-m", "pip"]
         run([*pip, "install", "-q", "-c", ROOT / "constraints.txt", f"{wheel}[train]"], folder)
-        run([*pip, "check"], folder)
+        return run([*pip, "check"], folder)
 
     folder, _ = once("wheel-installed", install)
     return folder / "venv" / "bin" / "python"
@@ -78,7 +79,7 @@ def test_the_wheel_has_every_module_and_nothing_of_the_rest(wheel):
 
 
 def test_the_installed_package_saves_a_pipeline_with_its_card(installed, tmp_path):
-    file, names = json.loads(run([installed, "-c", CARD], tmp_path))
+    file, names = json.loads(run([installed, "-c", CARD], tmp_path).stdout)
     assert Path(file).is_relative_to(installed.parent.parent)
     assert {"model_index.json", "pipeline.py", "README.md"} <= set(names)
     assert "user/tiny" in (tmp_path / "exported" / "README.md").read_text()
