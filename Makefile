@@ -23,12 +23,13 @@ PYTEST    := $(RUN) pytest -q -n $(WORKERS)
 # These files run a second time, against the single joined file that is shipped to the Hub.
 JOINED    := $(wildcard tests/test_scheduling_ddpm_notes.py tests/test_pipeline_ddpm_notes.py)
 INSTALLED := $(VENV)/.installed
+OLDEST    := .venv-oldest
 
-.PHONY: help setup train demo test test-all bench lint clean
+.PHONY: help setup train demo test test-all test-oldest bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED)  ## make the environment in .venv (GPU box with torch: VENV_FLAGS=--system-site-packages PIP_FLAGS=)
 
@@ -53,6 +54,12 @@ test: $(INSTALLED)  ## the quick tests, then those of the joined file
 test-all: $(INSTALLED)  ## every test, the slow ones too
 	$(PYTEST)
 	$(if $(JOINED),DDPM_NOTES_JOINED=1 $(PYTEST) $(JOINED))
+
+# The oldest torch is on PyPI with CUDA only: a download of 2.5 GB, and 5 GB of disk, which CPUs run as well.
+test-oldest:  ## the quick tests with the oldest versions that setup.cfg allows, in .venv-oldest
+	@mkdir -p $(OLDEST)
+	@$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
+	$(MAKE) test VENV=$(OLDEST) VENV_FLAGS= PIP_FLAGS="-c $(OLDEST)/constraints.txt"
 
 bench: $(INSTALLED)  ## the project beside its peers, in one table: 25 minutes (ONLY=step,terms ARGS="--clock cpu")
 	$(VENV)/bin/python tests/benchmarks/run.py --only "$(ONLY)" $(ARGS)

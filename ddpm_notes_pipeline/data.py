@@ -379,11 +379,13 @@ def _load_table(
     if name is not None and ((local / "dataset_dict.json").is_file() or (local / "state.json").is_file()):
         try:
             saved = datasets.load_from_disk(str(local))
-        except IndexError as error:  # what it makes of a table without rows
+        except IndexError as error:  # what datasets 5 makes of a table without rows
             raise ValueError(f"{what} has 0 rows, in one split at least") from error
         splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
         if split not in splits:
             raise ValueError(f"split {split!r} is not in {what}; it has: {', '.join(splits)}")
+        if len(splits[split]) == 0:
+            raise ValueError(f"{what} has 0 rows in split {split!r}")
         table = splits[split]
         table = table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
         return table, None

@@ -22,10 +22,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, RepoCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
+
+# HTTPError is what every fault of the network is: of httpx where huggingface_hub is 1.x, of httpx2 where it is 2.x.
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects, get_session, hf_raise_for_status
 
 from .model_card import read_facts, write_card
 
@@ -76,7 +83,7 @@ def prepare_repo(
 
     def prepare() -> str:
         if license is not None:
-            ModelCard(f"---\nlicense: {license}\n---\n").validate()
+            _ask_about(license, api)
         # What is there is not asked for anew: a token may be allowed to write to a repository and not to make one.
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
@@ -245,6 +252,12 @@ class BackgroundPushes:
             shutil.rmtree(self._waiting[0], ignore_errors=True)
 
 
+def _ask_about(license: str, api: HfApi) -> None:
+    """Have a card with this licence checked. `ModelCard.validate` of huggingface_hub 1.x asks huggingface.co whatever the endpoint is."""
+    card = {"repoType": "model", "content": f"---\nlicense: {license}\n---\n"}
+    hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card, headers={"Accept": "text/plain"}))
+
+
 def _published_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     try:
         return Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
@@ -260,7 +273,7 @@ def _persistently(action: Callable[[], str], what: str, ended: threading.Event |
             return action()
         except PublishingError:
             raise
-        except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:  # HfHubHTTPError is an OSError
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
             reason, hopeless, asked = _diagnose(error)
             if hopeless or attempt == ATTEMPTS or ended.is_set():
                 tries = "" if attempt == 1 else f" in {attempt} attempts"
@@ -274,7 +287,7 @@ def _persistently(action: Callable[[], str], what: str, ended: threading.Event |
 def _diagnose(error: BaseException) -> tuple[str, bool, float]:
     """The reason in plain words, whether trying again is hopeless, and for how many seconds the Hub asks to be left alone."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (HfHubHTTPError, httpx2.HTTPError)):
+    while cause is not None and not isinstance(cause, HTTPError):
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         status = cause.response.status_code
@@ -297,7 +310,7 @@ def _diagnose(error: BaseException) -> tuple[str, bool, float]:
         return said, status not in (408, 409, 412, 423, 429) and status < 500, float(asked) if asked.isdigit() else 0.0
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token; log in by `hf auth login` or set HF_TOKEN", True, 0.0
-    if isinstance(cause, httpx2.HTTPError):
+    if isinstance(cause, HTTPError):
         return f"the Hub does not answer ({type(cause).__name__}: {cause})", False, 0.0
     local = isinstance(error, (FileNotFoundError, PermissionError)) or not isinstance(error, (OSError, RuntimeError))
     return f"{type(error).__name__}: {error}", local, 0.0

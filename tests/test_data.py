@@ -227,7 +227,7 @@ def test_what_is_not_there_is_said_together_with_what_is(load, tmp_path):
     table.select([]).to_parquet(tmp_path / "set" / "train.parquet")
     with pytest.raises(ValueError, match="0 images in split 'train'"):
         load(dataset_name=str(tmp_path / "set"))
-    table.select([]).save_to_disk(tmp_path / "saved")
+    table.select([]).save_to_disk(tmp_path / "saved", num_shards=1)  # datasets 4.0 cannot work it out for no rows
     with pytest.raises(ValueError, match="0 rows"):
         load(dataset_name=str(tmp_path / "saved"))
 

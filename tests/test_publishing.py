@@ -132,6 +132,14 @@ def test_a_repository_is_made_as_asked(hub, api):
         prepare_repo("open", private=True, api=api)
 
 
+def test_a_licence_is_asked_about_before_there_is_a_repository(hub, api):
+    """At the endpoint of this client, which is no other than the one that is pushed to."""
+    with pytest.raises(PublishingError, match=r'the Hub says 400 \("license" must be one of \[apache-2.0, mit, '):
+        prepare_repo(REPO, license="none of them", api=api)
+    assert not hub.repos and len(hub.calls("validate_yaml")) == 1
+    assert prepare_repo(REPO, license="mit", api=api) == REPO
+
+
 @pytest.mark.parametrize(
     "token, repo, reason",
     [
