@@ -8,7 +8,7 @@ PIP_FLAGS  ?= -c constraints.txt
 CONFIG     ?= training/configs/digits.yaml
 ARGS       ?=
 # Options of `accelerate launch`, each one given: it warns about the ones it has to fill in, and on a CPU it fills in
-# one thread. Several GPUs or nodes: make train LAUNCH="--config_file training/accelerate/FILE.yaml".
+# one thread. Several GPUs or nodes: make train LAUNCH="--config_file training/launch/FILE.yaml".
 THREADS    ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 LAUNCH     ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
               --num_cpu_threads_per_process $(THREADS)
@@ -58,7 +58,7 @@ test-all: $(INSTALLED)  ## every test, the slow ones too
 # The oldest torch is on PyPI with CUDA only: a download of 2.5 GB, and 5 GB of disk, which CPUs run as well.
 test-oldest:  ## the quick tests with the oldest versions that setup.cfg allows, in .venv-oldest
 	@mkdir -p $(OLDEST)
-	@$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
+	@$(PYTHON) tests/support/oldest.py > $(OLDEST)/constraints.txt
 	$(MAKE) test VENV=$(OLDEST) VENV_FLAGS= PIP_FLAGS="-c $(OLDEST)/constraints.txt"
 
 bench: $(INSTALLED)  ## the project beside its peers, in one table: 25 minutes (ONLY=step,terms ARGS="--clock cpu")

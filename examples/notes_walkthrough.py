@@ -41,7 +41,7 @@ import torch
 warnings.filterwarnings("ignore", message="IProgress")  # tqdm misses ipywidgets; no cell here shows a progress bar
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
-from ddpm_notes_pipeline.testing import CoinDenoiser, GaussianDenoiser
+from ddpm_notes_pipeline.oracles import CoinDenoiser, GaussianDenoiser
 
 plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 10, "legend.fontsize": 9})
 plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
@@ -437,7 +437,7 @@ print(f"share of the weight on the hundred least noisy steps: bound {share['vlb'
 # %%
 from diffusers import UNet2DModel
 
-from ddpm_notes_pipeline.batches import StepBatches
+from ddpm_notes_pipeline.data.batches import StepBatches
 
 NUM_STEPS, BATCH = 600, 64
 

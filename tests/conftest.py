@@ -90,7 +90,7 @@ if JOINED:
 @pytest.fixture
 def hub() -> Iterator[Any]:
     """A Hugging Face Hub on 127.0.0.1 for this test alone: a `loopback_hub.Hub`, started."""
-    from loopback_hub import Hub
+    from tests.support.loopback_hub import Hub
 
     with Hub() as hub:
         yield hub

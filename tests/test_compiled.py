@@ -5,10 +5,10 @@ The network is the trained one of examples/ddpm-mnist, compiled to machine code 
 
 import pytest
 import torch
-from launching import ROOT
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.data import load_images, to_model_range
+from tests.support.launching import ROOT
 
 STEPS = 20
 LARGEST_DIFFERENCE = 1e-4  # of a pixel in [-1, 1], behind all steps: an eightieth of a level of 8 bits

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import ROOT
-from oldest import canonical, constraints, declared, oldest_versions
+
+from tests.support.launching import ROOT
+from tests.support.oldest import canonical, constraints, declared, oldest_versions
 
 DECLARED = {part: set(versions) for part, versions in declared().items()}
 EVERYWHERE = DECLARED[""]
-TRAINING = sorted((ROOT / "training").glob("*.py"))
-MODULES = sorted((ROOT / "ddpm_notes_pipeline").glob("*.py"))
-OWN = {"ddpm_notes_pipeline", *(path.stem for path in TRAINING)}
+PACKAGE = ROOT / "ddpm_notes_pipeline"
+ENGINE = [*(PACKAGE / "training").glob("*.py"), PACKAGE / "evaluation" / "pictures.py"]
+TRAINING = sorted([*(ROOT / "training").glob("*.py"), *ENGINE])
+MODULES = sorted(set(PACKAGE.rglob("*.py")) - set(ENGINE))
+OWN = {"ddpm_notes_pipeline", "tests"}
 OPTIONAL_BY_NAME = {"import_eval": "eval"}  # ... and `_optional`, which is told the extra
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
 

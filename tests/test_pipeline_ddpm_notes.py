@@ -26,9 +26,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from ddpm_notes_pipeline.oracles import GaussianDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline, pipeline_source
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.testing import GaussianDenoiser
 
 SHAPE = (1, 8, 8)
 NULL = 3  # of a UNet with classes 0, 1, 2

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from hub_content import User
-from launching import ROOT, Trainer, once
+
+from tests.support.hub_content import User
+from tests.support.launching import ROOT, Trainer, once
 
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 SHORT_TRAINING = (

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from launching import Trainer
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
+from tests.support.launching import Trainer
 
 REFERENCE = Path(__file__).parent / "reference"
 SEEDS = range(60)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_notes_pipeline.oracles import CoinDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.testing import CoinDenoiser
 from ddpm_notes_pipeline.variances import (
     best_timesteps,
     fit_decoder_variance,

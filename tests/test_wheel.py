@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, TRAIN, once
+
+from tests.support.launching import ROOT, TINY, TRAIN, once
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ import torch
 from diffusers import UNet2DModel
 import ddpm_notes_pipeline
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
-from ddpm_notes_pipeline.publishing import export_folder
+from ddpm_notes_pipeline.hub.publishing import export_folder
 
 net = UNet2DModel(
     sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 32),

@@ -132,7 +132,7 @@ def count_row(what: str, beside: str, theirs: float, ours: float, unit: str, tar
 
 def environment(threads: int = 1) -> dict[str, str]:
     """Of a child: our code first, `threads` threads, no network."""
-    paths = [str(ROOT), str(ROOT / "training"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

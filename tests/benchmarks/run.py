@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")  # before torch
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "training")]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from measure import CLOCKS, HEADER, Row, Settings, hardware  # noqa: E402
+from measure import CLOCKS, HEADER, Row, Settings, hardware
 
 PARTS = {  # name -> module and function
     "step": "bench_scheduler.step",

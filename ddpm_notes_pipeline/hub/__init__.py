@@ -1,0 +1,1 @@
+"""The Hub folder: its code in one file, its card, and how it is pushed."""

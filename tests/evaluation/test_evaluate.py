@@ -1,0 +1,304 @@
+"""training/evaluate.py as users start it, on an untrained network: what it prints, writes and refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from transformers import ViTConfig, ViTModel
+
+from ddpm_notes_pipeline.data import load_images
+from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
+from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from ddpm_notes_pipeline.training.arguments import parse_evaluation_arguments
+from ddpm_notes_pipeline.training.evaluate import main
+from tests.support.launching import ROOT, describe, launch, once
+
+EVALUATE = ROOT / "training" / "evaluate.py"
+SAMPLES = 20
+FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21".split()
+
+
+def save_model(folder, **settings):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2 if settings.get("variance_type", "").startswith("learned") else 1,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4, **settings)).save_pretrained(folder)
+
+
+def save_network(folder):
+    """A small vision model of transformers, the same weights each time."""
+    torch.manual_seed(1)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    ViTModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 16}')
+    return folder
+
+
+def evaluated(name, *flags, processes=1):
+    def run(folder):
+        save_model(folder)
+        config = ROOT / "training" / "configs" / "digits.yaml"
+        command = ["--model", folder, "--config", config, "--evaluations_per_image", "6", *flags]
+        network = save_network(folder.with_name(f"{folder.name}-small-vit"))
+        command += ["--metrics", "--metric_images", SAMPLES, "--metric_network", network]
+        return launch(*command, processes=processes, script=EVALUATE)
+
+    return once(name, run)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return evaluated("evaluate-1", *FLAGS, "--save_variances")
+
+
+def evaluate_here(folder, *flags):
+    """The same in this process, without the launcher."""
+    main(*parse_evaluation_arguments(["--model", str(folder), "--dataset_name", "digits", *map(str, flags)]))
+
+
+def results(folder):
+    return json.loads((Path(folder) / "evaluation.json").read_text())
+
+
+def test_a_table_a_file_and_a_picture(one):
+    folder, done = one
+    table = [line for line in done.stdout.partition("\nDistances")[0].splitlines() if "|" in line]
+    assert [cell.strip() for cell in table[0].split("|")][:7] == ["variance", "path", "K", "L_T", "sum KL", "L_0", "total"]
+    written = results(folder)
+    assert (written["data"], written["split"], written["images"], written["dims"], written["unit"]) == ("digits", "test", 21, 64, "bits/dim")
+    keys = [(row["variance_type"], row["num_inference_steps"], row["path"]) for row in written["results"]]
+    assert keys == [(v, *k) for v in ("fixed_small", "optimal") for k in ((5, "even"), (5, "best"), (40, "even"))]
+    assert len(table) == 1 + len(keys)
+    for line, row in zip(table[1:], written["results"], strict=True):
+        cells = [cell.strip() for cell in line.split("|")]
+        errors = {**row["standard_errors"], "total": row["standard_error"]}
+        assert cells[3:7] == [f"{row[k]:.5f} ± {errors[k]:.5f}" for k in ("prior", "diffusion", "decoder", "total")]
+        assert row["total"] == pytest.approx(row["prior"] + row["diffusion"] + row["decoder"], rel=1e-9)
+    assert (folder / "bits_per_dim.png").stat().st_size > 10_000
+
+
+def test_samples_of_each_row_are_measured_beside_held_out_images(one):
+    folder, done = one
+    written = results(folder)
+    floor, *rows = written["metrics"]
+    network = rows[0]["protocol"]["network"]
+    assert network.endswith("-small-vit")
+    assert floor["images"] == "held-out test" and floor["protocol"]["num_generated"] == 21
+    names = ("variance_type", "path", "num_inference_steps")
+    assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in written["results"]]
+    for row in rows:
+        protocol = row["protocol"]
+        seen = [protocol[name] for name in ("num_generated", "num_real", "num_train", "num_held_out_nearest", "split")]
+        assert seen == [SAMPLES, 1438, 1438, 21, "train"]
+        assert protocol["sampling"]["seeds"] == "0..19, one an image"
+        assert protocol["sampling"]["variance_type"] == row["variance_type"]
+        # an untrained network's samples are noise, far from digits in every respect
+        for figure in ("frechet_distance", "kernel_distance"):
+            assert row[f"{figure} ({network})"] > floor[f"{figure} ({network})"]
+        assert row["nearest_train_distance"] > 1.5 * row["held_out_nearest_train_distance"]
+        assert row["held_out_nearest_train_distance"] == floor["nearest_train_distance"]
+    table = [line for line in done.stdout.partition("\nDistances")[2].splitlines() if "|" in line]
+    assert len(table) == 2 + len(rows)
+    for line, row in zip(table[1:], [floor, *rows], strict=True):
+        assert f"{row[f'frechet_distance ({network})']:.4g}" in line and f"{row['nearest_train_distance']:.4f}" in line
+
+
+def pixel_mean_error(folder, scheduler_type, timesteps, **settings):
+    """Of the samples that these settings of the model's scheduler make, in one batch."""
+    pipe = DDPMNotesPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler_type.from_config(pipe.scheduler.config, decoder_variance=None, **settings)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(SAMPLES)]
+    images = pipe(SAMPLES, **timesteps, generator=generators, output_type="pt").images
+    real = load_images("digits", split="train").take(range(1438))
+    return float(
+        (((images * 255).round() / 255).double().mean(0) - real.double().div(255).mean(0)).square().mean().sqrt()
+    )
+
+
+def test_samples_are_those_of_their_seeds(one):
+    folder, _ = one
+    row = results(folder)["metrics"][3]
+    assert (row["variance_type"], row["num_inference_steps"]) == ("fixed_small", 40)
+    path = {"timesteps": list(range(39, -1, -1))}
+    expected = pixel_mean_error(folder, DDPMNotesScheduler, path, variance_type="fixed_small")
+    assert row["pixel_mean_error"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_samplers_are_the_ones_that_they_are_named():
+    folder, _ = evaluated("evaluate-samplers", "--num_inference_steps", 5, "--max_images", 8, "--samplers", "ddim", "eta0")
+    rows = {row["sampler"]: row for row in results(folder)["metrics"] if "sampler" in row}
+    path = {"num_inference_steps": 5}
+    for name, kind, settings in (("DDIM", DDIMScheduler, {}), ("eta = 0", DDPMNotesScheduler, {"eta": 0.0})):
+        expected = pixel_mean_error(folder, kind, path, timestep_spacing="trailing", **settings)
+        assert rows[name]["pixel_mean_error"] == pytest.approx(expected, rel=1e-3), name
+    # an untrained network's x0_hat is far outside [-1, 1]: what is made of clipping differs
+    assert abs(rows["DDIM"]["pixel_mean_error"] - rows["eta = 0"]["pixel_mean_error"]) > 1e-3
+
+
+def test_one_fitted_decoder_serves_every_variance(one):
+    variances = {row["decoder_variance"] for row in results(one[0])["results"]}
+    assert len(variances) == 1
+
+
+def test_what_was_measured_is_kept_in_the_models_folder(one):
+    scheduler = DDPMNotesPipeline.from_pretrained(one[0]).scheduler
+    assert scheduler.variance_type == "optimal" and len(scheduler.original_sample_mse) == 40
+    assert list(scheduler.decoder_variance) == [0]
+
+
+FEW = "--max_images 4 --num_inference_steps 2 --variance_split test --save_variances".split()
+
+
+def saved_scheduler(folder):
+    return DDPMNotesPipeline.from_pretrained(folder).scheduler
+
+
+def test_save_variances_saves_what_nothing_else_asked_to_measure(tmp_path):
+    save_model(tmp_path)
+    evaluate_here(tmp_path, *FEW)
+    saved = saved_scheduler(tmp_path)
+    assert saved.variance_type == "optimal" and saved.decoder_variance is None
+    assert len(saved.original_sample_mse) == 40 and min(saved.original_sample_mse) > 0
+
+
+def test_save_variances_saves_what_was_known_and_needed_no_measuring(tmp_path):
+    mse = [0.01 * (t + 1) for t in range(40)]
+    save_model(tmp_path, original_sample_mse=mse, decoder_variance={0: 0.003, 2: 0.1})
+    assert saved_scheduler(tmp_path).variance_type == "fixed_small"
+    evaluate_here(tmp_path, *FEW, "--variance_types", "optimal", "--decoder", "fitted")
+    saved = saved_scheduler(tmp_path)
+    known = (saved.variance_type, saved.original_sample_mse, saved.decoder_variance)
+    assert known == ("optimal", mse, {0: 0.003, 2: 0.1})
+
+
+def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
+    """It fell back to fixed_small, which does not know what the other half of the network's channels is."""
+    save_model(tmp_path, variance_type="learned_range")
+    before = DDPMPipeline.from_pretrained(tmp_path)
+    evaluate_here(tmp_path, *FEW, "--decoder", "fitted")
+    after = DDPMPipeline.from_pretrained(tmp_path)
+    assert after.scheduler.variance_type == "learned_range"
+    images = []
+    for pipe in (before, after):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(torch.from_numpy(pipe(2, generator, num_inference_steps=5, output_type="np").images))
+    assert torch.equal(*images)
+    saved = saved_scheduler(tmp_path)
+    assert saved.variance_type == "optimal" and list(saved.decoder_variance) == [0]
+    # its learned variance is still there to compare with
+    evaluate_here(tmp_path, *FEW[:4], "--variance_types", "learned_range", "optimal")
+    assert [row["variance_type"] for row in results(tmp_path)["results"]] == ["learned_range", "optimal"]
+
+
+def test_save_variances_of_a_model_on_the_hub_makes_no_folder_of_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        evaluate_here("user/name", "--save_variances")
+    assert exit.value.code == 2
+    assert "--model is user/name, which must be a folder here: download the repository first" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_is_what_the_pipeline_says(one):
+    folder, _ = one
+    pipe = DDPMNotesPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    images = load_images("digits", split="test", max_samples=21)
+    result = pipe.bits_per_dim(images.take(range(21)), evaluations_per_image=6)
+    row = results(folder)["results"][-1]
+    assert row["total"] == pytest.approx(result.total, rel=1e-5)
+    assert row["network_evaluations"] == result.network_evaluations
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_numbers(one):
+    folder, done = evaluated("evaluate-2", *FLAGS, processes=2)
+    mine, theirs = results(one[0])["results"], results(folder)["results"]
+    for a, b in zip(mine, theirs, strict=True):
+        for name in ("total", "standard_error", "prior", "diffusion", "decoder"):
+            assert b[name] == pytest.approx(a[name], rel=2e-6, abs=1e-9), (name, describe(done))
+    mine, theirs = results(one[0])["metrics"], results(folder)["metrics"]
+    figures = [name for name, value in mine[1].items() if isinstance(value, float)]
+    assert len(figures) == 9 and len(mine) == len(theirs) == 7
+    for a, b in zip(mine, theirs, strict=True):
+        a, b = ({name.partition(" (")[0]: value for name, value in row.items()} for row in (a, b))
+        for name in (name.partition(" (")[0] for name in figures if name in a):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+    mine, theirs = results(one[0])["results"], results(folder)["results"]
+    # the same images, each once; every process finds the ranges on the same pilot images
+    assert sum(b["network_evaluations"] - a["network_evaluations"] for a, b in zip(mine, theirs, strict=True)) == 2 * 16 * 5
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
+    save_model(tmp_path)
+    done = launch("--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None)
+    assert done.returncode != 0
+    assert "evaluate.py: error:" in done.stderr and "'validation'" in done.stderr and "test" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--paths", "even", "bset"], "--paths has bset; each must be one of even, best"),
+        (["--paths", "bset", "--table"], "--paths has bset; each must be one of even, best"),
+        (["--variance_types", "fixed_smal", "optimal"], "--variance_types has fixed_smal; each must be one of fixed_small, "),
+        (["--samplers", "ddmi", "--metrics"], "--samplers has ddmi; each must be one of ddim, eta0, dpmsolver++"),
+    ],
+)
+def test_a_typo_in_a_list_of_choices_is_refused_before_anything_is_loaded(capsys, flags, says):
+    """A path of a mistyped kind was an even one, in a table under the mistyped name."""
+    with pytest.raises(SystemExit) as exit:
+        parse_evaluation_arguments(["--model", "nothing/here", "--dataset_name", "digits", *flags])
+    assert exit.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_max_images_takes_the_images_that_its_help_says(capsys):
+    """They are spread over the split: sets that are sorted by class would be measured on their first one."""
+    with pytest.raises(SystemExit):
+        parse_evaluation_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Measure on so many images, evenly spaced over the split (--streaming: the first)." in text
+    images, few = (load_images("digits", split="test", max_samples=n, show_progress=False) for n in (None, 3))
+    assert torch.equal(few.take(range(3)), images.take([i * len(images) // 3 for i in range(3)]))
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "known"),
+    [
+        ("learned_range", "learned", "learned_range, fixed_small"),
+        ("learned", "learned_range", "learned, fixed_small"),
+        ("fixed_large", "learned", "fixed_small"),
+    ],
+)
+def test_a_network_s_output_is_not_read_as_another_variance_than_it_was_trained_as(tmp_path, own, asked, known):
+    """v of learned_range lies between -1 and 1: read as the log variance of "learned", it is noise as large as the image."""
+    save_model(tmp_path, variance_type=own)
+    says = f"--variance_types has {asked} and the model's variance is {own}; each must be one of {known}, fixed_large, optimal"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        evaluate_here(tmp_path, "--variance_types", "fixed_small", asked)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+def test_images_of_another_size_than_the_models_are_refused(tmp_path):
+    """Its network would take them, and the card would show the number of no model."""
+    save_model(tmp_path)
+    flags = ["--model", tmp_path, "--dataset_name", "digits", "--resolution", 16, "--image_mode", "RGB"]
+    done = launch(*flags, script=EVALUATE, expect=None)
+    assert done.returncode != 0 and not (tmp_path / "evaluation.json").exists()
+    assert "images are 3x16x16 and the model's are 1x8x8; allowed: the same (--resolution 8 --image_mode L)" in done.stderr

@@ -1,0 +1,39 @@
+"""The animation of samples while they form: all steps in about 20 pictures, small enough for a card whatever the images are."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from ddpm_notes_pipeline.data import to_uint8
+from ddpm_notes_pipeline.evaluation.pictures import Trajectory, image_grid
+
+
+@pytest.mark.parametrize("steps, frames", [(1, 1), (7, 7), (20, 20), (50, 20), (1000, 20)])
+def test_the_pictures_are_spread_over_the_steps_and_end_with_the_last(tmp_path, steps, frames):
+    trajectory = Trajectory()
+    path = torch.linspace(-1, 1, steps)
+    for i in range(steps):  # the first image tells the step
+        latents = torch.linspace(-1, 1, 64).roll(i).reshape(1, 1, 8, 8).repeat(9, 1, 1, 1)
+        latents[:, :, 0, 0] = path[i]
+        trajectory(latents, i, steps)
+    trajectory.save(tmp_path / "t.gif")
+    with PIL.Image.open(tmp_path / "t.gif") as animation:
+        assert animation.n_frames == frames and animation.info["loop"] == 0
+        animation.seek(frames - 1)
+        last = np.asarray(animation.convert("L"))
+    assert (last == np.asarray(image_grid(to_uint8(latents[:8]).numpy(), 4, side=64))).all()
+    shown = [int(frame[0, 0, 0, 0]) for frame in trajectory.frames]
+    wanted = [round((float(path[-(-steps * (i + 1) // frames) - 1]) + 1) * 127.5) for i in range(frames)]
+    assert np.abs(np.subtract(shown, wanted)).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 128, 128), (3, 200, 256), (4, 64, 64)])
+def test_noise_of_any_size_is_well_below_a_megabyte(tmp_path, shape):
+    trajectory = Trajectory()
+    for i in range(20):
+        trajectory(torch.randn(16, *shape, generator=torch.Generator().manual_seed(i)), i, 20)
+    trajectory.save(tmp_path / "t.gif")
+    assert (tmp_path / "t.gif").stat().st_size < 800_000
+    with PIL.Image.open(tmp_path / "t.gif") as animation:
+        assert animation.n_frames == 20 and max(animation.size) <= 400

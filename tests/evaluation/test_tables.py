@@ -1,0 +1,114 @@
+"""The results table: its numbers are the measured ones, and its sentences follow from them."""
+
+import pytest
+import torch
+
+from ddpm_notes_pipeline.evaluation.tables import equal_quality, findings, kernel_distances
+from ddpm_notes_pipeline.evaluation.validation import Row
+from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
+from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_model, save_network
+from tests.support.launching import ROOT, launch, once
+
+SETS = 2
+
+
+def row(variance, path, steps, total, spread=0.1):
+    """Four images whose bounds are `total` on average; the images differ far more than the rows do."""
+    own = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * spread / 100
+    parts = torch.stack([torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 4.0]) - 2.5 + total + own, torch.zeros(4)], 1)
+    return Row(variance, path, steps, None, BitsPerDimOutput.from_parts(parts.double(), torch.zeros(steps), 64, 1))
+
+
+def test_relations_that_hold_and_that_do_not():
+    rows = [
+        row("fixed_small", "even", 10, 9.0),
+        row("fixed_small", "even", 100, 4.0),
+        row("optimal", "even", 10, 5.0),
+        row("optimal", "best", 10, 5.5),
+        row("optimal", "even", 100, 3.9),
+    ]
+    optimal, best, whole = findings(rows, {})
+    assert "optimal variance" in optimal and "holds in 2 of 2" in optimal
+    assert "does not hold in 1 of 1" in best and "optimal best 10 is 0.5000 ± 0.0000 above optimal even 10" in best
+    assert "all 100 steps" in whole and "holds in 2 of 2" in whole
+
+
+def test_differences_within_two_standard_errors_do_not_count():
+    """Alternating signs: the difference has the mean 0.001 and the standard error 0.00058."""
+    a, b = row("optimal", "even", 10, 5.001), row("fixed_small", "even", 10, 5.0, spread=0.2)
+    assert "holds in 1 of 1" in findings([a, b], {})[0]
+    c = row("optimal", "even", 10, 5.002)
+    assert "does not hold" in findings([c, b], {})[0]
+
+
+def test_samples_at_the_fewest_steps():
+    kernels = {("fixed_large", "even", 10): (0.5, 0.01), ("fixed_small", "even", 10): (0.3, 0.01)}
+    assert findings([row("fixed_small", "even", 100, 4.0)], kernels)[-1].endswith("holds (500.00 ± 10.00).")
+    kernels["optimal", "even", 10] = (0.49, 0.01)
+    said = findings([row("fixed_small", "even", 100, 4.0)], kernels)[-1]
+    assert "does not hold" in said and "not worse than optimal (490.00 ± 10.00)" in said and "fixed_small" not in said
+
+
+def test_equal_quality_wants_both_and_takes_the_fewest_steps():
+    rows = [
+        row("fixed_large", "even", 1000, 4.0),
+        row("optimal", "best", 25, 4.5),
+        row("optimal", "best", 50, 3.9),
+        row("optimal", "even", 100, 3.8),
+    ]
+    table = {(r.variance, r.path, r.steps): r for r in rows}
+    kernels = {
+        ("fixed_large", "even", 1000): (0.10, 0.01),
+        ("optimal", "best", 25): (0.10, 0.01),  # good samples, but its bound is higher
+        ("optimal", "best", 50): (0.12, 0.01),
+        ("optimal", "even", 100): (0.09, 0.01),
+        ("DDIM", "trailing", 10): (0.20, 0.01),
+        ("DDIM", "trailing", 20): (0.11, 0.01),
+    }
+    said = equal_quality(table, kernels, 1000)
+    assert "By samples and bound: 50 best steps of optimal (120.00 ± 10.00, 3.900 bits/dim), 20 times fewer" in said
+    assert "other samplers: 20 trailing steps of DDIM (110.00 ± 10.00), 50 times fewer" in said
+    del kernels["fixed_large", "even", 1000]
+    assert equal_quality(table, kernels, 1000) == ""
+
+
+def made(folder):
+    save_model(folder)
+    network = save_network(folder.with_name(f"{folder.name}-small-vit"))
+    config = ROOT / "training" / "configs" / "digits.yaml"
+    command = ["--model", folder, "--config", config, "--table", "--evaluations_per_image", 6, "--max_images", 21]
+    command += ["--metric_images", SAMPLES, "--metric_sets", SETS, "--metric_network", network]
+    return launch(*command, script=EVALUATE)
+
+
+@pytest.mark.slow
+def test_one_command_makes_the_table():
+    folder, done = once("table", made)
+    text, written = (folder / "table.md").read_text(), results(folder)
+    assert text in done.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    cells = {(row[0], row[1], int(row[2])): row[3:] for row in rows[1:]}
+    variances, T = ("fixed_small", "fixed_large", "optimal"), 40
+    bounds = {(v, path, k) for v in variances for path in ("even", "best") for k in (10, 25)}
+    bounds |= {(v, "even", T) for v in variances}
+    others = {(name, "trailing", k) for name in ("DDIM", "DPM-Solver++") for k in (10, 25)}
+    assert set(cells) == bounds | others and len(rows) == 1 + len(cells)
+    for row in written["results"]:
+        found = cells[row["variance_type"], row["path"], row["num_inference_steps"]]
+        assert found[3] == f"**{row['total']:.4f} ± {row['standard_error']:.4f}**"
+    kernels = kernel_distances(written["metrics"])
+    assert set(kernels) == {k for k in bounds if k[2] != T and (k[1] == "even" or k[0] == "optimal")} | others | {
+        ("fixed_large", "even", T)
+    }
+    for key, (mean, error) in kernels.items():
+        assert cells[key][-1] == f"{1000 * mean:.2f} ± {1000 * error:.2f}"
+    sampled = [row for row in written["metrics"] if row["images"] == "samples"]
+    for row in sampled:
+        first, second = row["kernel_distance of each set"]
+        network = row["protocol"]["network"]
+        assert row[f"kernel_distance ({network})"] == pytest.approx((first + second) / 2)
+        assert row[f"kernel_distance_standard_error ({network})"] == pytest.approx(abs(first - second) / 2)
+        assert row["protocol"]["sampling"]["seeds"] == f"0..{SETS * SAMPLES - 1}, one an image"
+    assert text.count("\n- ") == 5 and "No worse than 40 steps of fixed_large" in text
+    card = (folder / "README.md").read_text()
+    assert "| DPM-Solver++ | 10 | trailing |" in card

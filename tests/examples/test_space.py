@@ -1,0 +1,511 @@
+"""The demo in a real browser: Debian's Chromium goes through every control of the real app, for models that a real run published.
+
+What it shows is compared with what the pipeline says in this process. The app runs where this package cannot be imported, as on the Hub.
+"""
+
+import base64
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from playwright.sync_api import expect, sync_playwright
+from sklearn.datasets import load_digits
+
+from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
+from tests.hub.test_published import publish
+from tests.support.launching import ROOT, environment_of_runs, free_port, kill_tree
+
+SPACE = ROOT / "examples" / "space"
+T = 100  # of the published models
+pytestmark = pytest.mark.slow
+
+AS_ON_THE_HUB = """
+import runpy, sys
+sys.modules["ddpm_notes_pipeline"] = None  # cannot be imported
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+class App:
+    """The app as a process of its own, for one model's folder."""
+
+    def __init__(self, folder, home):
+        self.folder, self.port, self.log = folder, free_port(), home / "app.log"
+        env = environment_of_runs(MODEL_ID=str(folder), GRADIO_SERVER_PORT=str(self.port), HF_HOME=str(home))
+        env |= {"PYTHONPATH": "", "GRADIO_TEMP_DIR": str(home / "gradio")}
+        with self.log.open("w") as log:
+            command = [sys.executable, "-c", AS_ON_THE_HUB, str(SPACE / "app.py")]
+            self.process = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True)
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.pipe = DDPMNotesPipeline.from_pretrained(folder)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def wait(self, seconds=100):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError), urllib.request.urlopen(self.url, timeout=10):
+                return
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def made(self, seeds, variance=None, **settings):
+        """What the pipeline makes of the seeds, uint8 (N, H, W)."""
+        changes = {} if variance is None else {"variance_type": variance}
+        pipe = DDPMNotesPipeline(self.pipe.unet, DDPMNotesScheduler.from_config(self.pipe.scheduler.config, **changes))
+        pipe.set_progress_bar_config(disable=True)
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(batch_size=len(seeds), generator=generator, output_type="np", **settings).images
+        return (images[..., 0] * 255).round().astype(int)
+
+
+@pytest.fixture(scope="module")
+def apps(tmp_path_factory):
+    """Two: an unconditional model, and one with labels and a measured variance."""
+    home = tmp_path_factory.mktemp("space")
+    labelled = home / "labelled"
+    shutil.copytree(publish("labelled")[0] / "hub", labelled)
+    scheduler = DDPMNotesScheduler.from_pretrained(labelled / "scheduler")
+    mse = np.geomspace(1e-3, 0.3, T).tolist()
+    DDPMNotesScheduler.from_config(scheduler.config, original_sample_mse=mse).save_pretrained(labelled / "scheduler")
+    started = {}
+    try:
+        for name, folder in (("plain", publish("plain")[0] / "hub"), ("labelled", labelled)):
+            (home / f"home-{name}").mkdir()
+            started[name] = App(folder, home / f"home-{name}")
+        for app in started.values():
+            app.wait()
+        yield started
+        for app in started.values():
+            assert "Traceback" not in app.log.read_text(), app.log.read_text()
+    finally:
+        for app in started.values():
+            kill_tree(app.process)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        missing = "no Chromium or Chrome here: apt-get install chromium"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(apps, browser):
+    """Opens a page of an app; in the end nothing may have gone wrong in it, and nobody else been asked."""
+    seen, contexts = [], []
+
+    def visit(name, width=1280, tab=None):
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("console", lambda message: seen.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("request", lambda request: asked(request.url, apps[name].url))
+        page.goto(apps[name].url)
+        page.get_by_role("button", name="Generate").wait_for()
+        if tab is not None:
+            page.get_by_role("tab", name=tab).click()
+        return page
+
+    def asked(url, own):
+        if not url.startswith((own, "data:", "blob:")):
+            seen.append(f"asked for {url}")
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not seen, seen
+
+
+def put(page, label, value):
+    """Type into a field of the tab that is open."""
+    field = page.get_by_label(label, exact=True).locator("visible=true")
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def choose(page, label, value):
+    page.get_by_label(label, exact=True).locator("visible=true").click()
+    page.get_by_role("option", name=value, exact=True).click()
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).locator("visible=true").click()
+
+
+def drawn(page):
+    """Wait until what has arrived is on the page."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
+
+
+def pictures(page, place, n, size=8):
+    """The n images shown at a place, as the numbers they are enlarged from, (n, size, size)."""
+    source = page.locator(f"{place} img").get_attribute("src")
+    shown = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGBA"))
+    columns = int(np.ceil(np.sqrt(n)))
+    gap = 0 if n == 1 else 4
+    scale = (shown.shape[1] + gap) // columns - gap
+    assert scale % size == 0 and scale >= 128  # by whole pixels, and large enough to see
+    found = []
+    for i in range(n):
+        top, left = i // columns * (scale + gap), i % columns * (scale + gap)
+        image = shown[top : top + scale, left : left + scale]
+        assert (image[..., 3] == 255).all()
+        blocks = image[..., 0].reshape(size, scale // size, size, scale // size).transpose(0, 2, 1, 3)
+        assert (blocks == blocks[:, :, :1, :1]).all()  # nearest neighbour
+        found.append(blocks[:, :, 0, 0])
+    return np.stack(found).astype(int)
+
+
+def generate(page, seed, steps=10, images=2):
+    """Press Generate and wait for the last step, of other seeds, steps or images than the last time; the images."""
+    for label, value in (
+        ("Seed", seed),
+        ("number input for Steps", steps),
+        ("number input for Images", images),
+    ):
+        put(page, label, value)
+    before = page.locator("#progress").inner_text()
+    done = f"Step {steps} of {steps}, seeds {seed} to {seed + images - 1},"
+    assert done not in before
+    press(page, "Generate")
+    page.get_by_text(done).wait_for()
+    drawn(page)
+    return pictures(page, "#samples", images)
+
+
+def close(shown, expected):
+    return np.abs(shown - expected).max() <= 1  # half a level may be rounded either way
+
+
+# ---------------------------------------------------------------------------------------------- generate
+
+
+def test_the_images_are_the_pipeline_s_and_follow_the_controls(apps, visit):
+    page, app = visit("plain"), apps["plain"]
+    page.evaluate(
+        """() => { window.frames_seen = new Set(); new MutationObserver(() => {
+            const image = document.querySelector('#samples img'); if (image) window.frames_seen.add(image.src)
+        }).observe(document.querySelector('#samples'), {subtree: true, childList: true, attributes: true}) }"""
+    )
+    first = generate(page, 0, steps=20)
+    assert close(first, app.made([0, 1], num_inference_steps=20))
+    assert page.evaluate("window.frames_seen.size") > 5  # they came while they formed
+    other = generate(page, 7, steps=20)
+    assert not close(first, other) and close(other, app.made([7, 8], num_inference_steps=20))
+    assert (generate(page, 0, steps=20) == first).all()
+    assert close(generate(page, 0, steps=20, images=5), app.made(range(5), num_inference_steps=20))
+
+    eta = page.get_by_label("number input for eta", exact=True)
+    expect(eta).to_be_hidden()
+    choose(page, "Variance of each step", "fixed_large")
+    assert close(generate(page, 1), app.made([1, 2], "fixed_large", num_inference_steps=10))
+    choose(page, "Variance of each step", "eta (DDIM)")
+    expect(eta).to_be_visible()
+    assert close(generate(page, 2), app.made([2, 3], num_inference_steps=10, eta=0.0))
+    put(page, "number input for eta", 0.5)
+    assert close(generate(page, 3), app.made([3, 4], num_inference_steps=10, eta=0.5))
+    assert page.get_by_label("Class label").count() == 0 and page.get_by_label("Guidance").count() == 0
+
+
+def test_stop_ends_a_run_and_the_next_one_begins(visit):
+    page = visit("plain")
+    put(page, "number input for Steps", T)
+    put(page, "number input for Images", 8)
+    page.evaluate(
+        """() => new MutationObserver((_, observer) => { if (document.body.innerText.includes(' of 100,')) {
+            observer.disconnect(); [...document.querySelectorAll('button')].find(b => b.innerText.trim() == 'Stop').click()
+        } }).observe(document.body, {subtree: true, childList: true, characterData: true})"""
+    )
+    press(page, "Generate")
+    page.get_by_text(re.compile(r"Step \d+ of 100,")).wait_for()
+    page.wait_for_timeout(1500)
+    assert not page.get_by_text("Step 100 of 100,").count()
+    generate(page, 0)
+
+
+def test_an_empty_or_wild_field_is_told(visit):
+    page = visit("plain")
+    for value in ("", "-3"):
+        put(page, "Seed", value)
+        press(page, "Generate")
+        expect(page.get_by_test_id("toast-body").first).to_contain_text("Seed: a whole number from 0")
+        page.get_by_test_id("toast-close").first.click()
+
+
+def test_labels_are_asked_for_where_there_are_any(apps, visit):
+    page, app = visit("labelled"), apps["labelled"]
+    in_turn = generate(page, 0)
+    assert close(in_turn, app.made([0, 1], num_inference_steps=10, class_labels=[0, 1]))
+    choose(page, "Class label", "3")
+    assert close(generate(page, 1), app.made([1, 2], num_inference_steps=10, class_labels=[3, 3]))
+    put(page, "number input for Guidance", 3)
+    guided = {"num_inference_steps": 10, "class_labels": [3, 3], "guidance_scale": 3.0}
+    three = generate(page, 0)
+    assert close(three, app.made([0, 1], **guided)) and not close(three, in_turn)
+    choose(page, "Variance of each step", "optimal")
+    assert close(generate(page, 2), app.made([2, 3], "optimal", **guided))
+    choose(page, "Class label", "no label")
+    assert close(generate(page, 3), app.made([3, 4], "optimal", num_inference_steps=10))
+
+
+# ---------------------------------------------------------------------------------------------- measure
+
+
+def png(image, **options):
+    file = io.BytesIO()
+    image.save(file, **{"format": "PNG", **options})
+    return file.getvalue()
+
+
+def offer(page, data, name="image.png"):
+    remove = page.get_by_label("Clear", exact=True)
+    if remove.count():
+        remove.first.click()
+        page.get_by_text("Upload an image, or take a sample.").wait_for()
+    page.locator("input[type=file]").first.set_input_files(
+        {"name": name, "mimeType": "application/octet-stream", "buffer": data}
+    )
+
+
+def test_an_image_s_noise_and_bits_are_the_pipeline_s(apps, visit):
+    page, app = visit("plain", tab="Measure"), apps["plain"]
+    digit = (load_digits().images[10] * 255 / 16).round().astype(np.uint8)
+    offer(page, png(PIL.Image.fromarray(digit)))
+    page.get_by_text("Your image, as it is.").wait_for()
+    page.locator("#noised img").wait_for()
+    assert (pictures(page, "#seen", 1)[0] == digit).all()
+
+    put(page, "Noise seed", 3)
+    x_0 = torch.from_numpy(digit / 127.5 - 1).float()[None, None]
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
+    for t in (0, 60, T - 1):
+        put(page, "number input for Timestep t", t)
+        page.locator(f"#noised img[alt='The image at timestep {t}, noise seed 3']").wait_for()
+        x_t = app.pipe.scheduler.add_noise(x_0, noise, torch.tensor([t]))[0, 0].numpy()
+        assert close(pictures(page, "#noised", 1)[0], ((x_t.clip(-1, 1) + 1) * 127.5).round())
+
+    totals = set()
+    for evaluations in (10, T):
+        put(page, "number input for Network evaluations", evaluations)
+        press(page, "Measure bits/dim")
+        result = app.pipe.bits_per_dim(digit[None, ..., None], seed=3, evaluations_per_image=evaluations)
+        expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} bits/dim")
+        parts = page.locator("#bits td").all_inner_texts()
+        assert parts == [f"{part:.3f}" for part in (result.decoder, result.diffusion, result.prior)]
+        totals.add(f"{result.total:.3f}")
+    assert len(totals) == 2
+
+    bars = page.locator("[aria-roledescription=bar]")
+    found = {}
+    for words in bars.evaluate_all("bars => bars.map(bar => bar.getAttribute('aria-label'))"):
+        name, bits = re.search(r"timesteps of a bar: (.+?); bits/dim: ([^;]+)", words).groups()
+        found[name] = float(bits.replace("−", "-"))
+    terms = result.per_timestep
+    for name, bits in found.items():
+        if name == "prior":
+            expected = result.prior
+        else:
+            first, _, last = name.removesuffix(": decoder").partition("–")
+            expected = float(terms[int(first) : int(last or first) + 1].sum())
+        assert bits == pytest.approx(expected, rel=1e-3)  # it is written with four digits
+    assert sum(found.values()) == pytest.approx(result.total, rel=1e-3)
+
+
+def test_a_sample_of_the_model_can_be_measured_with_its_label(apps, visit):
+    page, app = visit("labelled", tab="Measure"), apps["labelled"]
+    press(page, "Measure bits/dim")
+    page.get_by_text("There is no image yet").wait_for()
+    choose(page, "Class label", "5")
+    put(page, "Seed of a sample", 4)
+    press(page, "Take a sample of the model")
+    page.get_by_text("A sample of the model, seed 4.").wait_for()
+    page.locator("#seen img").wait_for()
+    sample = pictures(page, "#seen", 1)
+    assert close(sample, app.made([4], num_inference_steps=T, class_labels=[5]))
+    press(page, "Measure bits/dim")
+    result = app.pipe.bits_per_dim(sample.astype(np.uint8)[..., None], class_labels=5)
+    expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} bits/dim")
+
+
+def uploads():
+    """Kind: what is uploaded, under which name, and what the answer has in it."""
+    grey = PIL.Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64))
+    colour = PIL.Image.merge("RGB", [grey, grey.rotate(90), grey])
+    frames = [grey.rotate(i) for i in range(3)]
+    return {
+        "no image": (b"id,label\n1,2\n", "table.csv", "It cannot be read"),
+        "empty": (b"", "empty.png", "It cannot be read"),
+        "damaged": (png(colour)[: len(png(colour)) // 2], "damaged.png", "It cannot be read"),
+        "tiny": (png(grey.resize((3, 20))), "tiny.png", "It has 3 x 20 pixels; the model needs at least 8 x 8"),
+        "huge": (png(PIL.Image.new("1", (20000, 3000))), "huge.png", "It has 20000 x 3000 pixels; at most 40,000,000"),
+        "a bomb": (png(PIL.Image.new("1", (20000, 20000))), "bomb.png", "It is too large to be read here"),
+        "animated": (
+            png(frames[0], format="GIF", save_all=True, append_images=frames[1:]),
+            "three.gif",
+            "3 pictures in one file",
+        ),
+        "sixteen bits": (
+            png(PIL.Image.fromarray(np.full((9, 9), 3000, np.uint16))),
+            "deep.png",
+            "more than 8 bits a pixel (mode I;16)",
+        ),
+        "floats": (png(grey.convert("F"), format="TIFF"), "floats.tif", "more than 8 bits a pixel (mode F)"),
+        "colour": (png(colour, format="JPEG"), "photo.jpg", "made grey, cropped and resized from 64 x 64"),
+        "transparent": (png(colour.convert("RGBA").resize((8, 8))), "clear.png", "put on white, made grey"),
+        "palette": (png(colour.convert("P")), "palette.png", "made grey, cropped"),
+        "inks": (png(colour.convert("CMYK"), format="JPEG"), "print.jpg", "made grey, cropped"),
+    }
+
+
+UPLOADS = uploads()
+
+
+def test_an_upload_gets_a_plain_answer(visit):
+    page = visit("plain", tab="Measure")
+    for kind in ("colour", "no image", "transparent", "animated", "tiny"):
+        data, name, answer = UPLOADS[kind]
+        offer(page, data, name)
+        expect(page.locator("#told"), kind).to_contain_text(answer)
+        assert ("not used" in page.locator("#told").inner_text()) == ("grey" not in answer), kind
+        expect(page.locator("#seen img"), kind).to_have_count(int("grey" in answer))
+    offer(page, b"\0" * (11 << 20), "large.png")
+    page.get_by_text(re.compile("maximum allowed size|exceeds")).first.wait_for()
+    assert "Traceback" not in page.inner_text("body")
+
+
+# ---------------------------------------------------------------------------------------------- compare
+
+
+def test_one_seed_under_three_variances(apps, visit):
+    thirds = {"plain": ("mean only (eta = 0)", {"eta": 0.0}), "labelled": ("optimal", {"variance": "optimal"})}
+    for name, (title, third) in thirds.items():
+        page, app = visit(name, tab="Compare"), apps[name]
+        put(page, "Seed", 2)
+        put(page, "number input for Steps", 5)
+        put(page, "number input for Images", 2)
+        if name == "labelled":
+            choose(page, "Class label", "1")
+            labels = {"class_labels": [1, 1]}
+        else:
+            labels = {}
+        page.get_by_text(title, exact=True).wait_for()
+        press(page, "Compare")
+        page.get_by_text("All three are done.").wait_for()
+        drawn(page)
+        for i, settings in enumerate(({"variance": "fixed_small"}, {"variance": "fixed_large"}, third)):
+            expected = app.made([2, 3], num_inference_steps=5, **labels, **settings)
+            assert close(pictures(page, f"#panel-{i}", 2), expected), (name, i)
+
+
+# ---------------------------------------------------------------------------------------------- for everybody
+
+NAMELESS = re.compile(
+    r"^\s*- (button|textbox|spinbutton|slider|combobox|listbox|checkbox|radio|tab|link)(?! \")(?! ')(:|$| \[)", re.M
+)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_control_has_a_name_and_the_page_fits(visit, width):
+    page = visit("labelled", width)
+    choose(page, "Variance of each step", "eta (DDIM)")
+    for tab in ("Generate", "Measure", "Compare"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(200)
+        tree = page.locator("body").aria_snapshot()
+        assert "- button" in tree and "- spinbutton" in tree and not NAMELESS.findall(tree), tree
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+# ---------------------------------------------------------------------------------------------- without a browser
+
+
+@pytest.fixture(scope="module")
+def app_module():
+    spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", UPLOADS)
+def test_every_kind_of_file_is_read_or_refused_with_a_reason(app_module, tmp_path, kind):
+    data, name, answer = UPLOADS[kind]
+    (tmp_path / name).write_bytes(data)
+    model = SimpleNamespace(height=8, width=8, channels=1)
+    if "grey" not in answer:
+        with pytest.raises(ValueError, match=re.escape(answer)):
+            app_module.read_image(str(tmp_path / name), model)
+        return
+    image, done = app_module.read_image(str(tmp_path / name), model)
+    assert answer in done and image.shape == (8, 8, 1) and image.dtype == np.uint8 and image.std() > 0
+
+
+def test_who_closes_a_trajectory_ends_the_sampling(app_module):
+    model = app_module.Model(str(publish("plain")[0] / "hub"))
+    evaluations = []
+    model.pipe.unet.register_forward_hook(lambda *_: evaluations.append(1))
+    run = model.trajectory([0], T)
+    next(run)
+    threads = threading.active_count()
+    run.close()
+    assert threading.active_count() == threads - 1 and 0 < len(evaluations) < T
+    ended = len(evaluations)
+    time.sleep(0.2)
+    assert len(evaluations) == ended
+
+
+def test_a_run_has_an_end(app_module, monkeypatch):
+    model = app_module.Model(str(publish("plain")[0] / "hub"))
+    monkeypatch.setattr(app_module, "MAX_SECONDS", 0)
+    assert [step for step, _ in model.trajectory([0], T)] == [1]
+
+
+def test_the_model_is_the_one_of_the_environment_or_of_the_readme(app_module, monkeypatch, tmp_path):
+    monkeypatch.setenv("MODEL_ID", "ada/digits")
+    assert app_module.model_id() == "ada/digits"
+    monkeypatch.setenv("MODEL_ID", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"app.py: .*nowhere cannot be loaded: "):
+        app_module.main()
+    monkeypatch.delenv("MODEL_ID")
+    readme = (SPACE / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme.replace("models: []", "models:\n- user/plain"))
+    monkeypatch.setattr(app_module, "__file__", str(tmp_path / "app.py"))
+    assert app_module.model_id() == "user/plain"
+
+
+def test_without_a_name_a_clone_shows_the_model_that_comes_with_it(app_module, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    assert app_module.model_id() == str(ROOT / "examples" / "ddpm-mnist")
+    assert "No MODEL_ID: showing" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text((SPACE / "README.md").read_text())
+    monkeypatch.setattr(app_module, "__file__", str(tmp_path / "app.py"))  # no clone around it
+    with pytest.raises(SystemExit, match="which model"):
+        app_module.model_id()
+
+
+def test_the_requirements_are_of_the_tested_environment():
+    pinned = re.findall(r"^([\w-]+)==", Path(ROOT / "constraints.txt").read_text(), re.M)
+    asked = re.findall(r"^([a-z][\w-]*)", (SPACE / "requirements.txt").read_text(), re.M)
+    assert asked and set(asked) <= set(pinned) and "ddpm_notes_pipeline" not in asked

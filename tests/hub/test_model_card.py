@@ -1,0 +1,343 @@
+"""The card: true to the folder's files, valid for the Hub, and never at the cost of what its owner wrote."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DModel
+from huggingface_hub import ModelCard
+
+from ddpm_notes_pipeline.evaluation.metrics import measure_samples
+from ddpm_notes_pipeline.hub.model_card import merge, read_facts, weights_digest, write_card
+from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
+from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+
+RUN = {
+    "data": "digits",
+    "split": "train",
+    "images": 1438,
+    "fingerprint": "9dd2c141",
+    "data_license": "CC BY 4.0",
+    "hub_dataset": None,
+    "base_model": None,
+    "objective": "simple",
+    "loss": 0.08,
+    "loss_steps": 5,
+    "steps": 100,
+    "train_batch_size": 64,
+    "seed": 3,
+    "weights": "averaged",
+    "mixed_precision": "bf16",
+    "processes": 2,
+    "hardware": "NVIDIA H200",
+    "seconds": 90.0,
+    "steps_of_launch": 100,
+    "images_per_second": 71.1,
+    "date": "2026-11-22",
+    "versions": {"ddpm_notes_pipeline": "0.1.0", "torch": "2.13.0"},
+    "command": "accelerate launch training/train.py --config training_config.yaml --output_dir outputs/d",
+}
+PART = {"prior": 0.001, "diffusion": 3.5, "decoder": 1.2}
+EVALUATION = {
+    "unit": "bits/dim",
+    "data": "digits",
+    "split": "test",
+    "images": 359,
+    "dims": 64,
+    "seed": 0,
+    "evaluations_per_image": 38,
+    "results": [
+        {
+            "variance_type": variance,
+            "path": "even",
+            "num_inference_steps": 50,
+            "total": total,
+            "standard_error": 0.0312,
+            **PART,
+            "standard_errors": {name: 0.01 for name in PART},
+        }
+        for variance, total in (("fixed_small", 4.701), ("optimal", 4.4617))
+    ],
+}
+
+
+def make_folder(path, kind="plain", run=RUN, evaluation=EVALUATION, pictures=("samples.png", "bits_per_dim.png")):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2 if kind == "learned" else 1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=4 if kind == "labelled" else None,
+    )
+    if kind == "labelled":
+        unet.register_to_config(_ddpm_notes={"null_label": 3})
+    scheduler = DDPMNotesScheduler(50, variance_type="learned_range" if kind == "learned" else "fixed_small")
+    DDPMNotesPipeline(unet, scheduler).save_pretrained(path)
+    if run is not None:
+        (path / "training_run.json").write_text(json.dumps(run))
+    if evaluation is not None:
+        (path / "evaluation.json").write_text(json.dumps({**evaluation, "weights": weights_digest(path)}))
+    for name in pictures:
+        (path / name).write_bytes(b"a picture")
+    return path
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cards")
+    return {kind: make_folder(root / kind, kind) for kind in ("plain", "labelled", "learned")}
+
+
+def snippets(card):
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+# ---------------------------------------------------------------------------------------------- what is in it
+
+
+@pytest.mark.parametrize("kind", ["plain", "labelled", "learned"])
+def test_nothing_is_left_to_fill_in(shelf, kind):
+    card = write_card(shelf[kind], "ada/digits")
+    assert not re.search(r"[Mm]ore [Ii]nformation|TODO|\bNone\b|\bnan\b|\[\.\.\.|\bnull\b", card), card
+    assert all(compile(code, "card", "exec") for code in snippets(card))
+
+
+def test_a_card_of_weights_alone_says_only_what_is_known(tmp_path):
+    card = write_card(make_folder(tmp_path / "bare", run=None, evaluation=None, pictures=()), "ada/digits")
+    assert "Nothing has been measured" in card
+    assert "model-index" not in card and ".png" not in card.replace("sample.png", "") and "trained on" not in card
+
+
+def test_the_metadata_is_the_measured_numbers_with_their_protocol(shelf):
+    data = ModelCard(write_card(shelf["plain"], "ada/digits")).data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "diffusers",
+        "unconditional-image-generation",
+        "apache-2.0",
+    )
+    assert data.model_name == "digits"
+    for found, row in zip(data.eval_results, EVALUATION["results"], strict=True):
+        assert (found.metric_type, found.metric_value) == ("bits_per_dim", row["total"])
+        assert (found.dataset_type, found.dataset_split) == ("digits", "test")
+        assert found.metric_args == {
+            "standard_error": 0.0312,
+            "images": 359,
+            "dims": 64,
+            "split": "test",
+            "num_inference_steps": 50,
+            "variance_type": row["variance_type"],
+            "path": "even",
+            "evaluations_per_image": 38,
+        }
+
+
+def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
+    rows = [
+        ({"images": "held-out test"}, images[:20]),
+        ({"images": "samples", "variance_type": "optimal", "path": "best", "num_inference_steps": 10}, images[20:40]),
+    ]
+    metrics = [
+        {**row, **measure_samples(x, images, train=images, sampling={"seeds": "0..19"}, show_progress=False).as_dict()}
+        for row, x in rows
+    ]
+    for row in metrics:  # as of an ImageSet
+        row["protocol"] |= {"real": "digits", "split": "train"}
+    folder = make_folder(tmp_path / "m", evaluation={**EVALUATION, "metrics": json.loads(json.dumps(metrics))})
+    card = write_card(folder, "ada/digits")
+    results = [r for r in ModelCard(card).data.eval_results if r.metric_type != "bits_per_dim"]
+    assert [r.metric_type for r in results] == ["kernel_distance", "frechet_distance", "precision", "recall"]
+    kernel = results[0]
+    assert kernel.metric_value == round(metrics[1]["kernel_distance (efficientnet-lite0)"], 6)
+    assert kernel.metric_name == "kernel distance (efficientnet-lite0), optimal, 10 best steps"
+    assert kernel.metric_args["standard_error"] > 0 and kernel.metric_args["seeds"] == "0..19"
+    assert (kernel.metric_args["images"], kernel.metric_args["real_images"], kernel.metric_args["dims"]) == (20, 60, 64)
+    assert (
+        f"| optimal | 10 | best | 20 | {kernel.metric_value:.5f} ±" in card and "| held-out test |  |  | 20 |" in card
+    )
+    assert "last column above" in card and not re.search(r"(?<!no )FID", card)
+
+
+def test_the_reader_sees_the_same_numbers_and_the_pictures(shelf):
+    card = write_card(shelf["plain"], "ada/digits")
+    assert "| optimal | 50 | even | 0.0010 ± 0.0100 | 3.5000 ± 0.0100 | 1.2000 ± 0.0100 | **4.4617 ± 0.0312** |" in card
+    assert "359 images of digits, split test, 64 dims each" in card
+    assert "](samples.png)" in card and "](bits_per_dim.png)" in card and "](loss.png)" not in card
+
+
+def test_the_card_shows_a_trajectory_and_links_to_the_demo_also_when_it_is_written_anew(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    card = write_card(folder, "ada/digits")
+    assert "trajectory.gif" not in card and "/spaces/" not in card
+    (folder / "trajectory.gif").write_bytes(b"moving")
+    card = write_card(folder, space_id="ada/digits-demo")
+    link = "[Try it in the browser](https://huggingface.co/spaces/ada/digits-demo)"
+    assert card.count(link) == 1 and card.count("](trajectory.gif)") == 1
+    assert write_card(folder) == card
+    assert link in write_card(make_folder(tmp_path / "other"), "ada/digits", published=card)
+
+
+def test_numbers_of_other_weights_stay_out(tmp_path, caplog):
+    folder = make_folder(tmp_path / "again")
+    assert read_facts(folder)["evaluation"] is not None
+    unet = UNet2DModel.from_pretrained(folder / "unet")
+    torch.nn.init.normal_(unet.conv_in.weight)
+    unet.save_pretrained(folder / "unet")
+    card = write_card(folder, "ada/digits")
+    assert "Nothing has been measured" in card and "bits_per_dim.png" not in card and "model-index" not in card
+    assert "other weights" in caplog.text
+
+
+def test_only_the_ways_that_work_are_shown(shelf):
+    plain, labelled, learned = (write_card(shelf[kind], "ada/digits") for kind in ("plain", "labelled", "learned"))
+    for card in (plain, learned):
+        assert 'DDPMPipeline.from_pretrained("ada/digits")' in card
+    assert "import DDPMPipeline" not in labelled
+    assert all("trust_remote_code=True" in code for code in snippets(labelled))
+    assert "class_labels=[0, 1, 2, 0], guidance_scale=2.0" in labelled and "class_labels" not in plain
+
+
+def test_parameters_are_counted_without_loading_them(shelf):
+    unet = UNet2DModel.from_pretrained(shelf["plain"] / "unet")
+    assert read_facts(shelf["plain"])["parameters"] == sum(p.numel() for p in unet.parameters())
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
+        write_card(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- the owner's words
+
+BLOCKS = {"about": "# digits\n\nA model.\n", "use": "## Use\n\nLoad it.\n"}
+NEW = {"about": "# digits\n\nA better model.\n", "use": "## Use\n\nLoad it so.\n"}
+OURS = {"library_name": "diffusers", "tags": ["ddpm"]}
+
+
+def rewritten(change, blocks=NEW, metadata=OURS):
+    card = merge("ada/digits", OURS, BLOCKS, None)
+    changed = change(card)
+    assert changed != card
+    return merge("ada/digits", metadata, blocks, changed)
+
+
+def test_a_card_nobody_touched_is_written_anew():
+    again = merge("ada/digits", OURS, NEW, merge("ada/digits", OURS, BLOCKS, None))
+    assert again == merge("ada/digits", OURS, NEW, None)
+    assert merge("ada/digits", OURS, NEW, again) == again
+
+
+@pytest.mark.parametrize("after", ["A model.\n<!-- /generated:about -->\n", "Load it.\n<!-- /generated:use -->\n"])
+def test_text_between_and_after_the_blocks_stays_where_it_was(after):
+    again = rewritten(lambda card: card.replace(after, f"{after}\n## Thanks\n\nTo my cat.\n"))
+    assert again.count("## Thanks\n\nTo my cat.\n") == 1
+    assert "A better model." in again and "Load it so." in again
+    assert (again.index("To my cat") < again.index("## Use")) == ("about" in after)
+    assert merge("ada/digits", OURS, NEW, again) == again
+
+
+def test_text_above_the_blocks_stays_above():
+    again = rewritten(lambda card: card.replace("<!-- generated:about", "> Read me first.\n\n<!-- generated:about"))
+    assert again.index("> Read me first.") < again.index("A better model.")
+
+
+def test_a_block_that_was_edited_stays_as_edited_for_good():
+    again = rewritten(lambda card: card.replace("A model.", "My model."))
+    assert "My model." in again and "A better model." not in again and "Load it so." in again
+    assert merge("ada/digits", OURS, BLOCKS, again).count("My model.") == 1
+
+
+def test_a_block_that_was_taken_out_stays_out_and_a_new_kind_of_block_comes_in():
+    def cut(card):
+        return re.sub(r"<!-- generated:use .*<!-- /generated:use -->\n", "", card, flags=re.DOTALL)
+
+    again = rewritten(cut, {**NEW, "demo": "## Demo\n"})
+    assert "Load it" not in again and again.count("## Demo") == 1
+    assert "Load it" not in merge("ada/digits", OURS, {**NEW, "demo": "## Demo\n"}, again)
+
+
+def test_a_card_that_is_all_the_owner_s_gets_the_blocks_below():
+    again = merge("ada/digits", OURS, NEW, "---\nlicense: mit\n---\n# Mine\n\nWords.\n")
+    assert again.index("Words.") < again.index("A better model.")
+    assert yaml.safe_load(again.split("---")[1])["license"] == "mit"
+
+
+def test_line_ends_of_another_system_are_no_edit():
+    card = merge("ada/digits", OURS, BLOCKS, None)
+    assert merge("ada/digits", OURS, NEW, card.replace("\n", "\r\n")) == merge("ada/digits", OURS, NEW, None)
+
+
+def test_metadata_of_the_owner_wins_and_lists_are_joined():
+    def change(card):
+        return card.replace("license: apache-2.0", "license: mit\nthumbnail: cat.png").replace(
+            "- ddpm", "- cats\n- ddpm"
+        )
+
+    data = yaml.safe_load(rewritten(change, metadata={**OURS, "datasets": ["a/b"]}).split("---")[1])
+    assert data["license"] == "mit" and data["thumbnail"] == "cat.png" and data["datasets"] == ["a/b"]
+    assert data["tags"] == ["cats", "ddpm"]
+    asked = rewritten(change, metadata={**OURS, "license": "cc0-1.0"})
+    assert yaml.safe_load(asked.split("---")[1])["license"] == "cc0-1.0"
+
+
+def test_a_repository_that_turns_unconditional_says_so(shelf):
+    before = write_card(shelf["labelled"], "ada/digits")
+    assert "class-conditional" in ModelCard(before).data.tags
+    assert "class-conditional" not in ModelCard(write_card(shelf["plain"], "ada/digits", published=before)).data.tags
+
+
+def test_measured_numbers_are_replaced_and_the_owner_s_own_stay(tmp_path):
+    folder = make_folder(tmp_path / "m")
+    card = write_card(folder, "ada/digits")
+    own = """    - type: fid
+      value: 12.5
+      name: FID
+"""
+    at = card.index("    - type: bits_per_dim")
+    (folder / "README.md").write_text(card[:at] + own + card[at:])
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["results"] = evaluation["results"][:1]
+    evaluation["results"][0]["total"] = 4.5
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    results = ModelCard(write_card(folder)).data.eval_results
+    assert sorted((r.metric_type, r.metric_value) for r in results) == [("bits_per_dim", 4.5), ("fid", 12.5)]
+
+
+def test_a_card_knows_whose_repository_it_is_for(shelf):
+    card = write_card(shelf["learned"], "ada/digits")
+    assert write_card(shelf["learned"]) == card
+
+
+def test_edits_here_and_on_the_hub_are_both_kept(tmp_path, caplog):
+    folder = make_folder(tmp_path / "both")
+    card = write_card(folder, "ada/digits")
+    (folder / "README.md").write_text(card.replace("## Intended use", "Mine.\n\n## Intended use"))
+    merged = write_card(folder, "ada/digits", published=card.replace("## Measured", "Theirs.\n\n## Measured"))
+    assert "Theirs." in merged and "Mine." not in merged
+    assert "Mine." in (folder / "README.local.md").read_text() and "README.local.md" in caplog.text
+
+
+def test_words_on_the_hub_are_not_lost_to_an_edit_in_another_copy_of_the_folder(tmp_path):
+    folder = make_folder(tmp_path / "copy")
+    card = write_card(folder, "ada/digits")
+    (folder / "README.md").write_text(card.replace("## Measured", "Theirs.\n\n## Measured"))
+    published = write_card(folder, "ada/digits")  # as if it had been pushed: nobody has edited it since
+    (folder / "README.md").write_text(card.replace("## Intended use", "Mine.\n\n## Intended use"))
+    assert "Theirs." in write_card(folder, "ada/digits", published=published)
+    assert "Mine." in (folder / "README.local.md").read_text()
+
+
+def test_an_edit_here_alone_goes_up(tmp_path):
+    folder = make_folder(tmp_path / "here")
+    card = write_card(folder, "ada/digits")
+    (folder / "README.md").write_text(card.replace("## Intended use", "Mine.\n\n## Intended use"))
+    assert "Mine." in write_card(folder, "ada/digits", published=card)
+    assert not (folder / "README.local.md").exists()

@@ -1,0 +1,317 @@
+"""Runs of training/train.py as users start them, and cheap ones.
+
+`launch` is a real `accelerate launch`, in one or several processes: 10 to 20 s each, nearly all of it imports.
+`Trainer` pays for the imports once: a server process that forks one process a run, each with its own exit status,
+output and accelerate state. `once` keeps what an expensive run left for every test and every pytest-xdist worker.
+"""
+
+import contextlib
+import fcntl
+import functools
+import gc
+import glob
+import importlib
+import itertools
+import json
+import os
+import re
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "training" / "train.py"
+
+# A run of a second or two: flags given after these win. Some weights have no gradient but rounding (biases that a norm
+# or a softmax takes out again); Adam would walk them at full speed if its epsilon were not above that.
+TINY = (
+    "--dataset_name digits --block_out_channels 32 32 --layers_per_block 1 --max_train_steps 12 --train_batch_size 8 "
+    "--lr_warmup_steps 4 --adam_epsilon 1e-5 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2 "
+    "--report_to none"
+).split()
+
+
+# ------------------------------------------------------------------------------------------------ accelerate launch
+
+
+def launch(
+    *flags: Any,
+    processes: int = 1,
+    machines: int = 1,
+    script: Path = TRAIN,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    expect: int | None = 0,
+    timeout: float = 150,
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch training/train.py *flags` on CPUs; what the first launcher returned and wrote.
+
+    Args:
+        processes: of all machines together. `--cpu --num_processes 2` would start ONE: the flags here start them all.
+        machines: so many launchers on this machine, joined as several nodes would be.
+        expect: the exit status asserted of every launcher; None: any.
+    """
+    one = processes == 1
+    options = f"--num_processes {processes} --num_machines {machines} --mixed_precision no --dynamo_backend no".split()
+    port = free_port()
+    options += ["--num_cpu_threads_per_process", "1"] if one else ["--multi_gpu", "--main_process_port", str(port)]
+    if machines > 1:
+        options += ["--main_process_ip", "127.0.0.1", "--rdzv_backend", "c10d"]
+    environment = environment_of_runs(**({} if one else {"ACCELERATE_USE_CPU": "true"}), **(env or {}))
+    with contextlib.ExitStack() as stack:
+        started = []
+        for rank in range(machines):
+            out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+            command += ["--machine_rank", str(rank)] if machines > 1 else []
+            command += [str(script), *map(str, flags)]
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            stack.callback(kill_tree, process)
+            started.append((process, out, err))
+            if machines > 1 and rank == 0:
+                wait_for_listener(process, port)  # the second launcher would take the port, and the first one mind
+        finished = []
+        end = time.monotonic() + timeout
+        for process, out, err in started:
+            code = process.wait(max(1, end - time.monotonic()))
+            out.seek(0), err.seek(0)
+            finished.append(subprocess.CompletedProcess(process.args, code, out.read(), err.read()))
+    for result in finished:
+        assert expect is None or result.returncode == expect, describe(result)
+    return finished[0]
+
+
+def environment_of_runs(**more: str) -> dict[str, str]:
+    """One thread, this checkout's code wherever the installed package points, and nothing of a launcher around pytest."""
+    names = r"ACCELERATE_.*|WORLD_SIZE|LOCAL_.*|RANK|GROUP_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+    own = {name: value for name, value in os.environ.items() if not re.fullmatch(names, name)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return own | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path} | more
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for_listener(process: subprocess.Popen, port: int, timeout: float = 60) -> None:
+    """Until a process listens on a port, has ended, or takes too long."""
+    end = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < end:
+        if any(
+            c.laddr.port == port and c.status == "LISTEN" for c in psutil.Process(process.pid).net_connections("tcp")
+        ):
+            return
+        time.sleep(0.1)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """End a process and all that it started: a launcher that is stopped alone leaves its children running."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in [psutil.Process(process.pid), *family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait()
+
+
+def describe(result: subprocess.CompletedProcess[str]) -> str:
+    return f"exit status {result.returncode}\n--- stdout\n{result.stdout[-4000:]}\n--- stderr\n{result.stderr[-6000:]}"
+
+
+def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a user reads on stderr: without progress bars, which end in a carriage return."""
+    lines = [line.rpartition("\r")[2].rstrip() for line in result.stderr.split("\n")]
+    return [
+        line
+        for line in lines
+        if line and not re.match(r"(decoding .*|train|sample|Loading pipeline components...): +\d+%|Generating ", line)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ one process a run
+
+
+class Trainer:
+    """`python training/train.py *flags` without `accelerate launch`, and without paying for imports each time."""
+
+    def __init__(self) -> None:
+        # The server's own output goes to this process's stderr; its stdin and stdout carry the requests and answers.
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment_of_runs(),
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(
+        self,
+        *flags: Any,
+        script: Path | str = TRAIN,
+        stop_at: int | tuple[str, int] | None = None,
+        by: int = signal.SIGKILL,
+        kill_after: tuple[float, str] | None = None,
+        file_size: int | None = None,
+        env: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+        expect: int | None = 0,
+        timeout: int = 100,
+    ) -> subprocess.CompletedProcess[str]:
+        """Args: `stop_at`: when the process asks for the batch of this step, or calls ("module:function", n) for the n-th time,
+        it sends itself the signal `by`: the default is death on the spot. `kill_after`: another process kills it so many seconds after a file of
+        that pattern is there. `file_size`: no file may grow beyond so many bytes,
+        that of stderr neither.
+        `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            argv = [str(script), *map(str, flags)]
+            request = {"argv": argv, "stop_at": stop_at, "env": env or {}, "cwd": str(cwd), "timeout": timeout}
+            request |= {"by": int(by), "kill_after": kill_after, "file_size": file_size}
+            request |= {"out": str(out), "err": str(err)}
+            self.server.stdin.write(json.dumps(request) + "\n")
+            self.server.stdin.flush()
+            answer = self.server.stdout.readline()
+            assert answer, "the server of train.py died; its stderr is above"
+            result = subprocess.CompletedProcess(
+                argv, json.loads(answer), out.read_text(), err.read_text(errors="replace")
+            )
+        assert expect is None or result.returncode == expect, describe(result)
+        return result
+
+    def close(self) -> None:
+        kill_tree(self.server)
+        self.server.stdin.close(), self.server.stdout.close()
+
+
+def serve() -> None:
+    """Answer each request, a line on stdin, by the exit status of a forked process that ran it."""
+    for name in ("ddpm_notes_pipeline.training.run", "datasets", "sklearn.datasets", "diffusers.pipelines", "torch.distributed"):
+        __import__(name)
+    gc.freeze()  # nor is it gone through while a child runs
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            # Not by the interpreter's own end: it goes through, and so copies, all that was imported, which takes 3 s.
+            os._exit(run_request(json.loads(line)))
+        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+
+
+def run_request(request: dict[str, Any]) -> int:
+    """Run one script as `python SCRIPT FLAGS` would; returns its exit status."""
+    for descriptor, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
+        opened = os.open(name, os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    signal.alarm(request["timeout"])  # nobody handles it: it ends the process
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    if request["stop_at"] is not None:
+        signal_at(request["stop_at"], request["by"])
+    if request["kill_after"] is not None:
+        start_killer(*request["kill_after"])
+    if request["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
+    script, *flags = request["argv"]
+    code = 0
+    try:
+        if script == "-c":
+            sys.argv = ["-c", *flags[1:]]
+            exec(compile(flags[0], "<-c>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = request["argv"]
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None:
+    """Make the process send itself a signal: see `Trainer.__call__`. By SIGKILL there is no chance to tidy up."""
+    where, count = ("ddpm_notes_pipeline.data.batches:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args[1] == stop_at if count is None else next(calls) == count:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def start_killer(seconds: float, pattern: str) -> None:
+    """Have this process killed from outside, so many seconds after a file of the pattern is there."""
+    victim = os.getpid()
+    if os.fork():
+        return
+    while not glob.glob(pattern) and os.getppid() == victim:
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    if os.getppid() == victim:  # not ended by itself
+        os.kill(victim, signal.SIGKILL)
+    os._exit(0)
+
+
+# ------------------------------------------------------------------------------------------------ shared by workers
+
+
+def once(
+    name: str, make: Callable[[Path], subprocess.CompletedProcess[str]]
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder that `make(folder)` filled and what it returned: made by the first to ask in this test session.
+
+    pytest-xdist gives each worker module-scoped fixtures of its own; this makes a launch cost its time once.
+    """
+    home = Path(os.environ["DDPM_NOTES_TESTS_HOME"], "once")
+    home.mkdir(exist_ok=True)
+    folder, record = home / name, home / f"{name}.json"
+    with locked(home / f"{name}.lock"):
+        if not record.exists():
+            folder = home / f"{name}-{uuid.uuid4().hex[:6]}" if folder.exists() else folder  # an earlier try failed
+            result = make(folder)
+            record.write_text(json.dumps([str(folder), result.args, result.returncode, result.stdout, result.stderr]))
+    path, *parts = json.loads(record.read_text())
+    return Path(path), subprocess.CompletedProcess(*parts)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    serve()

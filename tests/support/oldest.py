@@ -1,0 +1,55 @@
+"""The oldest versions that setup.cfg allows, as constraints for pip: what `make test-oldest` installs.
+
+    python tests/support/oldest.py > oldest.txt
+
+The lower bounds of setup.cfg are the only place where these versions stand: `name>=1.2` becomes `name==1.2`. What the project does not name
+itself comes along with those; it may be as old as they need it, but no newer than in constraints.txt: what a day brings changes no result.
+"""
+
+import configparser
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[.*?\])?(?P<versions>[^;]*)")
+
+
+def canonical(name: str) -> str:
+    """The name of a distribution as pip compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(setup: Path = ROOT / "setup.cfg") -> dict[str, dict[str, str]]:
+    """What setup.cfg asks for: the versions by the distribution's name, under "" for all and else by the extra's name."""
+    config = configparser.ConfigParser()
+    config.read(setup, encoding="utf-8")
+    texts = {"": config["options"]["install_requires"], **config["options.extras_require"]}
+    found: dict[str, dict[str, str]] = {}
+    for part, text in texts.items():
+        lines = [line.split("#")[0].strip() for line in text.splitlines()]
+        matches = [match for line in lines if line and (match := REQUIREMENT.fullmatch(line))]
+        found[part] = {canonical(match["name"]): match["versions"].strip() for match in matches if not match["extras"]}
+    return found
+
+
+def oldest_versions() -> dict[str, str]:
+    """The lower bound of everything that setup.cfg asks for but the tools of the tests; ValueError where one is missing."""
+    parts = [versions for part, versions in declared().items() if part != "test"]
+    versions = {name: text for part in parts for name, text in part.items()}
+    bounds = {name: re.search(r">=\s*([\w.]+)", text) for name, text in versions.items()}
+    missing = [name for name, bound in bounds.items() if bound is None]
+    if missing:
+        raise ValueError(f"setup.cfg has no lower bound for {', '.join(missing)}; allowed: name>=version")
+    return {name: bound[1] for name, bound in bounds.items() if bound is not None}
+
+
+def constraints() -> list[str]:
+    """The lines of a file for `pip install -c`."""
+    oldest = oldest_versions()
+    tested = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    others = [f"{name}<={version}" for name, version in tested if canonical(name) not in oldest]
+    return [f"{name}=={version}" for name, version in oldest.items()] + others
+
+
+if __name__ == "__main__":
+    print("\n".join(constraints()))
