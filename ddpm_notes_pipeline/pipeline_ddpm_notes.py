@@ -336,24 +336,27 @@ class DDPMNotesPipeline(DiffusionPipeline):
     ) -> BitsPerDimOutput:
         """How many bits a dimension the model needs at most to encode images: the bound on -log2 P(x_0) / dims, term by term.
 
-        Each image gets its own noise, from (seed, its number): how images are batched does not matter, and calls with one seed compare
-        models on the same noise. Without `full`, the decoder's term and `evaluations_per_image - 1` others are evaluated for each image,
-        one in each of as many ranges of timesteps that contribute alike, found from a few pilot images first.
+        Each image gets its own noise, from (seed, its number): how images are batched does not
+        matter, and calls with one seed compare models on the same noise. Without `full`, the
+        decoder's term and `evaluations_per_image - 1` others are evaluated for each image, one in
+        each of as many ranges of timesteps that contribute alike, found from a few pilot images
+        first.
 
         Args:
             images: 8-bit images: uint8 tensor (N, C, H, W), uint8 array (N, H, W, C) or (N, C, H, W), PIL image(s), floats
                 k / 127.5 - 1 (k = 0..255), or an iterable of batches of these (or of dicts with "pixel_values" and maybe
                 "class_labels"), which is read once and never held whole.
-            class_labels: for a class-conditional model: one for all, or one an image of `images`; None takes the batches' own, else the
-                null label.
+            class_labels: for a class-conditional model: one for all, or one for each of `images`;
+                None takes the batches' own, else the null label.
             num_inference_steps, timesteps: the path; a sampler of K steps has its own bound. None: every timestep.
             evaluations_per_image: network evaluations for each image. A path of no more steps is summed in full.
             full: evaluate every term of the path.
             clip: clip x0_hat; None as the scheduler's config says (improved-diffusion: in evaluation, not in training).
             batch_size: how many noisy images go through the network at once.
             seed: of all noise. first_image: number of the first image, to split a set over processes.
-            pilot_images: images to find the ranges with, where `images` is one part of a set, with labels of their own where
-                `class_labels` has one an image. The first 16 are used. Default: those of `images`.
+            pilot_images: images to find the ranges with, where `images` is one part of a set; with
+                labels of their own where `class_labels` has one for each of `images`. The first 16
+                are used. Default: those of `images`.
             guidance_scale: must be 1. Guided sampling follows no normalised reverse process: it has no bound.
 
         Raises:
@@ -415,7 +418,10 @@ class DDPMNotesPipeline(DiffusionPipeline):
         return BitsPerDimOutput.from_parts(torch.cat(parts), terms.per_timestep, dims, terms.evaluations)
 
     def _image_batches(self, images: Any, class_labels: Any, own_labels: bool = False) -> Iterator[ImageBatch]:
-        """(uint8 (B, C, H, W), labels (B,) or None) for whatever `images` is; `own_labels`: those without labels are refused."""
+        """(uint8 (B, C, H, W), labels (B,) or None) for whatever `images` is.
+
+        `own_labels`: refuse batches without labels.
+        """
         if isinstance(images, PIL.Image.Image):
             images = [images]
         whole = isinstance(images, (torch.Tensor, np.ndarray)) or (
@@ -442,8 +448,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
                     raise ValueError(_labels_do_not_fit(given.numel(), f"{end}" if whole else f"at least {end}"))
             elif own_labels and labels is None:
                 raise ValueError(
-                    "class_labels has one label an image of images, and pilot_images has none; it must be batches of "
-                    '{"pixel_values": ..., "class_labels": ...}, or class_labels one label for all'
+                    "class_labels has one label for each of images, and pilot_images has no labels; it must be "
+                    'batches of {"pixel_values": ..., "class_labels": ...}, or class_labels one label for all'
                 )
             device = torch.device("cpu")  # checked here, moved with the noisy images
             yield pixels, self._labels(labels, len(pixels), device)
@@ -574,7 +580,7 @@ class _BoundTerms:
 
 
 def _first_images(batches: Iterator[ImageBatch], n: int) -> tuple[list[ImageBatch], list[ImageBatch]]:
-    """The batches that the first n images are in, and these images one by one; fewer where there are fewer."""
+    """The batches that hold the first n images (all, if there are fewer), and these one by one."""
     held: list[ImageBatch] = []
     images: list[ImageBatch] = []
     while len(images) < n and (batch := next(batches, None)) is not None:
@@ -586,7 +592,7 @@ def _first_images(batches: Iterator[ImageBatch], n: int) -> tuple[list[ImageBatc
 
 
 def _regrouped(batches: Iterable[ImageBatch], n: int) -> Iterator[ImageBatch]:
-    """The same images n at a time (fewer at the end), so that a network's rounding does not depend on how they came."""
+    """The same images n at a time: a network's rounding depends on the size of its batches."""
     rest: ImageBatch | None = None
     for pixels, labels in batches:
         if rest is not None and rest[0].shape[1:] != pixels.shape[1:]:

@@ -40,7 +40,8 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 HALF_PIXEL = 1 / 255  # half the distance between two neighbouring levels of an 8-bit image in [-1, 1]
 
 # Stock diffusers classes know neither our settings nor "optimal". Ours sit in one private config entry, which they load and re-save
-# without a word, and `variance_type` holds the type that they can fall back to: a learned one where the network has twice the channels.
+# without a word, and `variance_type` holds the type that they can fall back to: the learned one
+# where the network outputs a variance.
 PRIVATE_ENTRY = "_ddpm_notes"
 PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "eta")
 STOCK_CLASS, STOCK_FALLBACK = "DDPMScheduler", "fixed_small"
@@ -202,7 +203,10 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------------ configuration
 
     def _keep_private_settings(self, fallback: str = STOCK_FALLBACK) -> None:
-        """Move what stock classes do not know into the private config entry; `fallback` is their type in the place of "optimal"."""
+        """Move what stock classes do not know into the private config entry.
+
+        `fallback` is their variance type in the place of "optimal".
+        """
         config = {name: value for name, value in self.config.items() if name not in PRIVATE_SETTINGS}
         ours = {name: getattr(self, name) for name in PRIVATE_SETTINGS if getattr(self, name) is not None}
         if self.variance_type == "optimal":
@@ -219,7 +223,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
     def register_to_config(self, **kwargs: Any) -> None:
         """As diffusers', under the stock class's name: by it `from_config` knows what to pass over without a warning."""
         if "_use_default_values" in kwargs:
-            # diffusers counts what was given by position as left out, and its `from_config` would then lose it
+            # diffusers lists arguments given by position here, too; `from_config` would lose them
             parameters = inspect.signature(type(self).__init__).parameters
             names = [n for n in kwargs["_use_default_values"] if kwargs[n] is parameters[n].default]
             kwargs |= {"_use_default_values": names}
@@ -238,7 +242,7 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
             config["_use_default_values"] = [name for name in config.get("_use_default_values", []) if name not in ours]
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
-        if fallback in LEARNED_VARIANCES:  # stock classes need to be told what the network's other channels are
+        if fallback in LEARNED_VARIANCES:  # stock classes must know to split the network's output
             scheduler._keep_private_settings(fallback)
         return made
 
@@ -394,7 +398,8 @@ class DDPMNotesScheduler(SchedulerMixin, ConfigMixin):
         """The s that follows t on the path, -1 (the data) after its last.
 
         Returns:
-            As the stock scheduler: t - 1, of t's own type, before `set_timesteps`; afterwards an int64 tensor without dimensions.
+            As the stock scheduler: before `set_timesteps` t - 1, of t's own type; afterwards a 0-d
+            int64 tensor.
 
         Raises:
             ValueError: t is not on the path.

@@ -262,13 +262,13 @@ def test_surface_of_the_stock_scheduler(n):
 
 
 def as_dict(config) -> dict:
-    """A config without our private entry; the names of defaults, which diffusers lists in any order, as a set."""
+    """A config without our private entry; the names of defaults, listed in any order, as a set."""
     values = {name: value for name, value in config.items() if name != "_ddpm_notes"}
     return values | {name: set(values[name]) for name in ["_use_default_values"] if name in values}
 
 
 def test_the_previous_timestep_is_a_tensor_where_the_stock_one_is():
-    """0-d, int64, on the device of the timesteps (-1 on the CPU); before `set_timesteps` t - 1, of whatever type t has."""
+    """A 0-d int64 tensor; before `set_timesteps` t - 1, of whatever type t has."""
     ours, stock = DDPMNotesScheduler(), DDPMScheduler()
     forms = [999, torch.tensor(999), torch.tensor([999]), torch.tensor(999, dtype=torch.int32), np.int64(999), 0]
     paths = [None, {"num_inference_steps": 7}, {"timesteps": [999, 500, 3]}, {"num_inference_steps": 1000}]

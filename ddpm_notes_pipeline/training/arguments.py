@@ -316,8 +316,8 @@ class EvaluationArguments:
     variance_types: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Variances to compare: fixed_small, fixed_large, optimal, and the learned type that the model was trained with. "
-            "Default: the model's own (--table: all of them)."
+            "help": "Variances to compare: fixed_small, fixed_large, optimal, and the learned type that the model "
+            "was trained with. Default: the model's own (--table: all of them)."
         },
     )
     num_inference_steps: list[int] | None = field(
@@ -326,13 +326,15 @@ class EvaluationArguments:
     paths: list[str] = field(
         default_factory=lambda: ["even"],
         metadata={
-            "help": "even: K timesteps evenly from 0 to T-1; best: the K, 0 and T-1 among them, with the least bound of optimal."
+            "help": "even: K timesteps evenly from 0 to T-1; best: the K, 0 and T-1 among them, with the least "
+            "bound of optimal."
         },
     )
     decoder: Literal["own", "fitted"] = field(
         default="own",
         metadata={
-            "help": "Variance of the decoder: each variance type's own rule, or one fitted number for all but the learned."
+            "help": "Variance of the decoder: each variance type's own rule, or one fitted number for all but "
+            "the learned."
         },
     )
     variance_split: str = field(
@@ -342,8 +344,8 @@ class EvaluationArguments:
     save_variances: bool = field(
         default=False,
         metadata={
-            "help": "Keep the measured variance of each step, and the decoder's with --decoder fitted, in the scheduler of the "
-            "model, a folder here; its variance_type becomes optimal."
+            "help": "Keep the measured variance of each step, and the decoder's with --decoder fitted, in the "
+            "scheduler of the model, a folder here; its variance_type becomes optimal."
         },
     )
     full: bool = field(default=False, metadata={"help": "Evaluate every term of the bound."})
@@ -365,20 +367,22 @@ class EvaluationArguments:
     metric_sets: int = field(
         default=1,
         metadata={
-            "help": "So many sets of them, each from other seeds: figures are means, standard errors over sets (--table: at least 2)."
+            "help": "So many sets of them, each from other seeds: figures are means, standard errors over sets "
+            "(--table: at least 2)."
         },
     )
     metric_steps: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Numbers of steps to sample at. Default: all that bounds are measured at (--table: 10, 25, 50, 100)."
+            "help": "Numbers of steps to sample at. Default: all that bounds are measured at (--table: 10, 25, "
+            "50, 100)."
         },
     )
     samplers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 (our DDIM). "
-            "Wants --metrics. --table: ddim and dpmsolver++, if none is given."
+            "help": "Other samplers beside Algorithm 2, for samples alone: ddim and dpmsolver++ (diffusers'), eta0 "
+            "(our DDIM). Needs --metrics. --table: ddim and dpmsolver++, if none is given."
         },
     )
     metric_split: str = field(
@@ -394,8 +398,9 @@ class EvaluationArguments:
     table: bool = field(
         default=False,
         metadata={
-            "help": "The whole comparison, as table.md: every variance, 10 to T steps, even and best, a fitted decoder, samples (at T of "
-            "fixed_large alone, below T of even paths and of optimal's best ones), other samplers."
+            "help": "The whole comparison, as table.md: every variance, 10 to T steps, even and best, a fitted "
+            "decoder, samples (at T of fixed_large alone, below T of even paths and of optimal's best ones), "
+            "other samplers."
         },
     )
     results_dir: str | None = field(
@@ -514,8 +519,8 @@ def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArgum
         evaluation.metric_sets = max(evaluation.metric_sets, 2)  # a spread needs two
     if evaluation.save_variances and not Path(evaluation.model).is_dir():
         parser.error(
-            f"--save_variances writes into the model's folder and --model is {evaluation.model}, which must be a folder here: "
-            "download the repository first (hf download), or leave --save_variances out"
+            f"--save_variances writes into the model's folder and --model is {evaluation.model}, which must be a "
+            "folder here: download the repository first (hf download), or leave --save_variances out"
         )
     if evaluation.samplers and not evaluation.metrics:
         parser.error("--samplers have no bits/dim; allowed with --metrics")

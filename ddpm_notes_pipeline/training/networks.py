@@ -13,7 +13,9 @@ from .arguments import ModelArguments
 
 
 def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
-    """A new UNet and scheduler, or those of a repository to go on from, without the variances measured on that network.
+    """A new UNet and scheduler, or those of a repository to go on from.
+
+    What was measured on the repository's network is left out of its scheduler.
 
     Raises:
         ValueError: a network that does not fit the images.
@@ -92,16 +94,16 @@ def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[U
 
 
 def without_measured_variances(scheduler: DDPMNotesScheduler) -> DDPMNotesScheduler:
-    """The scheduler without V_t and the decoder's variance, which were measured on a network that training will change.
+    """The scheduler without V_t and the decoder's variance, which belong to the network as it was.
 
-    In the place of "optimal" comes the type that fits the network's outputs, which stock classes have used all along. Warns of it.
+    "optimal" becomes the type that fits the network's outputs, its stock fallback. Warns.
     """
     if scheduler.original_sample_mse is None and scheduler.decoder_variance is None:
         return scheduler
     own = scheduler.config.variance_type
     warnings.warn(
-        "the repository's original_sample_mse and decoder_variance were measured on its network, which training changes: they are left out "
-        f"and variance_type is {own} (was {scheduler.variance_type}); evaluate.py --save_variances measures them again",
+        "the repository's original_sample_mse and decoder_variance belong to its network as it was and are left out: "
+        f"variance_type is {own} (was {scheduler.variance_type}); evaluate.py --save_variances measures them again",
         stacklevel=3,
     )
     return DDPMNotesScheduler.from_config(

@@ -304,7 +304,7 @@ def test_labels_given_for_images_do_not_meet_other_pilot_images():
         seen.clear()
         pipe.bits_per_dim(levels(3), evaluations_per_image=4, pilot_images=pilots, **labels)
         assert seen[:2] == first
-    with pytest.raises(ValueError, match="one label an image of images, and pilot_images has none; it must be"):
+    with pytest.raises(ValueError, match="one label for each of images, and pilot_images has no labels; it must be"):
         pipe.bits_per_dim(levels(3), [0, 1, 0], evaluations_per_image=4, pilot_images=levels(3, seed=5))
     with pytest.raises(ValueError, match="pilot_images is empty; it must have at least one image"):
         pipe.bits_per_dim(levels(3), evaluations_per_image=4, pilot_images=[])

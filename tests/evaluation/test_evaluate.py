@@ -186,7 +186,7 @@ def test_save_variances_saves_what_was_known_and_needed_no_measuring(tmp_path):
 
 
 def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
-    """It fell back to fixed_small, which does not know what the other half of the network's channels is."""
+    """It fell back to fixed_small, which fails on the other half of the network's channels."""
     save_model(tmp_path, variance_type="learned_range")
     before = DDPMPipeline.from_pretrained(tmp_path)
     evaluate_here(tmp_path, *FEW, "--decoder", "fitted")
@@ -256,7 +256,7 @@ def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
     [
         (["--paths", "even", "bset"], "--paths has bset; each must be one of even, best"),
         (["--paths", "bset", "--table"], "--paths has bset; each must be one of even, best"),
-        (["--variance_types", "fixed_smal", "optimal"], "--variance_types has fixed_smal; each must be one of fixed_small, "),
+        (["--variance_types", "fixed_smal", "optimal"], "--variance_types has fixed_smal; each must be one of fixed_"),
         (["--samplers", "ddmi", "--metrics"], "--samplers has ddmi; each must be one of ddim, eta0, dpmsolver++"),
     ],
 )
@@ -268,7 +268,7 @@ def test_a_typo_in_a_list_of_choices_is_refused_before_anything_is_loaded(capsys
 
 
 def test_max_images_takes_the_images_that_its_help_says(capsys):
-    """They are spread over the split: sets that are sorted by class would be measured on their first one."""
+    """They are spread over the split, since many sets are sorted by class."""
     with pytest.raises(SystemExit):
         parse_evaluation_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -286,9 +286,10 @@ def test_max_images_takes_the_images_that_its_help_says(capsys):
     ],
 )
 def test_a_network_s_output_is_not_read_as_another_variance_than_it_was_trained_as(tmp_path, own, asked, known):
-    """v of learned_range lies between -1 and 1: read as the log variance of "learned", it is noise as large as the image."""
+    """learned_range's v is about -1 to 1: read as a log variance, it is noise as large as the image."""
     save_model(tmp_path, variance_type=own)
-    says = f"--variance_types has {asked} and the model's variance is {own}; each must be one of {known}, fixed_large, optimal"
+    says = f"--variance_types has {asked} and the model's variance is {own}; "
+    says += f"each must be one of {known}, fixed_large, optimal"
     with pytest.raises(ValueError, match=re.escape(says)):
         evaluate_here(tmp_path, "--variance_types", "fixed_small", asked)
     assert not (tmp_path / "evaluation.json").exists()
