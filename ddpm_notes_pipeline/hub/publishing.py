@@ -255,7 +255,9 @@ class BackgroundPushes:
 def _ask_about(license: str, api: HfApi) -> None:
     """Have a card with this licence checked. `ModelCard.validate` of huggingface_hub 1.x asks huggingface.co whatever the endpoint is."""
     card = {"repoType": "model", "content": f"---\nlicense: {license}\n---\n"}
-    hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=card, headers={"Accept": "text/plain"}))
+    hf_raise_for_status(
+        get_session().post(f"{api.endpoint}/api/validate-yaml", json=card, headers={"Accept": "text/plain"})
+    )
 
 
 def _published_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:

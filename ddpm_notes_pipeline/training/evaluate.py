@@ -147,7 +147,7 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
 
 
 def check_variance_types(variances: list[str], scheduler: DDPMNotesScheduler) -> None:
-    """Refuse a learned variance that is not what the network was trained to output: its numbers would be misread."""
+    """Refuse a learned variance type that the network was not trained to output."""
     own = scheduler.config.variance_type  # the learned type also where "optimal" took its place
     for variance in variances:
         if variance in LEARNED_VARIANCES and variance != own:
