@@ -414,7 +414,7 @@ def test_two_processes_that_push_at_once_leave_one_whole_repository(hub, tmp_pat
     hub.fail("commit", delay=4, times=2)  # each has seen the empty repository before the other one's commit
     pushes = []
     for folder in folders:
-        command = [sys.executable, "-m", "ddpm_notes_pipeline.hub.publishing", folder, "--hub_model_id", "user/both"]
+        command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--hub_model_id", "user/both"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         pushes.append(subprocess.Popen(command, cwd=ROOT, env=hub.env(TOKEN), **pipes))
     for push in pushes:

@@ -169,7 +169,7 @@ SPACE = ROOT / "examples" / "space"
 @pytest.mark.slow
 def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it(hub, folder, tmp_path):
     """The command, as its user starts it; twice, and then for another model, by an owner who has changed the page meanwhile."""
-    command = [sys.executable, "-m", "ddpm_notes_pipeline.hub.publishing", folder, "--space_id", "digits-demo"]
+    command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--space_id", "digits-demo"]
     models = ("user/digits", "user/digits", "user/other")
     for number, model in enumerate(models):
         run = [*command, "--hub_model_id", model]

@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite_in_the_last_steps_leaves_card_and_samples(tra
     assert (tmp_path / "run" / "samples.png").exists() and "left out, not finite: 1" in done.stdout
 
 
-@pytest.mark.parametrize("moment", ["ddpm_notes_pipeline.evaluation.validation:save_evaluation", "ddpm_notes_pipeline.hub.model_card:write_card"])
+@pytest.mark.parametrize("moment", ["ddpm_notes_pipeline.training.run:save_evaluation", "ddpm_notes_pipeline.training.run:write_card"])
 def test_a_run_killed_behind_its_last_checkpoint_writes_evaluation_json_when_it_is_resumed(train, tmp_path, moment):
     held_out = ["--validation_split", "test", "--max_validation_images", 8, "--output_dir"]
     straight = tmp_path / "straight"
@@ -980,14 +980,14 @@ ACCELERATE = {"one_gpu": ("NO", 1, 1), "multi_gpu": ("MULTI_GPU", 4, 1), "two_no
 
 @pytest.mark.parametrize("name", ACCELERATE)
 def test_the_settings_for_gpus_are_what_accelerate_reads(name):
-    config = load_config_from_file(str(ROOT / "training" / "accelerate" / f"{name}.yaml"))
+    config = load_config_from_file(str(ROOT / "training" / "launch" / f"{name}.yaml"))
     assert (str(config.distributed_type.value), config.num_processes, config.num_machines) == ACCELERATE[name]
     assert config.mixed_precision == "bf16" and not config.use_cpu
 
 
 @pytest.mark.slow
 def test_the_settings_for_two_cpu_processes_start_two(tmp_path):
-    file = ROOT / "training" / "accelerate" / "two_cpu_processes.yaml"
+    file = ROOT / "training" / "launch" / "two_cpu_processes.yaml"
     command = [
         sys.executable,
         "-m",
