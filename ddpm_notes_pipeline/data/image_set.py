@@ -1,0 +1,151 @@
+"""Images in memory-mapped files, with labels; parts of such a set."""
+
+import hashlib
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .decoded_file import DecodedFile
+
+HELD_OUT = "held_out"  # the name of the split that `hold_out` makes
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """N decoded images. Made by `load_images`; cheap to pickle: the pixels stay in the file.
+
+    Attributes:
+        name, split: what was loaded.
+        file: the decoded file, which holds the images of this set and perhaps more.
+        size: (H, W) in pixels of every image in a batch. Larger stored images are cropped.
+        fingerprint: hex digest of the pixels and sizes, not of labels, file names or dates: the
+            same images have the same fingerprint on every machine.
+        labels: (N,) int64 in [0, num_classes); None without a label column.
+        class_names: the names of the classes, where the data set states them.
+        license: of the images, where the data set states one.
+        num_files: image files in the split; None where the images are not from a folder of images.
+        index: (N,) int64, which images of `file` are in this set; None for all of them.
+    """
+
+    name: str
+    split: str
+    file: DecodedFile
+    size: tuple[int, int]
+    fingerprint: str
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+    license: str | None = None
+    num_files: int | None = None
+    index: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.file.num_images if self.index is None else len(self.index)
+
+    @property
+    def num_images(self) -> int:
+        return len(self)
+
+    @property
+    def path(self) -> Path:
+        """The decoded file."""
+        return self.file.path
+
+    @property
+    def channels(self) -> int:
+        """C: 1 (grey), 3 (RGB) or 4 (RGBA)."""
+        return self.file.channels
+
+    @property
+    def dims(self) -> int:
+        """C*H*W, which bits are divided by in bits/dim."""
+        return self.channels * self.size[0] * self.size[1]
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of `class_names`, or else the largest label + 1; None without labels."""
+        if self.labels is None:
+            return None
+        return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
+
+    @property
+    def needs_crop(self) -> bool:
+        """Whether any stored image is larger than an image of a batch."""
+        return not self.file.all_of_size(self.size)
+
+    @property
+    def skipped(self) -> int:
+        """The number of bad images left out of `file` (`on_bad_image="skip"`)."""
+        return len(self.file.left_out)
+
+    @property
+    def lossy(self) -> int:
+        """The number of images in `file` from JPEG files: distances between sets see it."""
+        return self.file.lossy
+
+    @property
+    def resized(self) -> int:
+        """The number of images in `file` that were resized: distances between sets see it."""
+        return self.file.resized
+
+    def take(self, indices: Any, crop_at: np.ndarray | None = None) -> torch.Tensor:
+        """The images at `indices` as uint8 (n, C, H, W).
+
+        Args:
+            indices: n integers in [0, N): a sequence, array or tensor.
+            crop_at: (n, 2) in [0, 1), where larger images are cropped, as a fraction of the room
+                (down, right); None is the centre.
+
+        Raises:
+            IndexError: an index outside [0, N).
+        """
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if index.size and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"indices {index.min()}..{index.max()} must be in 0..{len(self) - 1}, one for each image")
+        if self.index is not None:
+            index = self.index[index]
+        return torch.from_numpy(self.file.take(index, self.size, crop_at))
+
+    def at_most(self, number: int | None) -> "ImageSet":
+        """`number` images, evenly spaced over the set; all if it has no more, or for None."""
+        if number is None or number >= len(self):
+            return self
+        return self.part(evenly_spaced(len(self), number), self.split)
+
+    def part(self, indices: np.ndarray, split: str) -> "ImageSet":
+        """The images at `indices` (strictly increasing) as a set of their own, called `split`."""
+        index = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
+            split=split,
+            labels=None if self.labels is None else self.labels[index],
+            fingerprint=hashlib.blake2b(self.fingerprint.encode() + index.tobytes(), digest_size=16).hexdigest(),
+            index=index if self.index is None else self.index[index],
+        )
+
+
+def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
+    """At most `limit` indices, evenly spaced over range(count): int64. None for all of them."""
+    number = count if limit is None else min(limit, count)
+    return np.arange(number) * count // max(number, 1)
+
+
+def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split a set at random, by the seed: images to train on, and round(share * N) held-out ones.
+
+    Raises:
+        ValueError: `share` is not above 0 and below 1, or leaves a part empty.
+    """
+    count = round(share * len(images)) if 0 < share < 1 else 0
+    if not 0 < count < len(images):
+        raise ValueError(
+            f"validation_share is {share} of {len(images)} images, which holds out {count}; it must hold out at "
+            "least one image and leave one to train on"
+        )
+    seeds = np.random.SeedSequence([seed, zlib.crc32(HELD_OUT.encode())])
+    order = np.random.default_rng(seeds).permutation(len(images))
+    held_out, training = np.sort(order[:count]), np.sort(order[count:])
+    return images.part(training, images.split), images.part(held_out, HELD_OUT)
