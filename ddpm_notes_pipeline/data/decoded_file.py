@@ -30,25 +30,26 @@ class DecodedFile:
 
     Attributes:
         path: the file.
-        mode: of all images.
-        fingerprint: hex digest of pixels and sizes.
         num_images: N.
         sizes: (N, 2) int32, height and width of each image; (1, 2) if they are all the same.
-        left_out: (M,) int64, the rows whose images are bad and not in the file.
-        reasons: why these were left out, most frequent reason first; for a warning.
+        left_out: int64, the rows whose images are bad and so not in the file.
+        mode: of all images.
+        fingerprint: hex digest of pixels and sizes.
+        skipped, bad: how many images were left out, and why, the most frequent reasons first.
         sixteen_bit, lossy, resized: how many images had 16 bits, came from JPEG, were resized.
     """
 
     path: Path
-    mode: str
-    fingerprint: str
     num_images: int
     sizes: np.ndarray
     left_out: np.ndarray
-    reasons: list[str]
+    mode: str
+    fingerprint: str
+    skipped: int
+    bad: list[str]
     sixteen_bit: int
-    lossy: int
-    resized: int
+    lossy: int = 0  # a file of an earlier version does not say
+    resized: int = 0
 
     @property
     def channels(self) -> int:
@@ -98,18 +99,8 @@ def read_decoded(path: Path) -> DecodedFile | None:
                 meta, sizes, kept = json.loads(str(index["meta"])), index["stored"], index["kept"]
     except (OSError, ValueError, KeyError, EOFError, OverflowError, zipfile.BadZipFile):  # none, or cut short
         return None
-    return DecodedFile(
-        path=path,
-        mode=meta["mode"],
-        fingerprint=meta["fingerprint"],
-        num_images=len(kept),
-        sizes=sizes,
-        left_out=np.setdiff1d(np.arange(len(kept) + meta["skipped"]), kept),
-        reasons=meta["bad"],
-        sixteen_bit=meta["sixteen_bit"],
-        lossy=meta.get("lossy", 0),  # files of an earlier version do not say
-        resized=meta.get("resized", 0),
-    )
+    left_out = np.setdiff1d(np.arange(len(kept) + meta["skipped"]), kept)
+    return DecodedFile(path, len(kept), sizes, left_out, **meta)
 
 
 def write_decoded(path: Path, images: Iterable[tuple[str, Any]], transform: Transform) -> DecodedFile:
@@ -150,17 +141,19 @@ def _write(out: BinaryIO, images: Iterable[tuple[str, Any]], transform: Transfor
             bad.setdefault(str(error), []).append(name)
             continue
         if transform.target is None and kept:
-            check_size(name, image.size, (stored[0], stored[1]))
+            check_size(name, image.pixels, (stored[0], stored[1]))
         mode, data = image.mode, image.pixels.tobytes()
         out.write(data)
         digest.update(data)
         kept.append(row)
-        stored.extend(image.size)
+        stored.extend(image.pixels.shape[1:])
         for what in counts:
             counts[what] += getattr(image, what)
     skipped = sum(map(len, bad.values()))
-    most_frequent = sorted(bad.items(), key=lambda item: -len(item[1]))[:5]
-    reasons = [_describe(reason, names) for reason, names in most_frequent]
+    reasons = []
+    for reason, names in sorted(bad.items(), key=lambda item: -len(item[1]))[:5]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        reasons.append(f"{len(names)}: {reason}: {', '.join(names[:3])}{more}")
     if not kept:
         raise ValueError(f"no image could be read, of {skipped}; {'; '.join(reasons)}")
     sizes = np.array(stored, np.int32).reshape(-1, 2)
@@ -170,8 +163,3 @@ def _write(out: BinaryIO, images: Iterable[tuple[str, Any]], transform: Transfor
     index = io.BytesIO()
     np.savez_compressed(index, meta=np.array(json.dumps(meta)), stored=sizes, kept=np.array(kept, np.int64))
     out.write(index.getvalue() + len(index.getvalue()).to_bytes(8, "little"))
-
-
-def _describe(reason: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)}: {reason}: {', '.join(names[:3])}{more}"

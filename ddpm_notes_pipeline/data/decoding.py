@@ -1,7 +1,6 @@
 """One encoded image -> pixels: 8 bits, upright, in one of three modes, resized and cropped."""
 
 import io
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import fsspec
@@ -36,32 +35,6 @@ class DecodedImage(NamedTuple):
     sixteen_bit: bool
     lossy: bool
     resized: bool
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
-        _, height, width = self.pixels.shape
-        return height, width
-
-
-def make_transform(
-    resolution: int | Sequence[int] | None, center_crop: bool, image_mode: str | None, on_bad_image: str
-) -> Transform:
-    """Check the arguments of `load_images` that concern each image.
-
-    Raises:
-        ValueError: one of them is not among the values that it can have.
-    """
-    if image_mode is not None and image_mode not in MODES:
-        raise ValueError(f"image_mode is {image_mode!r}; it must be one of {', '.join(MODES)}, or None")
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image is {on_bad_image!r}; it must be one of error, skip")
-    if resolution is None:
-        return Transform(None, center_crop, image_mode, on_bad_image)
-    sides: list[Any] = list(resolution) if isinstance(resolution, list | tuple) else [resolution]
-    if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
-        raise ValueError(f"resolution is {resolution!r}; it must be S or (H, W), integers of at least 1, or None")
-    return Transform((sides[0], sides[-1]), center_crop, image_mode, on_bad_image)
 
 
 def decode(raw: Any, transform: Transform, mode: str | None) -> DecodedImage:
@@ -129,11 +102,12 @@ def bad_image(name: str, error: Exception) -> ValueError:
     return ValueError(f"bad image, {name}: {error} (--on_bad_image skip leaves bad images out)")
 
 
-def check_size(name: str, size: tuple[int, int], first: tuple[int, int]) -> None:
+def check_size(name: str, pixels: np.ndarray, size: tuple[int, int]) -> None:
     """Require the (H, W) of the first image. An image of another size is not a bad one."""
-    if size != first:
+    _, height, width = pixels.shape
+    if (height, width) != size:
         raise ValueError(
-            f"{name} is {size[0]}x{size[1]} (height x width), the first one {first[0]}x{first[1]}; "
+            f"{name} is {height}x{width} (height x width), the first one {size[0]}x{size[1]}; "
             "set a resolution (--resolution) to bring all images to one size"
         )
 

@@ -38,7 +38,7 @@ class ImageFolder:
     Attributes:
         root: the folder.
         splits: the image files of each split, as sorted paths below `root`.
-        split_folders: the sub-folders of each split; empty where the whole folder is "train".
+        has_split_folders: whether sub-folders are the splits, rather than the folder being "train".
         metadata: paths below `root` of the files that list the rows.
         archives: whether it holds archives, which `datasets` unpacks.
         tables: the number of files that hold rows of data rather than one image.
@@ -46,7 +46,7 @@ class ImageFolder:
 
     root: Path
     splits: dict[str, list[str]]
-    split_folders: dict[str, list[str]]
+    has_split_folders: bool
     metadata: list[str]
     archives: bool
     tables: int
@@ -56,20 +56,13 @@ class ImageFolder:
         """The number of image files in all splits."""
         return sum(map(len, self.splits.values()))
 
-    def classes(self) -> list[str] | None:
-        """The sorted names of the classes in all splits; None if an image is in no sub-folder."""
-        found = self._classes_of_images()
-        return None if None in found or not found else sorted(set(map(str, found)))
-
-    def without_class(self) -> int:
-        """The number of images in no sub-folder, and so in no class."""
-        return self._classes_of_images().count(None)
-
-    def _classes_of_images(self) -> list[str | None]:
+    @property
+    def classes(self) -> list[str | None]:
+        """The class of each image in all splits; None for an image in no sub-folder."""
         return [self._class_of(path) for paths in self.splits.values() for path in paths]
 
     def _class_of(self, path: str) -> str | None:
-        folders = path.split("/")[:-1][1 if self.split_folders else 0 :]
+        folders = path.split("/")[:-1][1 if self.has_split_folders else 0 :]
         return folders[0] if folders else None
 
     def load(self, split: str, streaming: bool = False) -> Any:
@@ -93,9 +86,9 @@ class ImageFolder:
             raise ValueError(f"{self.root} has 0 images in split {split!r}")
         columns: dict[str, list[Any]] = {"image": [str(self.root / path) for path in paths]}
         features: dict[str, Any] = {"image": datasets.Image()}
-        if (classes := self.classes()) is not None:
+        if None not in (classes := set(self.classes)):
             columns["label"] = [self._class_of(path) for path in paths]
-            features["label"] = datasets.ClassLabel(names=classes)
+            features["label"] = datasets.ClassLabel(names=sorted(map(str, classes)))
         table = datasets.Dataset.from_dict(columns, features=datasets.Features(features), split=parts[0].splitname)
         return table.to_iterable_dataset(num_shards=max(1, min(len(table), STREAM_SHARDS))) if streaming else table
 
@@ -108,10 +101,13 @@ class ImageFolder:
 
     def _patterns(self) -> dict[str, list[str]]:
         """The `data_files` of each split, for `datasets`."""
-        if not self.split_folders:
+        if not self.has_split_folders:
             return {"train": ["**"]}
         above = [path for path in self.metadata if "/" not in path]
-        return {split: [*(f"{name}/**" for name in names), *above] for split, names in self.split_folders.items()}
+        return {
+            split: [*sorted({f"{path.partition('/')[0]}/**" for path in paths}), *above]
+            for split, paths in self.splits.items()
+        }
 
 
 def read_image_folder(root: Path) -> ImageFolder:
@@ -120,20 +116,14 @@ def read_image_folder(root: Path) -> ImageFolder:
     Raises:
         ValueError: images lie beside the folders that are its splits, and so are in no split.
     """
-    images, metadata, archives, tables = [], [], False, 0
-    for path in _files_below(root):
-        name, suffix = path.rpartition("/")[2], os.path.splitext(path)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
-            images.append(path)
-        elif name in METADATA:
-            metadata.append(path)
-        elif suffix in TABLE_SUFFIXES:
-            tables += 1
-            archives |= suffix in ARCHIVE_SUFFIXES
-    images.sort()
+    suffixes = {path: os.path.splitext(path)[1].lower() for path in _files_below(root)}
+    images = sorted(path for path, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES)
+    metadata = [path for path in suffixes if path.rpartition("/")[2] in METADATA]
+    archives = any(suffix in ARCHIVE_SUFFIXES for suffix in suffixes.values())
+    tables = sum(suffix in TABLE_SUFFIXES for suffix in suffixes.values()) - len(metadata)
     top = sorted({path.partition("/")[0] for path in images if "/" in path})
     if not top or any(name.lower() not in SPLIT_OF for name in top):
-        return ImageFolder(root, {"train": images}, {}, metadata, archives, tables)
+        return ImageFolder(root, {"train": images}, False, metadata, archives, tables)
     beside = [path for path in images if "/" not in path]
     if beside:
         raise ValueError(
@@ -141,12 +131,9 @@ def read_image_folder(root: Path) -> ImageFolder:
             "in no split; move them into one of its folders"
         )
     splits: dict[str, list[str]] = {}
-    split_folders: dict[str, list[str]] = {}
-    for name in top:
-        split_folders.setdefault(SPLIT_OF[name.lower()], []).append(name)
     for path in images:
         splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()], []).append(path)
-    return ImageFolder(root, splits, split_folders, metadata, archives, tables)
+    return ImageFolder(root, splits, True, metadata, archives, tables)
 
 
 def _files_below(root: Path) -> list[str]:

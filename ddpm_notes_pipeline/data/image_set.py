@@ -3,13 +3,14 @@
 import hashlib
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from .decoded_file import DecodedFile
+from .sources import ImageSource, evenly_spaced
 
 HELD_OUT = "held_out"  # the name of the split that `hold_out` makes
 
@@ -19,7 +20,9 @@ class ImageSet:
     """N decoded images. Made by `load_images`; cheap to pickle: the pixels stay in the file.
 
     Attributes:
-        name, split: what was loaded.
+        name: of the data set; of a folder, only its last part.
+        split: what was loaded, or `HELD_OUT`.
+        source: what was asked for.
         file: the decoded file, which holds the images of this set and perhaps more.
         size: (H, W) in pixels of every image in a batch. Larger stored images are cropped.
         fingerprint: hex digest of the pixels and sizes, not of labels, file names or dates: the
@@ -29,10 +32,14 @@ class ImageSet:
         license: of the images, where the data set states one.
         num_files: image files in the split; None where the images are not from a folder of images.
         index: (N,) int64, which images of `file` are in this set; None for all of them.
+        channels: C, 1 (grey), 3 (RGB) or 4 (RGBA).
+        skipped, lossy, resized: how many images of `file` were left out as bad, came from JPEG
+            files, were resized. Distances between sets see the last two.
     """
 
     name: str
     split: str
+    source: ImageSource
     file: DecodedFile
     size: tuple[int, int]
     fingerprint: str
@@ -42,22 +49,15 @@ class ImageSet:
     num_files: int | None = None
     index: np.ndarray | None = None
 
+    channels = property(attrgetter("file.channels"))
+    skipped = property(attrgetter("file.skipped"))
+    lossy = property(attrgetter("file.lossy"))
+    resized = property(attrgetter("file.resized"))
+
     def __len__(self) -> int:
         return self.file.num_images if self.index is None else len(self.index)
 
-    @property
-    def num_images(self) -> int:
-        return len(self)
-
-    @property
-    def path(self) -> Path:
-        """The decoded file."""
-        return self.file.path
-
-    @property
-    def channels(self) -> int:
-        """C: 1 (grey), 3 (RGB) or 4 (RGBA)."""
-        return self.file.channels
+    num_images = property(__len__)
 
     @property
     def dims(self) -> int:
@@ -75,21 +75,6 @@ class ImageSet:
     def needs_crop(self) -> bool:
         """Whether any stored image is larger than an image of a batch."""
         return not self.file.all_of_size(self.size)
-
-    @property
-    def skipped(self) -> int:
-        """The number of bad images left out of `file` (`on_bad_image="skip"`)."""
-        return len(self.file.left_out)
-
-    @property
-    def lossy(self) -> int:
-        """The number of images in `file` from JPEG files: distances between sets see it."""
-        return self.file.lossy
-
-    @property
-    def resized(self) -> int:
-        """The number of images in `file` that were resized: distances between sets see it."""
-        return self.file.resized
 
     def take(self, indices: Any, crop_at: np.ndarray | None = None) -> torch.Tensor:
         """The images at `indices` as uint8 (n, C, H, W).
@@ -125,12 +110,6 @@ class ImageSet:
             fingerprint=hashlib.blake2b(self.fingerprint.encode() + index.tobytes(), digest_size=16).hexdigest(),
             index=index if self.index is None else self.index[index],
         )
-
-
-def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
-    """At most `limit` indices, evenly spaced over range(count): int64. None for all of them."""
-    number = count if limit is None else min(limit, count)
-    return np.arange(number) * count // max(number, 1)
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -11,10 +11,10 @@
 """
 
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import numpy as np
@@ -23,8 +23,8 @@ import torch
 from .batches import StepBatches, step_seed
 from .decoding import bad_image, check_size, crop, decode
 from .image_set import ImageSet
-from .images import load_source
-from .sources import ImageSource, digest
+from .images import load_images
+from .sources import digest
 from .tables import Table, open_table
 
 MAX_STREAMS = 16  # read at once by a single process
@@ -36,8 +36,8 @@ class ImageStream:
     """Images that are read while training. Made by `open_stream`, for `StreamedBatches`.
 
     Attributes:
-        first: the first images, decoded; the stream has their name, license, channels and size.
-        source: what was asked for.
+        first: the first images, decoded.
+        name, split, license, num_files, channels, size, class_names, num_classes, transform: of `first`.
         table: the split as `datasets` streams it.
         max_samples: only the first `max_samples` rows are read; None for all.
         buffer_size: rows in all shuffle buffers together, as they are stored.
@@ -47,7 +47,6 @@ class ImageStream:
     """
 
     first: ImageSet
-    source: ImageSource
     table: Table
     max_samples: int | None
     buffer_size: int
@@ -55,43 +54,20 @@ class ImageStream:
     skipped: int
     num_images: None = None
 
-    @property
-    def name(self) -> str:
-        return self.first.name
-
-    @property
-    def split(self) -> str:
-        return self.source.split
-
-    @property
-    def license(self) -> str | None:
-        return self.first.license
-
-    @property
-    def num_files(self) -> int | None:
-        """Image files in the split; None where the images are not from a folder of images."""
-        return self.first.num_files
-
-    @property
-    def channels(self) -> int:
-        return self.first.channels
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) in pixels of every image in a batch."""
-        return self.first.size
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.table.class_names
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.class_names is None else len(self.class_names)
+    name = property(attrgetter("first.name"))
+    split = property(attrgetter("first.split"))
+    license = property(attrgetter("first.license"))
+    num_files = property(attrgetter("first.num_files"))
+    channels = property(attrgetter("first.channels"))
+    size = property(attrgetter("first.size"))
+    class_names = property(attrgetter("first.class_names"))
+    num_classes = property(attrgetter("first.num_classes"))
+    transform = property(attrgetter("first.source.transform"))
 
     @property
     def needs_crop(self) -> bool:
-        return self.source.transform.target is not None and not self.source.transform.center_crop
+        """Whether decoded images may be larger than an image of a batch."""
+        return self.transform.target is not None and not self.transform.center_crop
 
     @property
     def num_shards(self) -> int:
@@ -113,10 +89,9 @@ class ImageStream:
 
 def open_stream(
     dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
     *,
     max_samples: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    show_progress: bool = True,
     buffer_size: int = 1000,
     first_images: int = 64,
     **arguments: Any,
@@ -124,33 +99,32 @@ def open_stream(
     """Open a split that is read while training.
 
     Args:
-        dataset_name: as for `load_images`, but not an embedded set.
+        dataset_name, dataset_config_name, arguments: as for `load_images`. Embedded sets cannot be
+            streamed, and a label_column must be a ClassLabel, whose classes are known before all
+            rows are read.
         max_samples: read only the first rows.
-        cache_dir, show_progress: as for `load_images`, of the first images.
         buffer_size: rows in the shuffle buffers, which stay encoded until they are used.
         first_images: images that are decoded at once, into `cache_dir`: they tell channels and
             size, and what is wrong with the arguments.
-        arguments: train_data_dir, split, resolution, ...: as for `load_images`. A label_column must
-            be a ClassLabel, whose classes are known before all rows are read.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as `load_images`.
     """
     if buffer_size < 1:
         raise ValueError(f"buffer_size is {buffer_size}; it must be at least 1")
-    source = ImageSource(dataset_name, **arguments)
-    table = open_table(source, streaming=True)
+    number = min(first_images, max_samples or first_images)
+    first = load_images(dataset_name, dataset_config_name, max_samples=number, streaming=True, **arguments)
+    table = open_table(first.source, streaming=True)
     label = table.label_column
     if label is not None and table.class_names is None:
         raise ValueError(
             f"label_column {label!r} is {table.rows.features[label]}; for streaming it must be a ClassLabel, whose "
             "classes are known before all rows are read"
         )
-    number = min(first_images, max_samples or first_images)
-    first = load_source(source, number, cache_dir, show_progress, streaming=True)
-    given = [source.dataset_config_name, first.name, first.fingerprint, source.split, table.image_column, label]
-    settings = [table.class_names, max_samples, buffer_size, table.rows.num_shards, *source.transform]
-    return ImageStream(first, source, table, max_samples, buffer_size, digest([*given, *settings]), first.skipped)
+    images = [dataset_config_name, first.name, first.fingerprint, first.split, table.image_column, label]
+    settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *first.source.transform]
+    fingerprint = digest([*images, *settings])
+    return ImageStream(first, table, max_samples, buffer_size, fingerprint, first.skipped)
 
 
 class StreamedBatches(StepBatches):
@@ -237,7 +211,7 @@ class StreamReader:
     def read(self, decoded: bool) -> tuple[np.ndarray, int] | None:
         """The pixels, uint8 (C, h, w), and label of the next image; None if not `decoded`."""
         # Bad images do not count, and only decoding finds them. All epochs have the same ones.
-        skips = self.images.source.transform.on_bad_image == "skip"
+        skips = self.images.transform.on_bad_image == "skip"
         needed = decoded or (skips and (self.length is None or self.bad > 0))
         while True:
             row = next(self.rows, None)
@@ -279,7 +253,7 @@ class StreamReader:
 
     def _decode(self, row: dict[str, Any]) -> tuple[np.ndarray, int] | None:
         """Pixels and label of a row; None for a bad image that is left out."""
-        images, table, transform = self.images, self.images.table, self.images.source.transform
+        images, table, transform = self.images, self.images.table, self.images.transform
         path = (row[table.image_column] or {}).get("path")
         name = f"{images.name}, image {self.within} of epoch {self.epoch} of stream {self.v}"
         name += f" ({path})" if path else ""
@@ -295,7 +269,7 @@ class StreamReader:
                     warnings.warn(f"image left out, {name}: {error}", stacklevel=2)
             return None
         if transform.target is None:
-            check_size(name, image.size, images.size)
+            check_size(name, image.pixels, images.size)
         return image.pixels, label
 
     def _label(self, row: dict[str, Any]) -> int:

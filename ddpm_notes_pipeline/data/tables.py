@@ -10,10 +10,8 @@ import datasets
 import numpy as np
 
 from .decoding import read_remote
-from .embedded import EMBEDDED
 from .image_folders import ImageFolder, read_image_folder
-from .image_set import evenly_spaced
-from .sources import ImageSource, Rows, digest
+from .sources import EMBEDDED, ImageSource, Rows, digest, evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def _check_label_column(features: dict[str, Any], asked: str, folder: ImageFolde
     if folder is not None and not folder.metadata:
         message += (
             ". A folder has the column 'label' where every image is in a sub-folder, its class; "
-            f"{folder.without_class()} of {folder.num_files} images are in none"
+            f"{folder.classes.count(None)} of {folder.num_files} images are in none"
         )
     raise ValueError(message)
 
