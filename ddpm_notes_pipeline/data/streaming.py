@@ -37,7 +37,8 @@ class ImageStream:
 
     Attributes:
         first: the first images, decoded.
-        name, split, license, num_files, channels, size, class_names, num_classes, transform: of `first`.
+        name, split, license, num_files, channels, size, class_names, num_classes, transform: those
+            of `first`.
         table: the split as `datasets` streams it.
         max_samples: only the first `max_samples` rows are read; None for all.
         buffer_size: rows in all shuffle buffers together, as they are stored.
