@@ -94,11 +94,9 @@ class ImageSet:
             index = self.index[index]
         return torch.from_numpy(self.file.take(index, self.size, crop_at))
 
-    def at_most(self, number: int | None) -> "ImageSet":
-        """`number` images, evenly spaced over the set; all if it has no more, or for None."""
-        if number is None or number >= len(self):
-            return self
-        return self.part(evenly_spaced(len(self), number), self.split)
+    def at_most(self, count: int | None) -> "ImageSet":
+        """`count` images, evenly spaced over the set; all if it has no more, or for None."""
+        return self if count is None or count >= len(self) else self.part(evenly_spaced(len(self), count), self.split)
 
     def part(self, indices: np.ndarray, split: str) -> "ImageSet":
         """The images at `indices` (strictly increasing) as a set of their own, called `split`."""
@@ -120,10 +118,7 @@ def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, Image
     """
     count = round(share * len(images)) if 0 < share < 1 else 0
     if not 0 < count < len(images):
-        raise ValueError(
-            f"validation_share is {share} of {len(images)} images, which holds out {count}; it must hold out at "
-            "least one image and leave one to train on"
-        )
+        raise ValueError(f"validation_share is {share} of {len(images)} images; it must leave images in both parts")
     seeds = np.random.SeedSequence([seed, zlib.crc32(HELD_OUT.encode())])
     order = np.random.default_rng(seeds).permutation(len(images))
     held_out, training = np.sort(order[:count]), np.sort(order[count:])

@@ -65,11 +65,9 @@ class ImageSource:
     on_bad_image: str = "error"
 
     def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError(
-                f"exactly one of dataset_name (got {self.dataset_name!r}) and train_data_dir "
-                f"(got {self.train_data_dir!r}) must be given"
-            )
+        name, folder = self.dataset_name, self.train_data_dir
+        if (name is None) == (folder is None):
+            raise ValueError(f"exactly one of dataset_name ({name!r}) and train_data_dir ({folder!r}) must be given")
         if self.image_mode is not None and self.image_mode not in MODES:
             raise ValueError(f"image_mode is {self.image_mode!r}; it must be one of {', '.join(MODES)}, or None")
         if self.on_bad_image not in ("error", "skip"):
@@ -93,9 +91,8 @@ class ImageSource:
         return Path(str(self.train_data_dir if self.dataset_name is None else self.dataset_name)).expanduser()
 
     def __str__(self) -> str:
-        if self.dataset_name is None:
-            return f"train_data_dir {str(self.train_data_dir)!r}"
-        return f"data set {self.dataset_name!r}"
+        name, folder = self.dataset_name, self.train_data_dir
+        return f"train_data_dir {str(folder)!r}" if name is None else f"data set {name!r}"
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,7 @@ def open_stream(
     table = open_table(first.source, streaming=True)
     label = table.label_column
     if label is not None and table.class_names is None:
-        raise ValueError(
-            f"label_column {label!r} is {table.rows.features[label]}; for streaming it must be a ClassLabel, whose "
-            "classes are known before all rows are read"
-        )
+        raise ValueError(f"label_column {label!r} is {table.rows.features[label]}; a stream needs a ClassLabel")
     images = [dataset_config_name, first.name, first.fingerprint, first.split, table.image_column, label]
     settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *first.source.transform]
     fingerprint = digest([*images, *settings])
@@ -155,9 +152,7 @@ class StreamedBatches(StepBatches):
         """This process's images and labels of a step."""
         info = torch.utils.data.get_worker_info()
         if info is not None and info.num_workers > 1:
-            raise ValueError(
-                f"{info.num_workers} workers read a stream (--dataloader_num_workers); the number must be 0 or 1"
-            )
+            raise ValueError(f"{info.num_workers} workers read a stream; --dataloader_num_workers must be 0 or 1")
         part = self.batch_size // self.num_streams  # images of a step from one stream
         images: list[np.ndarray] = []
         labels: list[int] = []
@@ -255,11 +250,14 @@ class StreamReader:
     def _decode(self, row: dict[str, Any]) -> tuple[np.ndarray, int] | None:
         """Pixels and label of a row; None for a bad image that is left out."""
         images, table, transform = self.images, self.images.table, self.images.transform
+        column, classes = table.label_column, images.num_classes
         path = (row[table.image_column] or {}).get("path")
         name = f"{images.name}, image {self.within} of epoch {self.epoch} of stream {self.v}"
         name += f" ({path})" if path else ""
         try:
-            label = self._label(row)
+            label = 0 if column is None else row[column]
+            if column is not None and (label is None or not 0 <= label < classes):
+                raise ValueError(f"its label is {label}; it must be in 0..{classes - 1}")
             image = decode(row[table.image_column], transform, images.first.file.mode)
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more
             if transform.on_bad_image == "error":
@@ -272,12 +270,3 @@ class StreamReader:
         if transform.target is None:
             check_size(name, image.pixels, images.size)
         return image.pixels, label
-
-    def _label(self, row: dict[str, Any]) -> int:
-        column, classes = self.images.table.label_column, self.images.num_classes
-        if column is None or classes is None:
-            return 0
-        label = row[column]
-        if label is None or not 0 <= label < classes:
-            raise ValueError(f"its label is {label}; it must be in 0..{classes - 1}")
-        return label

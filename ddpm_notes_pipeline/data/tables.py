@@ -64,15 +64,12 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
         ValueError, FileNotFoundError: as `open_table`; also rows without a label, missing files.
     """
     table = open_table(source, streaming)
-    license, split = table.rows.info.license, source.split
-    num_files = None if table.folder is None else table.folder.files_in(split)
+    license, folder, split = table.rows.info.license, table.folder, source.split
+    num_files = None if folder is None else folder.files_in(split)
     if streaming:
         table = _first_rows(table, split, max_samples)
-    elif table.folder is not None and not table.folder.metadata and "[" not in split:
-        if len(table.rows) < (num_files or 0):
-            raise ValueError(
-                f"{table.folder.root} has {num_files} image files in split {split!r}, and {len(table.rows)} were found"
-            )
+    elif folder and not folder.metadata and "[" not in split and (found := len(table.rows)) < (num_files or 0):
+        raise ValueError(f"{source} has {num_files} image files in split {split!r}, and {found} were found")
     # The fingerprint of all rows, for which `datasets` has no public name.
     fingerprint = table.rows._fingerprint  # noqa: SLF001
     chosen = evenly_spaced(len(table.rows), max_samples)

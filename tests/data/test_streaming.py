@@ -167,7 +167,7 @@ def test_epochs_that_are_passed_over_are_not_read(stream, shards, monkeypatch):
         reader = StreamReader(images, v, 4, seed=0)
         epochs.clear()
         reader.skip(39 * 2)  # 6 images an epoch
-        # The start of the second epoch tells the length of the first; the next image is in the 14th.
+        # The start of the second epoch tells the length of the first; the next one is in the 14th.
         assert epochs == [0, 1] and (reader.epoch, reader.position) == (12, 39 * 2)
         found += [int(reader.read(decoded=True)[0][0, 0, 0]) for _ in range(2)]
         assert epochs == [0, 1, 13]
@@ -266,7 +266,7 @@ def test_what_cannot_be_streamed_is_refused_by_name(stream, shards, tmp_path):
         ({"split": "test"}, "split 'test' is not in"),
         ({"image_column": "picture"}, "image_column 'picture' has no images.*columns: image, animal, count"),
         ({"label_column": "kind"}, "'kind' is not a column"),
-        ({"label_column": "count"}, "'count' is .*for streaming it must be a ClassLabel"),
+        ({"label_column": "count"}, "'count' is .*a stream needs a ClassLabel"),
         ({"buffer_size": 0}, "buffer_size is 0"),
         ({"resolution": 0}, "resolution is 0"),
     ]:
