@@ -106,7 +106,7 @@ def put(hub, repo_id, folder):
     blobs = {
         name: Blob(data, lfs=name.endswith(".safetensors")) for name, data in files.items() if name != ".gitattributes"
     }
-    return repo.commit("main", "files", "", "somebody", blobs).oid
+    return repo.commit("files", "", "somebody", blobs).oid
 
 
 STRANGER = """
