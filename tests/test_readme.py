@@ -111,7 +111,7 @@ def clone(train):
 
 
 def runnable(command: str) -> list[str]:
-    """The words of a command without its launcher, for this interpreter, with the flags that shorten it."""
+    """The words of a command without its launcher, with the flags that shorten it."""
     words = [word for word in shlex.split(command) if word not in ("accelerate", "launch", "python")]
     return [*words, *RUN[treatment(command)[0]]]
 

@@ -46,7 +46,7 @@ NO_IMAGE = "Upload an image, or take a sample."
 COLOURS = {"decoder": "#e07b39", "KL of the steps": "#3b78b5", "prior": "#7a7a7a"}
 
 
-# ---------------------------------------------------------------------------------------------------- the model
+# --- the model
 
 
 def model_id() -> str:
@@ -166,7 +166,7 @@ class Model:
         return [*([IN_TURN] if many else []), *no_label, *map(str, range(self.pipe.num_classes))]
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# --- pictures
 
 
 EMPTY = '<div class="picture empty"></div>'
@@ -243,7 +243,7 @@ def bars(per_timestep: np.ndarray, prior: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["timesteps", "bits/dim", "part"])
 
 
-# ---------------------------------------------------------------------------------------------------- the page
+# --- the page
 
 
 def whole(value: Any, name: str, lowest: int, highest: int) -> int:

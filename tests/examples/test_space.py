@@ -199,7 +199,7 @@ def close(shown, expected):
     return np.abs(shown - expected).max() <= 1  # half a level may be rounded either way
 
 
-# ---------------------------------------------------------------------------------------------- generate
+# --- generate
 
 
 def test_the_images_are_the_pipeline_s_and_follow_the_controls(apps, visit):
@@ -270,7 +270,7 @@ def test_labels_are_asked_for_where_there_are_any(apps, visit):
     assert close(generate(page, 3), app.made([3, 4], "optimal", num_inference_steps=10))
 
 
-# ---------------------------------------------------------------------------------------------- measure
+# --- measure
 
 
 def png(image, **options):
@@ -395,7 +395,7 @@ def test_an_upload_gets_a_plain_answer(visit):
     assert "Traceback" not in page.inner_text("body")
 
 
-# ---------------------------------------------------------------------------------------------- compare
+# --- compare
 
 
 def test_one_seed_under_three_variances(apps, visit):
@@ -419,7 +419,7 @@ def test_one_seed_under_three_variances(apps, visit):
             assert close(pictures(page, f"#panel-{i}", 2), expected), (name, i)
 
 
-# ---------------------------------------------------------------------------------------------- for everybody
+# --- for everybody
 
 NAMELESS = re.compile(
     r"^\s*- (button|textbox|spinbutton|slider|combobox|listbox|checkbox|radio|tab|link)(?! \")(?! ')(:|$| \[)", re.M
@@ -438,7 +438,7 @@ def test_every_control_has_a_name_and_the_page_fits(visit, width):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-# ---------------------------------------------------------------------------------------------- without a browser
+# --- without a browser
 
 
 @pytest.fixture(scope="module")

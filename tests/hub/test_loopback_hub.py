@@ -1,7 +1,8 @@
 """The loopback Hub under the real client: what is sent is stored, listed and sent back.
 
-And what the client makes of each fault: which ones it retries, which ones it raises and as what. Publishing
-has to handle these (`huggingface_hub` 1.32 and 2.4, with Xet, their default, and without).
+And what the client makes of each fault: which ones it retries, which ones it raises and as what.
+Publishing has to handle these (`huggingface_hub` 1.32 and 2.4, with Xet, their default, and
+without).
 """
 
 import hashlib
@@ -69,7 +70,7 @@ def transfer(request, monkeypatch):
 
 @pytest.fixture
 def connect(hub, monkeypatch, tmp_path):
-    """The client in this process, by token. It reads these settings from the environment on import."""
+    """The client in this process, by token. It reads the environment on import only."""
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
@@ -80,7 +81,7 @@ def connect(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def ask_here(request):
-        """huggingface_hub 1.x checks a `RepoCard` at https://huggingface.co, whatever the endpoint."""
+        """huggingface_hub 1.x checks cards at https://huggingface.co, whatever the endpoint."""
         if request.url.host == "huggingface.co":
             here = httpx.URL(hub.endpoint)
             request.url = request.url.copy_with(scheme=here.scheme, host=here.host, port=here.port)
@@ -143,7 +144,7 @@ def run(hub, script, **options):
     return done.stdout
 
 
-# ------------------------------------------------------------------------------------------------ repos
+# --- repos
 
 
 @pytest.mark.parametrize("kind", ["model", "space"])
@@ -196,7 +197,7 @@ def test_who_may_do_what(hub, connect):
     assert list(added(hub.repos["user/open"])) == ["a.txt"]
 
 
-# ------------------------------------------------------------------------------------------------ upload and download
+# --- upload and download
 
 
 def test_a_folder_goes_up_and_comes_back(hub, connect, transfer, folder, tmp_path):
@@ -358,7 +359,7 @@ def test_a_xet_store_is_only_read_where_a_commit_names_its_content(hub, api, tmp
     assert len(hub.repos["user/name"].commits) == 1
 
 
-# ------------------------------------------------------------------------------------------------ cards
+# --- cards
 
 INDEX = "model-index:\n- name: m\n  results:\n  - task: {type: unconditional-image-generation}\n    dataset: {%s}\n    metrics:\n    - {%s}\n"
 GOOD = ("name: digits, type: digits", "type: bits_per_dim, value: 1.5")
@@ -420,7 +421,7 @@ def test_a_card_without_metadata_is_warned_about(hub, api):
         card.push_to_hub("user/name", token="hf_user")
 
 
-# ------------------------------------------------------------------------------------------------ faults
+# --- faults
 
 SMALL = {"README.md": CARD, "a.txt": b"a", "w.safetensors": WEIGHTS[:5000]}
 
@@ -461,7 +462,8 @@ def test_only_a_folder_by_xet_tries_a_commit_again(hub, connect, transfer, tmp_p
         expected = {None} if again else {"HfHubHTTPError"} if isinstance(what, int) else RESET
         assert outcome(lambda: publish(api, way, folder)) in expected, what
         assert fault.hits == 1
-        # If only the response is lost, the commit exists: it is made twice, or an error is raised anyway.
+        # If only the response is lost, the commit exists: it is made twice, or an error is raised
+        # anyway.
         assert len(hub.repos["user/name"].commits) - 1 == again + (what == "answer"), what
     for status in (401, 403, 409, 412):
         hub.repos.clear()
@@ -600,7 +602,7 @@ def test_faults_are_for_what_they_say(hub, api):
     assert (unserved.status, unserved.path) == (501, "/api/models/user/name/discussions")
 
 
-# ------------------------------------------------------------------------------------------------ other processes
+# --- other processes
 
 
 def test_two_processes_commit_at_once(hub, api, transfer):

@@ -1,4 +1,4 @@
-"""State of the loopback Hub: repositories with their history, Xet stores, and the rules for cards."""
+"""State of the loopback Hub: repositories with their history, Xet stores, rules for cards."""
 
 import functools
 import hashlib
@@ -37,7 +37,7 @@ class Refused(Exception):
         self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
 
 
-# ------------------------------------------------------------------------------------------------ content
+# --- content
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class User:
         return repo_id.split("/")[0] == self.name
 
 
-# ------------------------------------------------------------------------------------------------ Xet storage
+# --- Xet storage
 
 
 @functools.cache
@@ -223,7 +223,7 @@ class Xet:
         return found
 
 
-# ------------------------------------------------------------------------------------------------ cards
+# --- cards
 
 LICENSES = (
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause "
@@ -298,7 +298,7 @@ def check_card(text: str, repo_type: str) -> tuple[list[str], list[str]]:
 
 
 def check_model_index(index: Any) -> list[str]:
-    """Errors of `model-index`: names and results; tasks, datasets and metrics with types and values."""
+    """Errors of `model-index`: names, results, tasks, datasets, metrics with types and values."""
     errors: list[str] = []
 
     def required(item: Any, keys: str, where: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Routes of the loopback Hub: one method each, whose docstring names the calls of the client that use it."""
+"""Routes of the loopback Hub: one method each, whose docstring names the client's calls."""
 
 import base64
 import contextlib
@@ -62,7 +62,7 @@ ROUTES: list[tuple[re.Pattern, str, Literal["read", "write"] | None]] = []
 
 
 def route(method: str, path: str, needs: Literal["read", "write"] | None = None) -> Callable[[Callable], Callable]:
-    """Decorator: a method of `Routes` serves an HTTP method and path; its parameters are the path's groups.
+    """Decorator: serve an HTTP method and path by a method of `Routes`, with the path's groups.
 
     `needs`: `type` and `repo` in the path become the `Repo`, once its permissions are checked.
     """
@@ -83,7 +83,7 @@ class Routes:
 
     @staticmethod
     def find(line: str) -> tuple[str | None, str | None, dict[str, Any]]:
-        """For "METHOD /path": the route's name (None if there is none), what it needs, the path's groups."""
+        """For "METHOD /path": the route's name or None, what it needs, the path's groups."""
         for pattern, name, needs in ROUTES:
             if match := pattern.fullmatch(line):
                 return name, needs, {key: value and unquote(value) for key, value in match.groupdict().items()}
@@ -102,7 +102,7 @@ class Routes:
                 groups["repo"] = self.repo(groups.pop("type"), groups["repo"], needs)
             return getattr(self, name)(**groups)
 
-    # -------------------------------------------------------------------------------------------- permissions
+    # --- permissions
 
     @property
     def endpoint(self) -> str:
@@ -144,7 +144,7 @@ class Routes:
         """HfApi.auth_check(write=True)"""
         return Answer()
 
-    # -------------------------------------------------------------------------------------------- repos
+    # --- repos
 
     @route("POST", "/api/repos/create")
     def create_repo(self) -> Answer:
@@ -188,11 +188,11 @@ class Routes:
             data |= {"sdk": repo.sdk, "runtime": {"stage": "NO_APP_FILE", "hardware": {"current": "cpu-basic"}}}
         return Answer(data)
 
-    # -------------------------------------------------------------------------------------------- writing files
+    # --- writing files
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> Answer:
-        """HfApi._validate_yaml, before a README.md is uploaded; RepoCard.validate and push_to_hub"""
+        """Before a README.md is uploaded; RepoCard.validate, RepoCard.push_to_hub"""
         errors, warnings = check_card(self.call.json["content"], self.call.json["repoType"])
         if self.call.headers.get("accept") == "text/plain":  # RepoCard.validate
             return Answer("\n".join(errors).encode(), 400 if errors else 200)
@@ -231,7 +231,7 @@ class Routes:
 
     @route("PUT", "/lfs/(?P<secret>[^/]+)/(?P<key>.+)/(?P<oid>[0-9a-f]{64})")
     def lfs_put(self, secret: str, key: str, oid: str) -> Answer:
-        """huggingface_hub.lfs._upload_single_part: without a token; the address is the permission"""
+        """huggingface_hub.lfs, one part: without a token; the address is the permission"""
         if secret != self.hub.secret or key not in self.hub.repos:
             raise Refused(403, "SignatureDoesNotMatch")
         if hashlib.sha256(self.call.body).hexdigest() != oid:
@@ -305,7 +305,7 @@ class Routes:
             repo.objects[oid] = data
         return repo.objects[oid]
 
-    # -------------------------------------------------------------------------------------------- reading files
+    # --- reading files
 
     @route("GET", f"{API}/tree{REV}", "read")
     def tree(self, repo: Repo, rev: str) -> Answer:
@@ -336,5 +336,5 @@ class Routes:
 
 
 def matches(path: str, patterns: list[str]) -> bool:
-    """Whether a pattern of .gitattributes or .gitignore matches the path or one of its parts; simplified."""
+    """Whether a pattern of .gitattributes or .gitignore matches the path or a part of it."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in (path, *path.split("/")))

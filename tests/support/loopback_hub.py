@@ -1,19 +1,21 @@
-"""A Hugging Face Hub on 127.0.0.1: real HTTP for the real client, in memory, with faults on request.
+"""A Hugging Face Hub on 127.0.0.1: real HTTP for the real client, in memory, with faults.
 
 It serves what `huggingface_hub` and `diffusers` call to create, push to and load model and Space
 repositories: main and revisions by commit, private repositories, checked cards, both upload paths.
 Without Xet (`HF_HUB_DISABLE_XET=1`) large files arrive by Git LFS in one PUT. With it, the client's
-default, a token points `hf_xet` to `local://FOLDER`. Such a folder is open to one process at a time, so
-each token gets its own: the server reads what a client wrote once a commit names it, and fills a new
-folder for each reader. Anything else answers 501: branches, tags, pull requests, multipart LFS, deleting,
-moving, running a Space. Listings come in one page, and files without the redirect to a content network.
-The rules for cards are the documented ones, not the Hub's own code.
+default, a token points `hf_xet` to `local://FOLDER`. Such a folder is open to one process at a
+time, so
+each token gets its own: the server reads what a client wrote once a commit names it, and fills a
+new folder for each reader. Anything else answers 501: branches, tags, pull requests, multipart LFS,
+deleting, moving, running a Space. Listings come in one page, and files without the redirect to a
+content network. The rules for cards are the documented ones, not the Hub's own code.
 
     with Hub() as hub:
         subprocess.run([sys.executable, "publish.py"], env=hub.env("hf_user"), check=True)
         assert hub.repos["user/name"].files()["README.md"].startswith(b"---")
 
-By hand: `python -m tests.support.loopback_hub --port 8000` prints what to export in another terminal.
+By hand: `python -m tests.support.loopback_hub --port 8000` prints what to export in another
+    terminal.
 """
 
 import argparse
@@ -73,12 +75,12 @@ class Dropped(Exception):
 
 
 class Hub:
-    """The server, its content and its faults. Use it in a `with` statement, or `start`, `stop`, `close`.
+    """The server, its content and its faults. Use it in a `with` statement.
 
     Attributes:
         repos: "user/name" or "spaces/user/name" -> `Repo`.
-        users: token -> `User`; at first "hf_user" of "user", "hf_reader" (a read token of the same user)
-            and "hf_other" of "other".
+        users: token -> `User`; at first "hf_user" of "user", "hf_reader" (a read token of the same
+            user) and "hf_other" of "other".
         requests: every `Request` so far.
         errors: tracebacks of defects of the server itself, which answers 500 then.
     """
@@ -167,9 +169,9 @@ class Hub:
             times: how many requests; None: all until `clear()`.
             retry_after: seconds, for the header of 429 and 503.
             delay: seconds to wait first; alone, the request is served after them.
-            drop: cut the connection. "request": after the headers; "body": in the middle of the request's
-                body; "answer": after the request was served, before the response; "half": in the middle of
-                the response's body.
+            drop: cut the connection. "request": after the headers; "body": in the middle of the
+                request's body; "answer": after the request was served, before the response; "half":
+                in the middle of the response's body.
             reset: cut it by a reset, which the client reports differently from an orderly close.
         """
         if where.isidentifier() and where not in Routes.names():
