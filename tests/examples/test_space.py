@@ -1,7 +1,7 @@
 """The demo in a real browser: Chromium uses every control of the app, for models of a real run.
 
-What the page shows is compared with the pipeline in this process. The app runs without this package, as
-on the Hub.
+What the page shows is compared with the pipeline in this process. The app runs without this
+package, as on the Hub.
 """
 
 import base64
