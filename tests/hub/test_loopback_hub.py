@@ -200,7 +200,7 @@ def test_who_may_do_what(hub, connect):
 # --- upload and download
 
 
-def test_a_folder_goes_up_and_comes_back(hub, connect, transfer, folder, tmp_path):
+def test_an_uploaded_folder_downloads_unchanged(hub, connect, transfer, folder, tmp_path):
     api = connect()
     api.create_repo("user/name", private=True)
     info = api.upload_folder(repo_id="user/name", folder_path=folder, commit_message="Step 100")
@@ -239,7 +239,7 @@ def test_a_folder_goes_up_and_comes_back(hub, connect, transfer, folder, tmp_pat
     assert len(repo.commits) == before  # nothing changed, so there is no commit
 
 
-def test_what_goes_up_one_way_comes_back_the_other(hub, connect, transfer, folder, monkeypatch):
+def test_xet_uploads_download_by_lfs_and_the_other_way_round(hub, connect, transfer, folder, monkeypatch):
     api = connect()
     api.create_repo("user/name")
     api.upload_folder(repo_id="user/name", folder_path=folder)
@@ -451,7 +451,7 @@ def outcome(action):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_only_a_folder_by_xet_tries_a_commit_again(hub, connect, transfer, tmp_path, waits, way):
+def test_only_upload_folder_with_xet_retries_a_commit(hub, connect, transfer, tmp_path, waits, way):
     api, folder = connect(), write(tmp_path / "folder", SMALL)
     again = way == "upload_folder" and transfer == "xet"
     faults = (408, 429, 500, 502, 503, 504, "request", "body", "answer")
@@ -475,7 +475,7 @@ def test_only_a_folder_by_xet_tries_a_commit_again(hub, connect, transfer, tmp_p
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_tries_again_before_the_commit(hub, connect, transfer, tmp_path, waits, way):
+def test_every_way_retries_before_the_commit(hub, connect, transfer, tmp_path, waits, way):
     api, folder = connect(), write(tmp_path / "folder", SMALL)
     routes = ["preupload"] + (["lfs_batch", "lfs_put", "lfs_verify"] if transfer == "lfs" else [])
     for where in routes:
@@ -490,7 +490,7 @@ def test_every_way_tries_again_before_the_commit(hub, connect, transfer, tmp_pat
     assert waits == [1] * 4 * len(routes)
 
 
-def test_xet_tries_again_to_get_a_token_where_trying_may_help(hub, api, tmp_path):
+def test_xet_retries_a_token_request_that_may_succeed(hub, api, tmp_path):
     folder = write(tmp_path / "folder", SMALL)
     api.create_repo("user/name")
     hub.fail("xet_write_token", 500)
@@ -516,7 +516,7 @@ def test_xet_tries_again_to_get_a_token_where_trying_may_help(hub, api, tmp_path
     assert fault.hits == 6
 
 
-def test_a_repo_and_a_card_are_asked_for_once(hub, connect, transfer, tmp_path, waits):
+def test_creating_a_repo_and_validating_a_card_are_not_retried(hub, connect, transfer, tmp_path, waits):
     api, folder = connect(), write(tmp_path / "folder", SMALL)
     hub.fail("create_repo", 500)
     with pytest.raises(HfHubHTTPError, match="500"):
@@ -537,7 +537,7 @@ def test_a_repo_and_a_card_are_asked_for_once(hub, connect, transfer, tmp_path, 
     assert waits == [] and added(hub.repos["user/name"]) == {} and not hub.calls("preupload")
 
 
-def test_trying_again_has_an_end_and_the_server_may_say_when(hub, connect, transfer, tmp_path, waits):
+def test_retries_end_and_follow_retry_after(hub, connect, transfer, tmp_path, waits):
     api, folder = connect(), write(tmp_path / "folder", SMALL)
     api.create_repo("user/name")
     fault = hub.fail("preupload", 503, times=None, message="in maintenance")
@@ -557,7 +557,7 @@ def test_trying_again_has_an_end_and_the_server_may_say_when(hub, connect, trans
         assert isinstance(error.value.__cause__, HfHubHTTPError)
 
 
-def test_a_delayed_answer_comes_too_late_for_a_client_in_a_hurry(hub, api):
+def test_a_late_response_is_requested_again_after_a_timeout(hub, api):
     api.create_repo("user/name")
     for delay, asked in ((0, 1), (1, 2)):  # it asks again, with a longer timeout
         api.upload_file(repo_id="user/name", path_in_repo=f"{delay}.txt", path_or_fileobj=b"%d" % delay)
@@ -567,7 +567,7 @@ def test_a_delayed_answer_comes_too_late_for_a_client_in_a_hurry(hub, api):
         assert [call.method for call in hub.calls("resolve")] == ["HEAD"] * asked + ["GET"]
 
 
-def test_a_server_that_goes_and_comes_back_has_kept_everything(hub, connect, transfer, tmp_path, waits):
+def test_a_restarted_server_keeps_everything(hub, connect, transfer, tmp_path, waits):
     api, folder = connect(), write(tmp_path / "folder", SMALL)
     api.create_repo("user/name", private=True)
     oid = publish(api, "create_commit", folder).oid
@@ -584,7 +584,7 @@ def test_a_server_that_goes_and_comes_back_has_kept_everything(hub, connect, tra
     assert added(hub.repos["user/name"], oid) == SMALL
 
 
-def test_faults_are_for_what_they_say(hub, api):
+def test_a_fault_meets_only_its_requests(hub, api):
     with pytest.raises(ValueError, match=r"No route is called 'comit'; there are .*commit, "):
         hub.fail("comit", 500)
     api.create_repo("user/name")
@@ -605,7 +605,7 @@ def test_faults_are_for_what_they_say(hub, api):
 # --- other processes
 
 
-def test_two_processes_commit_at_once(hub, api, transfer):
+def test_two_processes_commit_concurrently(hub, api, transfer):
     api.create_repo("user/name")
     script = """
         import sys
@@ -652,7 +652,7 @@ def test_a_process_gets_a_separate_machine(hub, api):
     assert not hub.root.exists()
 
 
-def test_started_by_hand_it_prints_what_to_export(tmp_path):
+def test_started_by_hand_it_prints_the_variables_to_export(tmp_path):
     flags = ["--port", "0", "--user", "me", "--token", "hf_me"]
     command = [sys.executable, "-m", "tests.support.loopback_hub", *flags]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -689,7 +689,7 @@ def test_two_hubs_are_separate(hub, connect):
 
 
 @pytest.mark.slow
-def test_a_pipeline_goes_up_and_a_stranger_loads_it(hub, connect, tmp_path):
+def test_a_pushed_pipeline_loads_without_this_package(hub, connect, tmp_path):
     def made(seed):
         torch.manual_seed(seed)
         blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}

@@ -56,7 +56,6 @@ class Fault:
     headers: dict[str, str]
     delay: float
     drop: str | None
-    reset: bool
     hits: int = 0
 
     def clear(self) -> None:
@@ -158,7 +157,6 @@ class Hub:
         retry_after: float | None = None,
         delay: float = 0,
         drop: Literal["request", "body", "answer", "half"] | None = None,
-        reset: bool = True,
     ) -> Fault:
         """Make the next requests fail.
 
@@ -169,15 +167,14 @@ class Hub:
             times: how many requests; None: all until `clear()`.
             retry_after: seconds, for the header of 429 and 503.
             delay: seconds to wait first; alone, the request is served after them.
-            drop: cut the connection. "request": after the headers; "body": in the middle of the
+            drop: reset the connection. "request": after the headers; "body": in the middle of the
                 request's body; "answer": after the request was served, before the response; "half":
                 in the middle of the response's body.
-            reset: cut it by a reset, which the client reports differently from an orderly close.
         """
         if where.isidentifier() and where not in Routes.names():
             raise ValueError(f"No route is called {where!r}; there are {', '.join(sorted(Routes.names()))}")
         headers = {} if retry_after is None else {"Retry-After": f"{retry_after:g}"}
-        fault = Fault(where, times, status, message, headers, delay, drop, reset)
+        fault = Fault(where, times, status, message, headers, delay, drop)
         with self.lock:
             self.faults.append(fault)
         return fault
@@ -235,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.answer(fault)
             self.send(answer, fault)
         except Dropped:
-            self.cut(reset=fault is None or fault.reset)
+            self.cut()
         finally:
             if self.hub.verbose:
                 print(f"{self.call.status or 'cut'} {self.command} {self.path}", file=sys.stderr)
@@ -293,9 +290,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Dropped
         return body
 
-    def cut(self, reset: bool) -> None:
-        if reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    def cut(self) -> None:
+        """Reset the connection."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         for stream in (self.rfile, self.wfile, self.connection):  # closing the last one closes the socket
             stream.close()
         raise ConnectionResetError  # skips everything that would still write, up to Server.handle_error
