@@ -208,7 +208,13 @@ class Trainer:
 
 def serve() -> None:
     """Answer each request, a line on stdin, by the exit status of a forked process that ran it."""
-    for name in ("ddpm_notes_pipeline.training.run", "datasets", "sklearn.datasets", "diffusers.pipelines", "torch.distributed"):
+    for name in (
+        "ddpm_notes_pipeline.training.run",
+        "datasets",
+        "sklearn.datasets",
+        "diffusers.pipelines",
+        "torch.distributed",
+    ):
         __import__(name)
     gc.freeze()  # nor is it gone through while a child runs
     for line in sys.stdin:
@@ -257,7 +263,9 @@ def run_request(request: dict[str, Any]) -> int:
 
 def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None:
     """Make the process send itself a signal: see `Trainer.__call__`. By SIGKILL there is no chance to tidy up."""
-    where, count = ("ddpm_notes_pipeline.data.batches:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
+    where, count = (
+        ("ddpm_notes_pipeline.data.batches:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
+    )
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
