@@ -34,16 +34,13 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 def float64_alphas_cumprod(scheduler: Any) -> list[float]:
     """alpha_bar_t of a scheduler's training timesteps, T floats.
 
-    The scheduler of this package keeps log(alpha_bar) in float64, in `_log_alpha_bar` of shape (T+1,) whose last entry
-    0 belongs to the data; that is used where it exists. Any other scheduler has nothing better than its betas, which
-    diffusers rounds to float32: 1 - alpha_bar is then good to 6 digits, and no more.
+    The scheduler of this package has a `chain` in float64. Any other one has nothing better than its
+    betas, which diffusers rounds to float32: 1 - alpha_bar is then good to 6 digits, and no more.
     """
-    table = getattr(scheduler, "_log_alpha_bar", None)
-    if table is not None:
-        log_alpha_bar = torch.as_tensor(table, dtype=torch.float64)[:-1]
-    else:
-        log_alpha_bar = torch.log1p(-scheduler.betas.double()).cumsum(0)
-    return log_alpha_bar.exp().tolist()
+    chain = getattr(scheduler, "chain", None)
+    if chain is not None:
+        return chain.log_alpha_bar[:-1].exp().tolist()
+    return torch.log1p(-scheduler.betas.double()).cumsum(0).exp().tolist()
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):

@@ -347,7 +347,7 @@ def test_the_way_back_from_a_plugged_in_scheduler_keeps_our_settings(shelf, name
 
 def steps(pipe):
     """How many steps a call walks when nothing is said: all T of a DDPM."""
-    pipe(output_type="latent", callback_on_step_end=lambda pipe, *_: setattr(pipe, "_interrupt", True))
+    pipe(output_type="latent", callback_on_step_end=lambda pipe, *_: setattr(pipe, "interrupt", True))
     return len(pipe.scheduler.timesteps)
 
 
@@ -386,12 +386,12 @@ def test_two_versions_of_the_code_in_one_process_each_run_their_own(shelf, tmp_p
     own = (shelf / "plain" / "pipeline.py").read_text()
     for version, folder in folders.items():
         DDPMPipeline.from_pretrained(shelf / "plain").save_pretrained(folder)
-        code = own.replace("def _in_model_range(", f"VERSION = {version!r}\n\n\ndef _in_model_range(")
+        code = own.replace("def is_ddpm(", f"VERSION = {version!r}\n\n\ndef is_ddpm(")
         code = code.replace(
             "    @property\n    def null_label",
             "    def version(self):\n        return _ask(), VERSION\n\n    @property\n    def null_label",
         )
-        code = code.replace("def _in_model_range(", f"def _ask():\n    return {version!r}\n\n\ndef _in_model_range(")
+        code = code.replace("def is_ddpm(", f"def _ask():\n    return {version!r}\n\n\ndef is_ddpm(")
         assert code.count(repr(version)) == 2 and code.count("return _ask(), VERSION") == 1
         (folder / "pipeline.py").write_text(code)
     pipes = {version: load("trusted", folder) for version, folder in folders.items()}

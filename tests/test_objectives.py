@@ -12,7 +12,9 @@ T = 8
 
 
 def scheduler(**settings):
-    return DDPMNotesScheduler(**{"num_train_timesteps": T, "beta_start": 0.02, "beta_end": 0.4, "clip_sample": False, **settings})
+    return DDPMNotesScheduler(
+        **{"num_train_timesteps": T, "beta_start": 0.02, "beta_end": 0.4, "clip_sample": False, **settings}
+    )
 
 
 def batch(n=T, channels=2):
@@ -47,7 +49,9 @@ def test_simple_is_the_squared_error_of_what_the_network_predicts(prediction_typ
     ab = alpha_bars(math_of).float().reshape(-1, 1, 1, 1)
     losses = Objective(math_of)(network, x_0, noise, t)
     x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * noise
-    target = {"epsilon": noise, "sample": x_0, "v_prediction": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[prediction_type]
+    target = {"epsilon": noise, "sample": x_0, "v_prediction": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[
+        prediction_type
+    ]
     expected = ((torch.sin(2 * x_t) * (1 + 0.1 * t.reshape(-1, 1, 1, 1)) - target) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
 
@@ -91,7 +95,11 @@ def test_min_snr_means_the_same_in_every_parametrisation(prediction_type):
 
     def network(x_t, _, **kwargs):
         eps = (x_t - ab.sqrt() * belief) / (1 - ab).sqrt()
-        return ({"epsilon": eps, "sample": belief, "v_prediction": ab.sqrt() * eps - (1 - ab).sqrt() * belief}[prediction_type],)
+        return (
+            {"epsilon": eps, "sample": belief, "v_prediction": ab.sqrt() * eps - (1 - ab).sqrt() * belief}[
+                prediction_type
+            ],
+        )
 
     losses = Objective(math_of, weighting="min_snr")(network, x_0, noise, t)
     snr = (ab / (1 - ab)).flatten()

@@ -845,5 +845,5 @@ def test_one_pair_for_all_images_is_that_pair_for_each(s):
     for value in (t, torch.tensor(t), torch.tensor([t])):
         torch.testing.assert_close(scheduler.add_noise(x_0, noise, value), x_t, atol=0, rtol=0)
     for wrong in (-1, 10):
-        with pytest.raises(ValueError, match="allowed: 0 to 9"):
+        with pytest.raises(ValueError, match="must be from 0 to 9"):
             scheduler.add_noise(x_0, noise, torch.tensor([wrong]))

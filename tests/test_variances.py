@@ -137,9 +137,12 @@ def test_the_best_path_is_the_best_of_all_paths(K):
 def test_all_paths_cost_the_same_on_gaussian_data():
     """log(1 + (SNR_s - SNR_t) V_t) / 2 telescopes when V is a Gaussian's."""
     scheduler = DDPMNotesScheduler()
-    alpha_bar = np.exp(scheduler._log_alpha_bar[:-1].numpy())
+    alpha_bar = scheduler.chain.log_alpha_bar[:-1].exp().numpy()
     costs = step_costs(scheduler, 0.25 * (1 - alpha_bar) / (0.25 * alpha_bar + 1 - alpha_bar))
-    sums = [sum(costs[t, s] for t, s in itertools.pairwise(path)) for path in ([999, 0], [999, 500, 3, 0], list(range(999, -1, -1)))]
+    sums = [
+        sum(costs[t, s] for t, s in itertools.pairwise(path))
+        for path in ([999, 0], [999, 500, 3, 0], list(range(999, -1, -1)))
+    ]
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-10)
 
 

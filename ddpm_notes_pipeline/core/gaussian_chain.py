@@ -104,7 +104,7 @@ class StepPair:
 
     @property
     def snr_gain(self) -> torch.Tensor:
-        """SNR_s - SNR_t = c_0^2 / posterior_variance (arXiv 2107.00630, eq. 13); inf at the data."""
+        """SNR_s - SNR_t = c_0^2 / posterior variance (arXiv 2107.00630, eq. 13); inf at s = -1."""
         return self.alpha_bar_s * self.b / (self.one_minus_alpha_bar_t * self.one_minus_alpha_bar_s)
 
     def prior_kl(self, mean_square: Any) -> torch.Tensor:

@@ -28,6 +28,8 @@ import PIL.ImageOps
 import torch
 from tqdm.auto import tqdm
 
+from ..core.levels import to_model_range as to_model_range
+from ..core.levels import to_uint8 as to_uint8
 from . import image_folders
 from .image_folders import ImageFolder
 
@@ -657,22 +659,3 @@ def _optional(module: str, extra: str) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ the model's range
-
-
-def to_model_range(pixel_values: torch.Tensor) -> torch.Tensor:
-    """uint8 k in 0..255 -> float32 x = k/127.5 - 1 in [-1, 1], of the same shape. ValueError for another dtype.
-
-    Computed as (2k - 255)/255: the numerator is exact and one division rounds, so x is the float32 nearest to the true
-    value, on any device, and 255 - k gives -x.
-    """
-    if pixel_values.dtype != torch.uint8:
-        raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; torch.uint8 (0..255) is needed")
-    # By a tensor: CUDA divides by a Python number as a product with its rounded reciprocal.
-    return pixel_values.float().mul_(2).sub_(255).div_(torch.full((), 255.0, device=pixel_values.device))
-
-
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Floating x in [-1, 1] -> uint8 k = round((x + 1) * 127.5), clamped to 0..255. ValueError for another dtype."""
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}; a floating-point image in [-1, 1] is needed")
-    return ((x.to(torch.promote_types(x.dtype, torch.float32)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
