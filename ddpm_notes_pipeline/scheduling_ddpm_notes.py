@@ -537,11 +537,11 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             nats per image, summed over dims, (B,) float64.
         """
         _check_images(x_0=x_0)
-        pair = self.chain.pair(self.timesteps[0] if t is None else t, -1)
+        pair = self.chain.pair(self.timesteps[0] if t is None else t, -1).to(x_0.device)
+        _per_image(pair.t, x_0)  # there is one timestep, or one an image
         dims = x_0[0].numel()
         mean_square = x_0.flatten(1).pow(2).sum(1, dtype=widest_float(x_0.device)) / dims
-        _per_image(pair.t, x_0)  # checks that there is one timestep, or one an image
-        return dims * pair.prior_kl(mean_square.to(pair.t.device)).to(x_0.device)
+        return dims * pair.prior_kl(mean_square)
 
     def vlb_terms(
         self,

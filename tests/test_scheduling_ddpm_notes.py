@@ -368,6 +368,45 @@ def test_a_variance_half_that_is_not_used_changes_nothing(config):
             assert torch.equal(*terms) and terms[0].shape == (2,)
 
 
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "case", ["linear", "fixed_large", "learned_range", "learned", "optimal", "thresholding", "zero_snr_v", "eta"]
+)
+def test_no_step_forces_a_device_sync(case, where):
+    """Tensors on the device "meta" hold no values: to read one is an error, as to wait for one is.
+
+    Timesteps on the CPU, which are checked there, and timesteps on the device, which are not.
+    """
+    config = {"eta": 0.5} if case == "eta" else settings(case, 1000)
+    scheduler = DDPMNotesScheduler(**config)
+    scheduler.set_timesteps(10, device=where)
+    channels = 6 if case.startswith("learned") else 3
+    x_t, output = torch.empty(SHAPE, device="meta"), torch.empty(2, channels, 4, 4, device="meta")
+    for t in scheduler.timesteps:
+        result = scheduler.step(output, t, x_t)
+        assert result.prev_sample.device.type == result.pred_original_sample.device.type == "meta"
+        assert result.prev_sample.shape == SHAPE and result.prev_sample.dtype == torch.float32
+        assert scheduler.previous_timestep(t).device.type == where
+    steps = torch.tensor([900, 5], device=where)
+    scheduler.add_noise(x_t, x_t, steps), scheduler.get_velocity(x_t, x_t, steps)
+    scheduler.predict_noise(output, x_t, steps), scheduler.prior_kl(x_t, steps)
+    scheduler.posterior_mean_variance(x_t, x_t, steps, steps - 1)
+    scheduler.reverse_mean_variance(output, x_t, steps, steps - 1)
+    if case != "eta":
+        assert scheduler.vlb_terms(output, x_t, x_t, steps, steps - 1).shape == (2,)
+
+
+def test_timesteps_on_the_device_give_the_steps_of_timesteps_on_the_cpu(monkeypatch):
+    """The look-ups of an accelerator, on the CPU: `is_cpu` is what tells the two apart."""
+    scheduler = DDPMNotesScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(7)
+    x_t, output = randn(0), torch.cat([randn(1), images(2)], dim=1)
+    expected = [scheduler.step(output, t, x_t, generator=gen(3)).prev_sample for t in scheduler.timesteps]
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    for t, x_s in zip(scheduler.timesteps, expected, strict=True):
+        torch.testing.assert_close(scheduler.step(output, t, x_t, generator=gen(3)).prev_sample, x_s, rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------------ stock's defects stay fixed
 
 

@@ -56,6 +56,14 @@ class StepPair:
     log_alpha_bar_t: torch.Tensor
     log_alpha_bar_s: torch.Tensor
 
+    def to(self, device: torch.device) -> "StepPair":
+        """The same on another device, without a sync."""
+        steps = (x.to(device, non_blocking=True) for x in (self.t, self.s))
+        logs = (
+            x.to(device, widest_float(device), non_blocking=True) for x in (self.log_alpha_bar_t, self.log_alpha_bar_s)
+        )
+        return StepPair(*steps, *logs)
+
     @property
     def alpha_bar_t(self) -> torch.Tensor:
         return self.log_alpha_bar_t.exp()

@@ -65,7 +65,7 @@ def join(sources: dict[str, str]) -> str:
             used as a module, under another name, before its place, or that is not among them;
             imports inside functions. The message names file and line.
     """
-    imports: dict[str, str] = {}  # bound name -> the statement that binds it
+    imports: dict[str, str] = {}  # name -> the statement that imports it
     owners: dict[str, str] = {}  # top-level name -> its file
     bodies = []
     for path, text in sources.items():
@@ -80,7 +80,9 @@ def join(sources: dict[str, str]) -> str:
                     _add_import(node, path, imports)
         for inner in ast.walk(tree):
             if isinstance(inner, (ast.Import, ast.ImportFrom)) and inner not in tree.body:
-                raise ValueError(f"{path}, line {inner.lineno}: an import that is not at the top level cannot be joined")
+                raise ValueError(
+                    f"{path}, line {inner.lineno}: an import that is not at the top level cannot be joined"
+                )
         for name in _defined_names(tree):
             if owners.setdefault(name, path) != path:
                 raise ValueError(
@@ -88,10 +90,10 @@ def join(sources: dict[str, str]) -> str:
                 )
         lines = [line for number, line in enumerate(text.splitlines(), start=1) if number not in cut]
         bodies.append(f"\n# {'-' * 64} {path}\n\n" + "\n".join(lines).strip("\n") + "\n")
-    for name in imports:
-        if name in owners:
-            raise ValueError(f"{name} is defined in {owners[name]} and imported by another file")
-    return "\n".join(sorted(set(imports.values()), key=_import_order)) + "\n" + "\n".join(bodies)
+    for name in {name.partition(".")[0] for name in imports} & set(owners):
+        raise ValueError(f"{name} is defined in {owners[name]} and imported by another file")
+    plain_first = sorted(imports.values(), key=lambda statement: (statement.startswith("from "), statement))
+    return "\n".join(plain_first) + "\n" + "\n".join(bodies)
 
 
 def _is_own(node: ast.Import | ast.ImportFrom) -> bool:
@@ -123,19 +125,10 @@ def _check_own_import(
 
 def _add_import(node: ast.Import | ast.ImportFrom, path: str, imports: dict[str, str]) -> None:
     for alias in node.names:
-        bound = alias.asname or alias.name.partition(".")[0]
         one = ast.Import([alias]) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, [alias], node.level)
-        statement = ast.unparse(one)
-        # `import a.b` and `import a.c` bind the same `a`
-        same = (
-            isinstance(node, ast.Import)
-            and alias.asname is None
-            and imports.get(bound, statement).startswith("import ")
-        )
-        if same and imports.get(bound, statement) != statement:
-            imports[f"{bound}, by {statement}"] = statement
-        elif imports.setdefault(bound, statement) != statement:
-            raise ValueError(f"{path}, line {node.lineno}: {bound} is bound by {statement!r} and by {imports[bound]!r}")
+        statement, name = ast.unparse(one), alias.asname or alias.name
+        if imports.setdefault(name, statement) != statement:
+            raise ValueError(f"{path}, line {node.lineno}: {name} is bound by {statement!r} and by {imports[name]!r}")
 
 
 def _defined_names(tree: ast.Module) -> list[str]:
@@ -147,8 +140,3 @@ def _defined_names(tree: ast.Module) -> list[str]:
         else:
             names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     return names
-
-
-def _import_order(statement: str) -> tuple[bool, str]:
-    """As isort: plain imports first."""
-    return statement.startswith("from "), statement
