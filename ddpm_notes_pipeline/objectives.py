@@ -1,9 +1,10 @@
-"""What training minimises: Algorithm 1 of DDPM, the bound itself, and weighted relatives of the two.
+"""What training minimises: Algorithm 1 of DDPM, the bound, and weighted relatives of the two.
 
 Maximising the bound means, at a random step t, a least-squares problem in x_0, in eps or in v (the
 notes' figure 14):
 
-    |eps - eps_hat|^2 = SNR |x_0 - x0_hat|^2 = alpha_bar |v - v_hat|^2        SNR = alpha_bar / (1 - alpha_bar)
+    |eps - eps_hat|^2 = SNR |x_0 - x0_hat|^2 = alpha_bar |v - v_hat|^2
+    SNR = alpha_bar / (1 - alpha_bar)
 
 The bound gives |eps - eps_hat|^2 the weight b / (2 a (1 - alpha_bar_s)). Algorithm 1 gives it the
 weight 1: "simple" is the bound reweighted, towards the noisy steps that shape what one sees.
@@ -108,7 +109,7 @@ class Objective:
         return x_0 if prediction_type == "sample" else self.scheduler.get_velocity(x_0, noise, t)
 
     def _vlb(self, model_output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """T times the bound's term at t, in bits/dim: its mean over uniform t is the sum over the chain."""
+        """T times the bound's term at t, in bits/dim: the mean over t is the sum over the chain."""
         nats = self.scheduler.vlb_terms(model_output, x_0, x_t, t, t - 1, clip=False)
         return (len(self.scheduler) / (x_0[0].numel() * math.log(2)) * nats).float()
 
@@ -179,7 +180,7 @@ class TimestepSampler:
         return t, 1 / (T * p[t])
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Remember the finite, unweighted losses (B,) of the whole global batch at t (B,), in order."""
+        """Remember the finite, unweighted losses (B,) of the global batch at t (B,), in order."""
         for index, loss in zip(t.tolist(), losses.tolist()):
             if not math.isfinite(loss):
                 continue

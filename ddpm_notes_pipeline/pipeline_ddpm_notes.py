@@ -31,7 +31,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def is_ddpm(scheduler: Any) -> bool:
-    """Whether the scheduler has a bound: duck-typed, as a reloaded pipeline.py redefines the class."""
+    """Whether the scheduler has a bound. Duck-typed: a reloaded pipeline.py redefines the class."""
     return hasattr(scheduler, "vlb_terms")
 
 
@@ -46,9 +46,9 @@ class DDPMNotesPipeline(DiffusionPipeline):
             any DDPM checkpoint loads; any other diffusers scheduler (DDIM, DPM-Solver++, UniPC...)
             samples as it is.
 
-    `save_pretrained` writes a folder that loads in three ways: with this package; with any diffusers
-    as a plain `DDPMPipeline`; and, with `custom_pipeline=folder, trust_remote_code=True`, as this
-    class from the pipeline.py in the folder.
+    `save_pretrained` writes a folder that loads in three ways: with this package; with any
+    diffusers as a plain `DDPMPipeline`; and, with `custom_pipeline=folder, trust_remote_code=True`,
+    as this class from the pipeline.py in the folder.
     """
 
     model_cpu_offload_seq = "unet"
@@ -147,8 +147,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
         x_t = self._initial_noise(batch_size, generator, latents, device)
 
         self._interrupt = False
-        # The scheduler gets each timestep where the path is, on the CPU for a DDPM: checking it there
-        # forces no device sync. The network gets it on its own device.
+        # The scheduler gets each timestep where the path is, on the CPU for a DDPM: checking it
+        # there forces no device sync. The network gets it on its own device.
         with self.progress_bar(total=len(path)) as bar:
             for i, (t, network_t) in enumerate(zip(path, path.to(device))):
                 if self._interrupt:

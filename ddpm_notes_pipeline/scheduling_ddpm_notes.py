@@ -287,7 +287,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             )
         return t, s
 
-    # -------------------------------------------------------------------------------- the forward process
+    # -------------------------------------------------------------------------- the forward process
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
@@ -342,7 +342,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         c_0, c_t, variance = (_per_image(c, x_0, dtype) for c in (pair.c_0, pair.c_t, pair.posterior_variance))
         return c_0 * x_0 + c_t * x_t, variance
 
-    # -------------------------------------------------------------------------------- the reverse process
+    # -------------------------------------------------------------------------- the reverse process
 
     def predict_original_sample(
         self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timesteps, clip: bool | None = None
@@ -524,7 +524,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         excess = excess.masked_fill(is_data, 0)
         return _per_image(floor, x, dtype), _per_image(excess, x, dtype)
 
-    # -------------------------------------------------------------------------------- the terms of the bound
+    # ----------------------------------------------------------------------- the terms of the bound
 
     def prior_kl(self, x_0: torch.Tensor, t: Timesteps | None = None) -> torch.Tensor:
         """KL(q(x_t | x_0), N(0, I)): what the chain's start still knows of the image.
@@ -597,10 +597,10 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
 
 
 def _posterior_kl(x_0: torch.Tensor, x_0_hat: torch.Tensor, pair: StepPair, excess: torch.Tensor) -> torch.Tensor:
-    """KL(q(x_s | x_t, x_0), p(x_s | x_t)), nats, summed over dims, (B,) float64; 0 of the means at the data.
+    """KL(q(x_s | x_t, x_0), p(x_s | x_t)) in nats, summed over dims, (B,) float64.
 
-    Two Gaussians whose means are c_0 x_0 and c_0 x0_hat apart, with log variances `excess` apart:
-    (excess + exp(-excess) - 1 + c_0^2 |x_0 - x0_hat|^2 / variance) / 2.
+    The means of the two Gaussians are c_0 (x_0 - x0_hat) apart and their log variances `excess`:
+    (excess + exp(-excess) - 1 + c_0^2 |x_0 - x0_hat|^2 / variance) / 2. Of no meaning at the data.
     """
     dims, dtype = x_0[0].numel(), widest_float(x_0.device)
 
@@ -625,14 +625,14 @@ def _signal_and_std(pair: StepPair, x: torch.Tensor, dtype: torch.dtype) -> tupl
 
 
 def _per_image(values: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """One value an image (B,), or one for all (1,), on x's device, shaped to broadcast against x."""
+    """One value an image (B,), or one for all (1,), on x's device, shaped to broadcast to x."""
     if values.numel() not in (1, x.shape[0]):
         raise ValueError(f"{values.numel()} timesteps for {x.shape[0]} images; there must be one, or one an image")
     return values.to(x.device, dtype or values.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _check_images(**images: torch.Tensor) -> torch.dtype:
-    """ValueError for images of an integer type or of several shapes; returns the dtype to compute in."""
+    """The dtype to compute in; ValueError for images of an integer dtype or of several shapes."""
     dtype = torch.float32
     first_name, first = next(iter(images.items()))
     for name, x in images.items():

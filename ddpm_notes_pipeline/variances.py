@@ -1,12 +1,12 @@
 """What data tells the scheduler: the best variance of every step and of the decoder, the best path.
 
-The notes fix the variance ("not considered here"). For a network that predicts x0_hat, the isotropic
-variance of p(x_s | x_t) that minimises the bound is posterior variance + c_0^2 V_t, where
+The notes fix the variance ("not considered here"). For a network that predicts x0_hat, the
+isotropic variance of p(x_s | x_t) that minimises the bound is posterior variance + c_0^2 V_t, where
 
     V_t = E |x_0 - x0_hat(x_t)|^2 / dims        over images and noise, x0_hat as used (clipped)
 
-is the network's denoising error: T numbers, measured once, that give the optimum for every pair
-(t, s), since the KL of two Gaussians is least where the variance equals the mean squared distance of
+is the network's denoising error: T numbers, measured once, that give the optimum for every pair (t,
+s), since the KL of two Gaussians is least where the variance equals the mean squared distance of
 samples from the mean. With it a step costs, in nats/dim,
 
     cost(t, s) = log(optimal / posterior variance) / 2 = log(1 + (SNR_s - SNR_t) V_t) / 2
@@ -121,9 +121,9 @@ def fit_decoder_variance(
 ) -> tuple[float, float]:
     """The variance of p(x_0 | x_t) that encodes the pixels best, at the last timestep of a path.
 
-    The decoder's cost is the exact mass of a pixel's bin, so its best variance is not V_t: a network
-    that is surely right needs none. It is found by three rounds of a finer and finer grid over log
-    variance, floored at 1e-6, on at most 2^20 pixels.
+    The decoder's cost is the exact mass of a pixel's bin, so its best variance is not V_t: a
+    network that is surely right needs none. It is found by three rounds of a finer and finer grid
+    over log variance, floored at 1e-6, on at most 2^20 pixels.
 
     Args:
         pipeline, images, class_labels, batch_size, seed: as of `measure_original_sample_mse`.
@@ -183,7 +183,7 @@ def _denoise(
     t: torch.Tensor,
     noise: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_0 of these rows of the pixels and x0_hat(x_t), clipped as the config says, on the device."""
+    """x_0 of these rows of the pixels, and x0_hat(x_t), clipped as the config says."""
     device, dtype = pipeline.execution_device, pipeline.sample_dtype
     x_0, noise = to_model_range(pixels[rows]).to(device, dtype), noise.to(device, dtype)
     x_t = pipeline.scheduler.add_noise(x_0, noise, t)

@@ -37,7 +37,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
-    """(line, dotted name) of all that a file imports, functions included; relative names resolved."""
+    """(line, dotted name) of all imports in a file, those in functions too."""
     folder = path.parent.relative_to(ROOT).parts
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

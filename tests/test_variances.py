@@ -1,4 +1,4 @@
-"""What data tells the scheduler: measured numbers against exact ones, best paths against a search through all of them."""
+"""Measured variances against exact ones, best paths against a search through all of them."""
 
 import itertools
 import math
@@ -68,7 +68,7 @@ def test_the_measurement_depends_neither_on_the_batches_nor_on_the_processes():
 
 
 def test_the_fitted_decoder_brings_the_coin_below_1_01_bits(coin_mse):
-    """pv(1, 0) costs the coin half a bit: the fitted variance gives it back (1.5167 -> below 1.01 bits/dim)."""
+    """pv(1, 0) costs the coin half a bit: the fitted variance saves it (1.5167 -> below 1.01)."""
     pipe, images = coin(), coin_images(100)
     variance, cost = fit_decoder_variance(pipe, images)
     assert variance == pytest.approx(1e-6, rel=1e-6) and cost < 1e-3
@@ -157,7 +157,7 @@ def test_prior_costs_are_the_schedulers_prior_kl():
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("K", [10, 25, 100])
 def test_optimal_is_below_the_fixed_variances_on_the_data_it_was_measured_on(K, variance):
-    """Also for an imperfect network: here one whose eps is 2 % too large, where the score-norm formula fails."""
+    """Also for a network whose eps is 2 % too large, where the score-norm formula fails."""
     pipe, images = coin(), coin_images(128)
     forward = pipe.unet.forward
     pipe.unet.forward = lambda x, t, **kwargs: (forward(x, t, **kwargs)[0] * 1.02,)

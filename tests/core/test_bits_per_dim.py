@@ -1,7 +1,8 @@
-"""The likelihood through its public door: against data of known entropy, closed forms and an independent computation.
+"""The bound against data of known entropy, closed forms and a second computation.
 
-Coin: pixels -1 or 1 at random, 1 bit each; with the exact denoiser the bound's parts are one-dimensional integrals (prior, KL sum, decoder
-2.911295e-05, 1.006812, 0.509825 bits/dim for linear betas, T = 1000, fixed_small), found by quadrature outside this library.
+Coin: pixels -1 or 1 at random, 1 bit each; with the exact denoiser the bound's parts are
+one-dimensional integrals (prior, KL sum, decoder 2.911295e-05, 1.006812, 0.509825 bits/dim for
+linear betas, T = 1000, fixed_small), found by quadrature outside this library.
 """
 
 import io
@@ -18,7 +19,8 @@ from ddpm_notes_pipeline.oracles import CoinDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 
-# Short chains and paths are used here for their speed; that they start from a visible image is tested below.
+# Short chains and paths are used here for their speed; that they start from a visible image is
+# tested below.
 pytestmark = pytest.mark.filterwarnings("ignore:alpha_bar at the path's first timestep")
 PRIOR, KL_SUM, DECODER = 2.911295e-05, 1.006812, 0.509825
 
@@ -61,7 +63,7 @@ def levels(n=3, channels=1, seed=1):
     return torch.randint(0, 256, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ against known entropy
+# ---------------------------------------------------------------------------- against known entropy
 
 
 def test_the_coins_bound_in_full_is_the_integrals():
@@ -110,7 +112,7 @@ def test_the_interval_of_two_standard_errors_covers_the_truth_as_often_as_it_say
 
 
 def test_few_evaluations_estimate_the_same_number_as_all_of_them():
-    """On one fixed image: the mean over many seeds of the cheap estimate is the mean of the full one, for an untrained network too."""
+    """On one image, over many seeds, also for an untrained network."""
     pipe, image = pipeline(num_train_timesteps=40, beta_end=0.3), levels(1)
     full = torch.tensor([pipe.bits_per_dim(image, full=True, seed=seed).total for seed in range(50)])
     cheap = torch.tensor([pipe.bits_per_dim(image, evaluations_per_image=6, seed=seed).total for seed in range(250)])
@@ -119,7 +121,7 @@ def test_few_evaluations_estimate_the_same_number_as_all_of_them():
     assert error < 0.03 * full.mean()
 
 
-# ------------------------------------------------------------------------------------------------ against the equations
+# ---------------------------------------------------------------------------- against the equations
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_the_parts_add_up():
     assert math.isnan(pipeline().bits_per_dim(levels(1), evaluations_per_image=4).standard_error)
 
 
-# ------------------------------------------------------------------------------------------------ whatever the images come as
+# ---------------------------------------------------------------------- whatever the images come as
 
 
 def test_every_kind_of_input_gives_the_same_number():
@@ -338,7 +340,7 @@ def test_a_chain_that_does_not_reach_noise_is_warned_of():
         pipeline(num_train_timesteps=100).bits_per_dim(levels(1), num_inference_steps=100)
 
 
-# ------------------------------------------------------------------------------------------------ what has no bound
+# -------------------------------------------------------------------------------- what has no bound
 
 
 @pytest.mark.parametrize(
