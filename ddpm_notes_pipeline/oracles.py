@@ -13,9 +13,9 @@ bound needs,
 
 `GaussianDenoiser` is for Gaussian pixels, `CoinDenoiser` for pixels that are -1 or 1 with equal
 probability. Both take the place of a `UNet2DModel`: they are called, saved, loaded and put into a
-pipeline alike. So samplers and bounds can be tested against the truth. The coin's entropy is exactly
-1 bit/dim, and what a bound reports above 1 is its own fault. Gaussian data stays Gaussian under
-every sampler here, and its sample variance has a closed form.
+pipeline alike. So samplers and bounds can be tested against the truth. The coin's entropy is
+exactly 1 bit/dim, and what a bound reports above 1 is its own fault. Gaussian data stays Gaussian
+under every sampler here, and its sample variance has a closed form.
 
     >>> scheduler = DDPMScheduler()
     >>> unet = CoinDenoiser.from_scheduler(scheduler, sample_size=8)

@@ -63,7 +63,7 @@ class PathTables(NamedTuple):
 
     next_timestep: Table  # s after each t of the path, -1 (the data) after its last; OFF_PATH
     log_decoder_variance: Table  # of p(x_0 | x_t), for each last timestep t
-    original_sample_mse: Table | None
+    original_sample_mse: Table  # of use to "optimal" alone
 
 
 class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
@@ -227,12 +227,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         self.timesteps = torch.tensor(path).to(device)
         next_timestep = torch.full((len(self),), OFF_PATH)
         next_timestep[path] = torch.tensor([*path[1:], -1])
-        mse = self.original_sample_mse
-        self._tables = PathTables(
-            Table(next_timestep),
-            Table(self._decoder_variances(path).log()),
-            None if mse is None else Table(torch.tensor(mse, dtype=torch.float64)),
-        )
+        mse = torch.tensor(self.original_sample_mse or [0.0] * len(self), dtype=torch.float64)
+        self._tables = PathTables(Table(next_timestep), Table(self._decoder_variances(path).log()), Table(mse))
 
     def _decoder_variances(self, path: list[int]) -> torch.Tensor:
         """Variance of p(x_0 | x_t) for every last timestep t, (T,) float64.
@@ -248,12 +244,9 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             t = s + 1
             if len(path) > 1 and path[-1] > 0:
                 t[path[-1]] = path[-2]
-            variances = torch.cat(
-                [
-                    self.chain.pair(t[:-1], s[:-1]).posterior_variance,
-                    self.chain.pair(len(self) - 1, -1).one_minus_alpha_bar_t,  # nothing is above T-1
-                ]
-            )
+            variances = self.chain.pair(t[:-1], s[:-1]).posterior_variance
+            nothing_above = self.chain.pair(len(self) - 1, -1).one_minus_alpha_bar_t
+            variances = torch.cat([variances, nothing_above])
         if self.variance_type not in LEARNED_VARIANCES:
             for last, variance in (self.decoder_variance or {}).items():
                 variances[last] = variance
@@ -420,10 +413,11 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         pair = self.chain.pair(*self._step_on_path(timestep))
 
         x_0 = self._original_sample(output, x_t, pair)
-        x_s = self._mean(x_0, x_t, pair)
-        if not pair.is_known(is_data=True):
+        x_s = mean = self._mean(x_0, x_t, pair)
+        if not pair.all_at_data:  # std is 0 at the data
             std = self._variance(pair, v, x_0).sqrt().masked_fill(_per_image(pair.s, x_t) < 0, 0)
-            x_s = x_s + std * randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+            noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+            x_s = mean + std * noise
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMNotesSchedulerOutput(x_s, x_0) if return_dict else (x_s, x_0)
@@ -516,7 +510,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             excess = torch.full_like(floor, 2 * math.log(self.eta) if self.eta else -math.inf)
         elif self.variance_type == "optimal":
             # (posterior variance + c_0^2 V_t) / posterior variance
-            excess = torch.log1p(pair.snr_gain * self._tables.original_sample_mse[pair.t])  # type: ignore[index]
+            excess = torch.log1p(pair.snr_gain * self._tables.original_sample_mse[pair.t])
         elif self.variance_type.startswith("fixed_large"):
             excess = log_range
         else:
@@ -583,14 +577,14 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         floor, excess = self._log_variance(pair, v, x_t)
 
         kl = _posterior_kl(x_0, x_0_hat, pair, excess)
-        if pair.is_known(is_data=False):
+        if pair.none_at_data:
             return kl
-        is_data = (pair.s < 0).to(kl.device).expand(len(kl))
-        if pair.s.is_cpu:  # the decoder of those images alone that need it
-            rows = is_data.nonzero().flatten()
+        is_data = pair.s < 0
+        if is_data.is_cpu:  # the decoder of those images alone that need it
+            rows = is_data.expand(len(kl)).nonzero().flatten().to(kl.device, non_blocking=True)
             log_variance = (floor + excess).expand(len(kl), *excess.shape[1:])[rows]
             return kl.index_put((rows,), _decoder_cost(x_0[rows], x_0_hat[rows], log_variance))
-        return torch.where(is_data, _decoder_cost(x_0, x_0_hat, floor + excess), kl)
+        return torch.where(is_data.to(kl.device), _decoder_cost(x_0, x_0_hat, floor + excess), kl)
 
 
 # ---------------------------------------------------------------------------------------- functions

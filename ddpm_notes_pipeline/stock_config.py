@@ -26,6 +26,7 @@ class StockConfigMixin(ConfigMixin):
     private_settings: ClassVar[tuple[str, ...]]
     private_variance_types: ClassVar[tuple[str, ...]]
     learned_variance_types: ClassVar[tuple[str, ...]]
+    variance_type: str
 
     def hide_private_settings(self, stock_variance_type: str = STOCK_FALLBACK) -> None:
         """Move what stock classes do not know into the private entry.
@@ -35,9 +36,8 @@ class StockConfigMixin(ConfigMixin):
         """
         config = {name: value for name, value in self.config.items() if name not in self.private_settings}
         ours = {name: value for name in self.private_settings if (value := getattr(self, name)) is not None}
-        variance_type = getattr(self, "variance_type")  # noqa: B009  (the subclass sets it)
-        if variance_type in self.private_variance_types:
-            ours["variance_type"], config["variance_type"] = variance_type, stock_variance_type
+        if self.variance_type in self.private_variance_types:
+            ours["variance_type"], config["variance_type"] = self.variance_type, stock_variance_type
             if stock_variance_type != STOCK_FALLBACK:
                 ours["stock_variance_type"] = stock_variance_type
         if ours:

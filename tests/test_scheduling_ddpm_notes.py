@@ -396,7 +396,9 @@ def test_no_step_forces_a_device_sync(case, where):
     scheduler.posterior_mean_variance(x_t, x_t, steps, steps - 1)
     scheduler.reverse_mean_variance(output, x_t, steps, steps - 1)
     if case != "eta":
-        assert scheduler.vlb_terms(output, x_t, x_t, steps, steps - 1).shape == (2,)
+        for last in ([900, 5], [900, -1], [-1, -1]):
+            terms = scheduler.vlb_terms(output, x_t, x_t, torch.tensor([901, 6]), torch.tensor(last, device=where))
+            assert terms.shape == (2,)
 
 
 def test_timesteps_on_the_device_give_the_steps_of_timesteps_on_the_cpu(monkeypatch):

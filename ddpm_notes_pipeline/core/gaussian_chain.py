@@ -122,9 +122,15 @@ class StepPair:
         log_noise = torch.where(alpha_bar < 0.5, torch.log1p(-alpha_bar), self.one_minus_alpha_bar_t.log())
         return 0.5 * (alpha_bar * (mean_square - 1) - log_noise)
 
-    def is_known(self, is_data: bool) -> bool:
-        """Whether every s is the data (or none is), as far as that costs no device sync."""
-        return self.s.is_cpu and bool(((self.s < 0) == is_data).all())
+    @property
+    def all_at_data(self) -> bool:
+        """Whether every s is the data; False on an accelerator, as telling would force a sync."""
+        return self.s.is_cpu and bool((self.s < 0).all())
+
+    @property
+    def none_at_data(self) -> bool:
+        """Whether no s is the data; False on an accelerator."""
+        return self.s.is_cpu and not bool((self.s < 0).any())
 
 
 class GaussianChain:
@@ -160,7 +166,7 @@ class GaussianChain:
         """
         first, last = self._timesteps(t, "t", 0), self._timesteps(s, "s", -1)
         if first.device != last.device:
-            device = last.device if first.numel() == 1 else first.device
+            device = last.device if first.is_cpu else first.device  # never to the CPU: a sync
             first, last = first.to(device, non_blocking=True), last.to(device, non_blocking=True)
         if first.numel() != last.numel() and 1 not in (first.numel(), last.numel()):
             raise ValueError(
@@ -189,12 +195,9 @@ class GaussianChain:
             index = torch.tensor([int(value)])
         else:
             raise ValueError(f"{name} is {value!r}; timesteps must be an int, or an integer tensor of shape (B,)")
-        if index.is_cpu:
-            outside = index[(index < lowest) | (index >= len(self))].tolist()
-            if outside:
-                raise ValueError(
-                    f"{name} has timesteps {shorten(outside)}; they must be from {lowest} to {len(self) - 1}"
-                )
+        if index.is_cpu and index.numel() and not lowest <= int(index.min()) <= int(index.max()) < len(self):
+            outside = [i for i in index.tolist() if not lowest <= i < len(self)]
+            raise ValueError(f"{name} has timesteps {shorten(outside)}; they must be from {lowest} to {len(self) - 1}")
         return index
 
 

@@ -80,14 +80,10 @@ def join(sources: dict[str, str]) -> str:
                     _add_import(node, path, imports)
         for inner in ast.walk(tree):
             if isinstance(inner, (ast.Import, ast.ImportFrom)) and inner not in tree.body:
-                raise ValueError(
-                    f"{path}, line {inner.lineno}: an import that is not at the top level cannot be joined"
-                )
+                raise ValueError(f"{path}, line {inner.lineno}: an import must be at the top level to be joined")
         for name in _defined_names(tree):
             if owners.setdefault(name, path) != path:
-                raise ValueError(
-                    f"{name} is defined in {owners[name]} and in {path}; in one file a name has one meaning"
-                )
+                raise ValueError(f"{name} is defined in {owners[name]} and in {path}; a name must have one meaning")
         lines = [line for number, line in enumerate(text.splitlines(), start=1) if number not in cut]
         bodies.append(f"\n# {'-' * 64} {path}\n\n" + "\n".join(lines).strip("\n") + "\n")
     for name in {name.partition(".")[0] for name in imports} & set(owners):
@@ -97,9 +93,10 @@ def join(sources: dict[str, str]) -> str:
 
 
 def _is_own(node: ast.Import | ast.ImportFrom) -> bool:
-    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-    own = any(name.partition(".")[0] == PACKAGE.name for name in names)
-    return own or (isinstance(node, ast.ImportFrom) and node.level > 0)
+    """Whether this package is imported from."""
+    if isinstance(node, ast.ImportFrom):
+        return node.level > 0 or (node.module or "").partition(".")[0] == PACKAGE.name
+    return any(alias.name.partition(".")[0] == PACKAGE.name for alias in node.names)
 
 
 def _check_own_import(
@@ -119,7 +116,7 @@ def _check_own_import(
             raise ValueError(f"{where}: {what}; a shipped file must import names of shipped files")
         if alias.name == "*" or alias.asname not in (None, alias.name):
             raise ValueError(f"{where}: {alias.name} is imported under another name; in one file it has one name")
-        if owners.get(alias.name) is None:
+        if owners.get(alias.name) != f"{module}.py":
             raise ValueError(f"{where}: {alias.name} is not defined in {module}.py, or that file is joined later")
 
 

@@ -715,7 +715,7 @@ def test_every_pixel_value_survives_the_round_trip(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.int8])
 def test_pixels_of_another_dtype_are_refused(dtype):
-    with pytest.raises(ValueError, match=f"{dtype}; torch.uint8"):
+    with pytest.raises(ValueError, match=f"{dtype}; it must be torch.uint8"):
         to_model_range(torch.zeros(3, dtype=dtype))
     if dtype is not torch.float32:
         with pytest.raises(ValueError, match=str(dtype)):
