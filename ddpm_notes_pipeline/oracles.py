@@ -30,7 +30,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+from .scheduling_ddpm_notes import PREDICTION_TYPES
 
 
 def float64_alphas_cumprod(scheduler: Any) -> list[float]:

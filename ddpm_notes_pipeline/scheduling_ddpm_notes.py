@@ -596,15 +596,10 @@ def _posterior_kl(x_0: torch.Tensor, x_0_hat: torch.Tensor, pair: StepPair, exce
     The means of the two Gaussians are c_0 (x_0 - x0_hat) apart and their log variances `excess`:
     (excess + exp(-excess) - 1 + c_0^2 |x_0 - x0_hat|^2 / variance) / 2. Of no meaning at the data.
     """
-    dims, dtype = x_0[0].numel(), widest_float(x_0.device)
-
-    def total(per_pixel: torch.Tensor) -> torch.Tensor:
-        """Sum over dims of what may be given once for all of them."""
-        return per_pixel.flatten(1).mean(1, dtype=dtype) * dims
-
-    gain = _per_image(pair.snr_gain.masked_fill(pair.s < 0, 0), x_0, dtype)  # c_0^2 / posterior variance
-    weight = (gain * torch.exp(-excess)).to(x_0_hat.dtype)
-    return 0.5 * (total(excess + torch.expm1(-excess)) + total(weight * (x_0 - x_0_hat) ** 2))
+    gain = pair.snr_gain.masked_fill(pair.s < 0, 0)  # c_0^2 / posterior variance
+    weight = _per_image(gain, x_0, excess.dtype) * torch.exp(-excess)  # c_0^2 / variance
+    per_pixel = excess + torch.expm1(-excess) + weight.to(x_0_hat.dtype) * (x_0 - x_0_hat) ** 2
+    return 0.5 * per_pixel.flatten(1).sum(1)
 
 
 def _decoder_cost(x_0: torch.Tensor, x_0_hat: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
