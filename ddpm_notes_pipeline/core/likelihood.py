@@ -137,6 +137,7 @@ class Bound:
         seed: of all noise.
 
     Attributes:
+        terms: which terms are evaluated for each image; all of them until `draw_terms`.
         evaluations: images that the network was evaluated on so far.
         per_timestep: (T,) float64, sum over the images so far of each timestep's term, bits/dim.
     """
