@@ -1,4 +1,4 @@
-"""The math of the DDPM notes as Hugging Face components: a scheduler that is the math, a pipeline that runs it.
+"""The math of the DDPM notes as Hugging Face components.
 
 Names are imported when first used, so that `import ddpm_notes_pipeline` costs next to nothing.
 """

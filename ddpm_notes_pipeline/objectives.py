@@ -1,12 +1,15 @@
-"""What training minimises: Algorithm 1 of DDPM, the bound itself, and weighted relatives of the two.
+"""What training minimises: Algorithm 1 of DDPM, the bound, and weighted relatives of the two.
 
-Maximising the bound means, at a random step t, a least-squares problem in x_0, in eps or in v (the notes' figure 14):
+Maximising the bound means, at a random step t, a least-squares problem in x_0, in eps or in v (the
+notes' figure 14):
 
-    |eps - eps_hat|^2 = SNR |x_0 - x0_hat|^2 = alpha_bar |v - v_hat|^2        SNR = alpha_bar / (1 - alpha_bar)
+    |eps - eps_hat|^2 = SNR |x_0 - x0_hat|^2 = alpha_bar |v - v_hat|^2
+    SNR = alpha_bar / (1 - alpha_bar)
 
-The bound gives |eps - eps_hat|^2 the weight b / (2 a (1 - alpha_bar_s)). Algorithm 1 gives it the weight 1: "simple" is the bound
-reweighted, towards the noisy steps that shape what one sees. "hybrid" keeps that for the mean and adds the bound for a learned
-variance. Each objective is the mean over t of something; how t is drawn changes its variance, never what it estimates.
+The bound gives |eps - eps_hat|^2 the weight b / (2 a (1 - alpha_bar_s)). Algorithm 1 gives it the
+weight 1: "simple" is the bound reweighted, towards the noisy steps that shape what one sees.
+"hybrid" keeps that for the mean and adds the bound for a learned variance. Each objective is a mean
+over t; how t is drawn changes the variance of its estimate, never its expectation.
 """
 
 import math
@@ -28,12 +31,15 @@ class Objective:
     """The loss of a batch of images at given timesteps, one number an image.
 
     Args:
-        scheduler: the math; its `prediction_type` says what the network outputs and so what it is compared with.
-        kind: "simple": squared error of the network's target, mean over dims (Ho et al. 2020, eq. 14, for "epsilon").
-            "vlb": T times one term of the bound in bits/dim, so that its mean over t is the bound (prior apart).
-            "hybrid": simple + 0.001 vlb, the mean held still inside vlb (Nichol & Dhariwal, arXiv 2102.09672, eq. 16): the bound trains
-            the variance alone. Needs a learned variance.
-        weighting: of "simple" over t. "none"; "min_snr": error of x_0 times min(SNR, gamma) (arXiv 2303.09556).
+        scheduler: the math; its `prediction_type` says what the network outputs and so its target.
+        kind: "simple": squared error of the network's target, mean over dims (Ho et al. 2020,
+            eq. 14, for "epsilon").
+            "vlb": T times one term of the bound in bits/dim, so that its mean over t is the bound
+            (without the prior).
+            "hybrid": simple + 0.001 vlb, the mean detached inside vlb (Nichol & Dhariwal, arXiv
+            2102.09672, eq. 16): the bound trains the variance alone. Needs a learned variance.
+        weighting: of "simple" over t. "none", or "min_snr": error of x_0 times min(SNR, gamma)
+            (arXiv 2303.09556).
         snr_gamma: gamma of "min_snr".
 
     Raises:
@@ -46,21 +52,22 @@ class Objective:
     snr_gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("kind", self.kind, OBJECTIVES), ("weighting", self.weighting, WEIGHTINGS)):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        if self.kind == "hybrid" and self.scheduler.variance_type not in LEARNED_VARIANCES:
+        for name, value, choice in (("kind", self.kind, OBJECTIVES), ("weighting", self.weighting, WEIGHTINGS)):
+            if value not in choice:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choice)}")
+        variance_type = self.scheduler.variance_type
+        if self.kind == "hybrid" and variance_type not in LEARNED_VARIANCES:
             raise ValueError(
-                f"kind is 'hybrid' with variance_type '{self.scheduler.variance_type}'; allowed: {', '.join(LEARNED_VARIANCES)}"
+                f"kind is 'hybrid' with variance_type '{variance_type}'; it must be one of {', '.join(LEARNED_VARIANCES)}"
             )
-        if self.kind == "simple" and self.scheduler.variance_type in LEARNED_VARIANCES:
+        if self.kind == "simple" and variance_type in LEARNED_VARIANCES:
             raise ValueError(
-                f"kind is 'simple' with variance_type '{self.scheduler.variance_type}', whose variance it would never train; "
-                "allowed: 'hybrid' or 'vlb'"
+                f"kind is 'simple' with variance_type '{variance_type}', whose variance it would never train; "
+                "it must be 'hybrid' or 'vlb'"
             )
         if self.kind == "vlb" and self.weighting != "none":
             raise ValueError(
-                f"weighting is {self.weighting!r} with kind 'vlb', which is the bound itself; allowed: 'none'"
+                f"weighting is {self.weighting!r} with kind 'vlb', which is the bound itself; it must be 'none'"
             )
 
     def __call__(
@@ -74,14 +81,14 @@ class Objective:
         """Loss of each image, (B,), differentiable.
 
         Args:
-            network: called as network(x_t, t, class_labels=..., return_dict=False)[0], as a `UNet2DModel`.
+            network: called as network(x_t, t, class_labels=..., return_dict=False)[0], as is a
+                `UNet2DModel`.
             x_0: images in [-1, 1], (B, C, H, W). noise: standard normal, same shape.
-            t: timesteps, (B,); kept on the CPU they are checked and cost no stop of an accelerator.
+            t: timesteps, (B,). On the CPU they are checked without a device sync.
         """
         x_t = self.scheduler.add_noise(x_0, noise, t)
-        model_output = network(x_t, t.to(x_t.device, non_blocking=True), class_labels=class_labels, return_dict=False)[
-            0
-        ].float()
+        network_t = t.to(x_t.device, non_blocking=True)
+        model_output = network(x_t, network_t, class_labels=class_labels, return_dict=False)[0].float()
         if self.kind == "vlb":
             return self._vlb(model_output, x_0, x_t, t)
         output = model_output[:, : x_0.shape[1]]
@@ -102,41 +109,42 @@ class Objective:
         return x_0 if prediction_type == "sample" else self.scheduler.get_velocity(x_0, noise, t)
 
     def _vlb(self, model_output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """T times the bound's term at t, in bits/dim: its mean over uniform t is the sum over the chain."""
+        """T times the bound's term at t, in bits/dim: the mean over t is the sum over the chain."""
         nats = self.scheduler.vlb_terms(model_output, x_0, x_t, t, t - 1, clip=False)
         return (len(self.scheduler) / (x_0[0].numel() * math.log(2)) * nats).float()
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Weight "min_snr" of the squared error of the network's own target at t, (B,) float64."""
-        alpha_bar = self.scheduler._log_alpha_bar.to(t.device)[t].exp()
-        snr = alpha_bar / (1 - alpha_bar)
-        of_x_0 = snr.clamp(max=self.snr_gamma)
-        # the same weight said of another target's error (module docstring)
+        """Weight "min_snr" of the squared error of the network's target at t, (B,) float64."""
+        pair = self.scheduler.chain.pair(t, -1)
+        of_x_0 = pair.snr_t.clamp(max=self.snr_gamma)
+        # the same weight, of another target's error (module docstring)
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "epsilon":
-            return of_x_0 / snr
-        return of_x_0 if prediction_type == "sample" else of_x_0 * (1 - alpha_bar)
+            return of_x_0 / pair.snr_t
+        return of_x_0 if prediction_type == "sample" else of_x_0 * pair.one_minus_alpha_bar_t
 
 
 class TimestepSampler:
-    """Draws the timesteps of a batch from uniform numbers, and says what each loss must be multiplied by to stay unbiased.
+    """Draws the timesteps of a batch, and the weight that keeps each loss unbiased.
 
-    The uniform numbers come from (seed, step, position), so the timesteps do too.
+    It maps uniform numbers, which come from (seed, step, position), so that the timesteps do too.
 
     Args:
         num_train_timesteps: T.
         sampling: "uniform": each t independent.
-            "stratified": position i of a global batch of B draws from the i-th of B equal parts of 0..T-1 (less noise in the batch's mean).
-            "loss_second_moment": p(t) ~ sqrt(E[loss_t^2]) over the last `history` losses of each t, uniform until every t has that
-            many (Nichol & Dhariwal, arXiv 2102.09672, eq. 18); for "vlb", whose terms differ by orders of magnitude.
-        history, uniform_share: of "loss_second_moment": losses remembered of each t; share of p(t) that stays uniform.
+            "stratified": position i of a global batch of B draws from the i-th of B equal parts of
+            0..T-1, for less noise in the batch's mean.
+            "loss_second_moment": p(t) ~ sqrt(E[loss_t^2]) over the last `history` losses of each t,
+            uniform until every t has that many (Nichol & Dhariwal, arXiv 2102.09672, eq. 18); for
+            "vlb", whose terms differ by orders of magnitude.
+        history: losses remembered of each t. uniform_share: of p(t), what stays uniform.
     """
 
     def __init__(
         self, num_train_timesteps: int, sampling: str = "uniform", history: int = 10, uniform_share: float = 0.001
     ) -> None:
         if sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(f"sampling is {sampling!r}; allowed: {', '.join(TIMESTEP_SAMPLINGS)}")
+            raise ValueError(f"sampling is {sampling!r}; it must be one of {', '.join(TIMESTEP_SAMPLINGS)}")
         self.num_train_timesteps = num_train_timesteps
         self.sampling = sampling
         self.uniform_share = uniform_share
@@ -158,7 +166,9 @@ class TimestepSampler:
         """Timesteps (B,) int64, and the weights 1 / (T p(t)) (B,) float64 of their losses.
 
         Args:
-            u: uniform in [0, 1), (B,) float64. position: of each image in the global batch, (B,). batch_size: of the global batch.
+            u: uniform in [0, 1), (B,) float64.
+            position: of each image in the global batch, (B,).
+            batch_size: of the global batch.
         """
         T = self.num_train_timesteps
         if self.sampling == "stratified":
@@ -170,7 +180,7 @@ class TimestepSampler:
         return t, 1 / (T * p[t])
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Remember the unweighted losses (B,) of the whole global batch at t (B,), in its order; those that are finite."""
+        """Remember the finite, unweighted losses (B,) of the global batch at t (B,), in order."""
         for index, loss in zip(t.tolist(), losses.tolist()):
             if not math.isfinite(loss):
                 continue
@@ -182,7 +192,7 @@ class TimestepSampler:
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over a history of the same T and length."""
+        """Restore a history of the same T and length; ValueError for another shape."""
         if state["losses"].shape != self.losses.shape:
-            raise ValueError(f"losses has shape {tuple(state['losses'].shape)}; allowed: {tuple(self.losses.shape)}")
+            raise ValueError(f"losses has shape {tuple(state['losses'].shape)}; it must be {tuple(self.losses.shape)}")
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()

@@ -1,23 +1,25 @@
 """Exact denoisers: networks that need no training, because the best possible answer is a formula.
 
-A DDPM network is trained to return E[x_0 | x_t], the mean of all the images that the noisy x_t may have come from (the
-least-squares answer; a network that predicts eps or v says the same thing in other words). For two kinds of data the
-notes' forward process
+A DDPM network is trained to return E[x_0 | x_t], the mean of all images that the noisy x_t may have
+come from (the least-squares answer; a network that predicts eps or v says the same in other terms).
+For two kinds of data the notes' forward process
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, I)
 
-leaves that mean in closed form, and with it the only number about the network that the likelihood bound asks for,
+gives that mean in closed form, and with it the only number about the network that the likelihood
+bound needs,
 
     V_t = E||x_0 - E[x_0 | x_t]||^2 / dims.
 
-`GaussianDenoiser` knows Gaussian pixels, `CoinDenoiser` knows pixels that are -1 or 1 with equal chances. Both stand
-where a `UNet2DModel` stands: they are called, saved, loaded and put into a pipeline alike. So a sampler or a bound can
-be held against the truth: the coin's entropy is exactly 1 bit/dim, so what a bound reports above 1 is the bound's own
-fault; Gaussian data stays Gaussian under every sampler here, so a sample variance can be worked out with a pencil.
+`GaussianDenoiser` is for Gaussian pixels, `CoinDenoiser` for pixels that are -1 or 1 with equal
+probability. Both take the place of a `UNet2DModel`: they are called, saved, loaded and put into a
+pipeline alike. So samplers and bounds can be tested against the truth. The coin's entropy is
+exactly 1 bit/dim, and what a bound reports above 1 is its own fault. Gaussian data stays Gaussian
+under every sampler here, and its sample variance has a closed form.
 
     >>> scheduler = DDPMScheduler()
     >>> unet = CoinDenoiser.from_scheduler(scheduler, sample_size=8)
-    >>> DDPMPipeline(unet, scheduler)(batch_size=4, output_type="np").images   # noise in, zeros and ones out
+    >>> DDPMPipeline(unet, scheduler)(batch_size=4, output_type="np").images  # zeros and ones
 """
 
 import math
@@ -28,35 +30,36 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+from .scheduling_ddpm_notes import PREDICTION_TYPES
 
 
 def float64_alphas_cumprod(scheduler: Any) -> list[float]:
     """alpha_bar_t of a scheduler's training timesteps, T floats.
 
-    The scheduler of this package keeps log(alpha_bar) in float64, in `_log_alpha_bar` of shape (T+1,) whose last entry
-    0 belongs to the data; that is used where it exists. Any other scheduler has nothing better than its betas, which
-    diffusers rounds to float32: 1 - alpha_bar is then good to 6 digits, and no more.
+    The scheduler of this package has a `chain` in float64. Any other one has only its betas, which
+    diffusers rounds to float32: 1 - alpha_bar is then good to 6 digits.
     """
-    table = getattr(scheduler, "_log_alpha_bar", None)
-    if table is not None:
-        log_alpha_bar = torch.as_tensor(table, dtype=torch.float64)[:-1]
-    else:
-        log_alpha_bar = torch.log1p(-scheduler.betas.double()).cumsum(0)
-    return log_alpha_bar.exp().tolist()
+    chain = getattr(scheduler, "chain", None)
+    if chain is not None:
+        return chain.log_alpha_bar[:-1].exp().tolist()
+    return torch.log1p(-scheduler.betas.double()).cumsum(0).exp().tolist()
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):
-    """What the denoisers share: the table of alpha_bar, the three prediction types, the manners of a `UNet2DModel`.
+    """What the denoisers share: alpha_bar, the three prediction types, a `UNet2DModel`'s interface.
 
     A subclass supplies `original_sample`, `denoising_error` and `images`.
 
     Args:
-        alphas_cumprod: alpha_bar_t for t = 0..T-1, in float64, each in [0, 1); `from_scheduler` reads it off a
-            scheduler.
+        alphas_cumprod: alpha_bar_t for t = 0..T-1, each in [0, 1); `from_scheduler` takes a
+            scheduler's.
         prediction_type: what `forward` returns: "epsilon", "sample" (x_0) or "v_prediction".
-        sample_size: height and width of an image, one int for square ones. Only `images` and pipelines read it.
+        sample_size: height and width of an image, one int for square ones. Only `images` and
+            pipelines use it.
         channels: channels of an image.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
 
     def __init__(
@@ -65,22 +68,26 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         for t, alpha_bar in enumerate(alphas_cumprod):
             if not 0 <= alpha_bar < 1:
-                raise ValueError(f"alphas_cumprod: got {alpha_bar} at t = {t}, allowed are floats in [0, 1)")
+                raise ValueError(f"alphas_cumprod has {alpha_bar} at t = {t}; it must be in [0, 1)")
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type: got {prediction_type!r}, allowed are {PREDICTION_TYPES}")
-        # Nothing is learned, but a module without any parameter has no dtype, no device and an empty weight file.
+            raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
+        # nothing is learned, but a module without any parameter has no dtype, no device, no weights
         self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
 
     @property
     def config(self) -> Any:
-        """The constructor's arguments, and `in_channels` and `out_channels`, the names a pipeline looks for."""
+        """The constructor's arguments, and `in_channels` and `out_channels` for pipelines."""
         arguments = super().config
         channels = arguments["channels"]
         return FrozenDict({**arguments, "in_channels": channels, "out_channels": channels})
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, **options: Any) -> Self:
-        """The denoiser for a scheduler's alpha_bar table and prediction type; `options` go to the constructor."""
+        """The denoiser for a scheduler's alpha_bar and prediction type.
+
+        Args:
+            scheduler: any DDPM scheduler. options: for the constructor.
+        """
         options.setdefault("prediction_type", scheduler.config.prediction_type)
         return cls(alphas_cumprod=float64_alphas_cumprod(scheduler), **options)
 
@@ -89,20 +96,20 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         raise NotImplementedError
 
     def denoising_error(self, t: int | torch.Tensor) -> torch.Tensor:
-        """V_t = E||x_0 - E[x_0 | x_t]||^2 / dims at each t, in float64: the scheduler's `original_sample_mse`."""
+        """V_t = E||x_0 - E[x_0 | x_t]||^2 / dims, float64, for `original_sample_mse`."""
         raise NotImplementedError
 
     def images(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n images x_0 drawn from the data that this denoiser knows, float32 of shape (n, channels, height, width)."""
+        """n images x_0 of the denoiser's data, float32, (n, channels, height, width)."""
         raise NotImplementedError
 
     def alpha_bar(self, t: float | torch.Tensor) -> torch.Tensor:
-        """alpha_bar_t in float64, of t's shape. `ValueError` where t is not an integer in 0..T-1."""
+        """alpha_bar_t in float64, of t's shape; ValueError where t is not an integer in 0..T-1."""
         steps = torch.as_tensor(t, device=self.device)
         table = torch.tensor(self.config.alphas_cumprod, dtype=torch.float64, device=self.device)
         index = steps.long()
         if ((index != steps) | (index < 0) | (index >= len(table))).any():
-            raise ValueError(f"timestep: got {t}, allowed are the integers 0..{len(table) - 1}")
+            raise ValueError(f"timestep is {t}; it must be an integer from 0 to {len(table) - 1}")
         return table[index]
 
     def forward(
@@ -115,19 +122,19 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         """The answer of a perfectly trained network to x_t at `timestep`.
 
         Args:
-            sample: x_t, of shape (B, ...).
+            sample: x_t, (B, ...).
             timestep: a number, a 0-d tensor, or a (B,) tensor with one timestep for each image.
             class_labels: ignored: the data is the same whatever the label.
             return_dict: False returns a tuple, as diffusers' models do.
 
         Returns:
-            `UNet2DOutput` whose `sample` has the shape of x_t. All is computed in float64, and returned in the dtype of
-            `sample`, float32 at least.
+            `UNet2DOutput` whose `sample` has the shape of x_t; computed in float64, returned in the
+            dtype of x_t, float32 at least.
         """
         x_t = sample.double()
         alpha_bar = self.alpha_bar(timestep).to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
         x_0 = self.original_sample(x_t, alpha_bar)
-        # The eps that turns this x_0 into this x_t; 1 - alpha_bar > 0, so this holds at both ends of the chain.
+        # the eps between this x_0 and this x_t: 1 - alpha_bar > 0 at both ends of the chain
         eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
         if self.config.prediction_type == "epsilon":
             answer = eps
@@ -144,16 +151,17 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
 
 
 class GaussianDenoiser(ExactDenoiser):
-    """Knows data whose pixels are independent draws of N(mean, variance), a continuous distribution.
+    """For pixels that are independent draws of N(mean, variance).
 
-    x_0 and x_t are jointly Gaussian, so E[x_0 | x_t] is the line
+    x_0 and x_t are jointly Gaussian, so E[x_0 | x_t] is linear in x_t,
 
-        mean + sqrt(alpha_bar) variance / (alpha_bar variance + 1 - alpha_bar) (x_t - sqrt(alpha_bar) mean)
+        mean + gain (x_t - sqrt(alpha_bar) mean),
+        gain = sqrt(alpha_bar) variance / (alpha_bar variance + 1 - alpha_bar)
 
-    and the error left, V_t = variance (1 - alpha_bar) / (alpha_bar variance + 1 - alpha_bar), does not depend on x_t.
-    As everything is a line, a sampler with this denoiser (and no clipping) takes Gaussians to Gaussians. The data are
-    not 8-bit, so they have sample variances and KL terms but no bits/dim. (Bishop, Pattern Recognition and Machine
-    Learning, eq. 2.116.)
+    and its error, V_t = variance (1 - alpha_bar) / (alpha_bar variance + 1 - alpha_bar), does not
+    depend on x_t (Bishop, Pattern Recognition and Machine Learning, eq. 2.116). A sampler with this
+    denoiser and without clipping takes Gaussians to Gaussians. The data are not 8-bit: they have
+    sample variances and KL terms, but no bits/dim.
     """
 
     @register_to_config
@@ -168,34 +176,35 @@ class GaussianDenoiser(ExactDenoiser):
     ) -> None:
         super().__init__(alphas_cumprod, prediction_type, sample_size, channels)
         if not 0 < variance < math.inf:
-            raise ValueError(f"variance: got {variance}, allowed is a finite number above 0")
+            raise ValueError(f"variance is {variance}; it must be a finite number above 0")
 
     def original_sample(self, x_t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-        """E[x_0 | x_t], the line above."""
+        """E[x_0 | x_t], as above."""
         mean, variance = self.config.mean, self.config.variance
         gain = alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar)
         return mean + gain * (x_t - alpha_bar.sqrt() * mean)
 
     def denoising_error(self, t: int | torch.Tensor) -> torch.Tensor:
-        """V_t = variance (1 - alpha_bar) / (alpha_bar variance + 1 - alpha_bar), float64, of t's shape."""
+        """V_t as above, float64, of t's shape."""
         alpha_bar, variance = self.alpha_bar(t), self.config.variance
         return variance * (1 - alpha_bar) / (alpha_bar * variance + 1 - alpha_bar)
 
     def images(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """n images of independent N(mean, variance) pixels: continuous, and not confined to [-1, 1]."""
+        """n images of independent N(mean, variance) pixels, not confined to [-1, 1]."""
         device = generator.device if generator is not None else self.device
         noise = torch.randn(self._shape(n), generator=generator, device=device)
         return (self.config.mean + math.sqrt(self.config.variance) * noise).to(self.device)
 
 
 class CoinDenoiser(ExactDenoiser):
-    """Knows data whose pixels are independent and -1 or 1, with probability 1/2 each.
+    """For pixels that are -1 or 1, independently, with probability 1/2 each.
 
-    Bayes' rule on two points: the log odds of 1 against -1 are 2 sqrt(alpha_bar) x_t / (1 - alpha_bar), so
+    Bayes' rule on two points: the log odds of 1 against -1 are 2 sqrt(alpha_bar) x_t /
+    (1 - alpha_bar), so
 
         E[x_0 | x_t] = tanh(sqrt(alpha_bar) x_t / (1 - alpha_bar)).
 
-    The levels -1 and 1 are on the 8-bit grid (0 and 255), and no code can spend less than `entropy` on a pixel.
+    -1 and 1 are the 8-bit levels 0 and 255, and no code can spend less than `entropy` on a pixel.
     """
 
     entropy: ClassVar[float] = 1.0  # bits/dim, exactly
@@ -215,15 +224,15 @@ class CoinDenoiser(ExactDenoiser):
         return torch.tanh(alpha_bar.sqrt() * x_t / (1 - alpha_bar))
 
     def denoising_error(self, t: int | torch.Tensor) -> torch.Tensor:
-        """V_t = 1 - E[tanh^2], float64, of t's shape, to about 12 digits (as many as 1 - alpha_bar has).
+        """V_t = 1 - E[tanh^2], float64, of t's shape, to about 12 digits, as 1 - alpha_bar has.
 
-        Given x_0 = 1 (and by symmetry -1) the argument of tanh is u ~ N(SNR, SNR), so V_t = E[sech(u)^2]. At a large
-        SNR all of that is in a tail that no plain quadrature finds; centring the Gaussian at 0 gives, as only the even
-        part of exp(u) counts,
+        Given x_0 = 1 (and by symmetry -1) the argument of tanh is u ~ N(SNR, SNR), so
+        V_t = E[sech(u)^2]. At a large SNR all of that is in a tail that plain quadrature misses;
+        centring the Gaussian at 0 gives, as only the even part of exp(u) counts,
 
             V_t = exp(-SNR/2) E[sech(sqrt(SNR) z)],    z ~ N(0, 1),
 
-        a smooth positive bump at 0, for which the trapezoid rule converges exponentially fast (1 where SNR = 0).
+        a smooth positive bump at 0, for which the trapezoid rule converges exponentially fast.
         """
         alpha_bar = self.alpha_bar(t)[..., None]
         snr = alpha_bar / (1 - alpha_bar)

@@ -1,18 +1,20 @@
-"""What data tells the scheduler: the best variance of every step, the best variance of the decoder, the best steps to keep.
+"""What data tells the scheduler: the best variance of every step and of the decoder, the best path.
 
-The notes fix the variance ("not considered here"). For a network that predicts x0_hat, the isotropic variance of p(x_s | x_t) that
-minimises the bound is pv + c_0^2 V_t, where
+The notes fix the variance ("not considered here"). For a network that predicts x0_hat, the
+isotropic variance of p(x_s | x_t) that minimises the bound is posterior variance + c_0^2 V_t, where
 
-    V_t = E |x_0 - x0_hat(x_t)|^2 / dims        over images and noise, x0_hat as used (clipping included)
+    V_t = E |x_0 - x0_hat(x_t)|^2 / dims        over images and noise, x0_hat as used (clipped)
 
-is the network's denoising error: T numbers, measured once, that give the optimum for every pair (t, s), since the KL of two Gaussians
-is least where the variance equals the mean squared distance of samples from the mean. With it a step costs, in nats/dim,
+is the network's denoising error: T numbers, measured once, that give the optimum for every pair (t,
+s), since the KL of two Gaussians is least where the variance equals the mean squared distance of
+samples from the mean. With it a step costs, in nats/dim,
 
-    cost(t, s) = log(optimal / pv) / 2 = log(1 + (SNR_s - SNR_t) V_t) / 2
+    cost(t, s) = log(optimal / posterior variance) / 2 = log(1 + (SNR_s - SNR_t) V_t) / 2
 
-which depends on the pair alone: the best path of K steps is a shortest path (Watson et al. 2021, arXiv 2106.03802, for any bound that
-is a sum over pairs). V_t is measured on x0_hat itself; the score's norm (Analytic-DPM, arXiv 2201.06503) gives the same number only for
-a perfect, unclipped denoiser.
+which depends on the pair alone: the best path of K steps is a shortest path (Watson et al. 2021,
+arXiv 2106.03802, for any bound that is a sum over pairs). V_t is measured on x0_hat itself; the
+score's norm (Analytic-DPM, arXiv 2201.06503) gives the same number only for a perfect, unclipped
+denoiser.
 """
 
 import math
@@ -22,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
-from .pipeline_ddpm_notes import DDPMNotesPipeline, _in_model_range
-from .scheduling_ddpm_notes import DDPMNotesScheduler, discretized_gaussian_log_likelihood
+from .core.levels import discretized_gaussian_log_likelihood, to_model_range
+from .core.seeding import seeded_generator
+from .pipeline_ddpm_notes import DDPMNotesPipeline, is_ddpm
+from .scheduling_ddpm_notes import DECODER_FLOOR, DDPMNotesScheduler
 
-DECODER_FLOOR = 1e-6
-DECODER_PIXELS = 2**20  # residuals kept to fit the decoder's variance: more change its third digit
+DECODER_PIXELS = 2**20  # that the decoder's variance is fitted on: more change its third digit
+STREAM = 2  # of random numbers, apart from those of bits_per_dim
 
 
 @dataclass
@@ -36,9 +39,11 @@ class DenoisingError:
     """V_t and how well it is known.
 
     Attributes:
-        original_sample_mse: (T,) float64, V_t, mean squared error of x0_hat over images, noise and dims.
-        standard_error: (T,) float64, of each V_t, over the (image, noise) pairs that it was measured on.
-        counts: (T,) int64, how many those were. num_images, network_evaluations: in all.
+        original_sample_mse: (T,) float64, V_t, mean squared error of x0_hat over images, noise and
+            dims.
+        standard_error: (T,) float64, of each V_t, over the (image, noise) pairs it was measured on.
+        counts: (T,) int64, how many those were.
+        num_images, network_evaluations: in all.
     """
 
     original_sample_mse: torch.Tensor
@@ -58,40 +63,38 @@ def measure_original_sample_mse(
     seed: int = 0,
     accelerator: Accelerator | None = None,
 ) -> DenoisingError:
-    """Measure V_t of the pipeline's network on images, each at a few timesteps spread evenly over 0..T-1 with a random offset.
+    """Measure V_t of the pipeline's network on images.
+
+    Each image is seen at a few timesteps, spread evenly over 0..T-1 with a random offset.
 
     Args:
-        pipeline: its scheduler must be a DDPM. images, class_labels: as in `DDPMNotesPipeline.bits_per_dim`; read once, never held whole.
+        pipeline: its scheduler must be a DDPM.
+        images, class_labels: as of `DDPMNotesPipeline.bits_per_dim`; read once, never held whole.
         timesteps_per_image: network evaluations for each image.
-        batch_size: noisy images through the network at once. seed: of timesteps and noise.
-        accelerator: splits the images over its processes; every one returns the result of all. It does not depend on their number.
+        batch_size: noisy images through the network at once.
+        seed: of timesteps and noise.
+        accelerator: splits the images over its processes; each returns the result of all, which
+            does not depend on their number. Collective: every rank must call it.
 
     Raises:
         ValueError: images that `bits_per_dim` refuses; too few of them to reach every timestep.
     """
     scheduler = _ddpm(pipeline)
-    T = len(scheduler)
+    T, n = len(scheduler), timesteps_per_image
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     sums = torch.zeros(3, T, dtype=torch.float64)  # count, sum, sum of squares
     number = 0
-    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
-    with tqdm(**{"desc": "denoising error", "unit": "image", "disable": rank > 0, **shown}) as bar:
-        for pixels, labels in pipeline._image_batches(images, class_labels):
-            own = torch.arange(len(pixels))[(-(number - rank)) % processes :: processes]
-            for rows in own.split(max(1, batch_size // timesteps_per_image)):
-                if len(rows):
-                    generators = [_generator(seed, number + int(row)) for row in rows]
-                    u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-                    part = torch.arange(timesteps_per_image)
-                    t = ((part + u[:, None]) * T / timesteps_per_image).long().clamp(max=T - 1).flatten()
-                    noise = torch.cat(
-                        [torch.randn((timesteps_per_image, *pixels.shape[1:]), generator=g) for g in generators]
-                    )
-                    x_0 = _in_model_range(pixels[rows]).repeat_interleave(timesteps_per_image, 0)
-                    own_labels = None if labels is None else labels[rows].repeat_interleave(timesteps_per_image)
-                    x_0, x_0_hat = _denoise(pipeline, scheduler, x_0, noise, t, own_labels)
-                    errors = (x_0 - x_0_hat).pow(2).flatten(1).mean(1, dtype=torch.float64).cpu()
-                    sums.index_add_(1, t, torch.stack([torch.ones_like(errors), errors, errors**2]))
+    with pipeline.image_progress_bar(desc="denoising error", unit="image", disable=rank > 0) as bar:
+        for pixels, labels in pipeline.image_batches(images, class_labels):
+            mine = torch.arange(len(pixels))[(rank - number) % processes :: processes]
+            for rows in mine.split(max(1, batch_size // n)) if len(mine) else ():
+                generators = [seeded_generator(seed, STREAM, number + int(row)) for row in rows]
+                u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+                t = ((torch.arange(n) + u[:, None]) * T / n).long().clamp(max=T - 1).flatten()
+                noise = torch.cat([torch.randn((n, *pixels.shape[1:]), generator=g) for g in generators])
+                x_0, x_0_hat = _denoise(pipeline, pixels, labels, rows.repeat_interleave(n), t, noise)
+                errors = (x_0 - x_0_hat).pow(2).flatten(1).mean(1, dtype=torch.float64).cpu()
+                sums.index_add_(1, t, torch.stack([torch.ones_like(errors), errors, errors**2]))
             number += len(pixels)
             bar.update(len(pixels))
     if accelerator is not None:
@@ -99,12 +102,12 @@ def measure_original_sample_mse(
     count, total, squares = sums
     if bool((count < 2).any()):
         raise ValueError(
-            f"{number} images at {timesteps_per_image} timesteps each reach timestep {int(count.argmin())} {int(count.min())} times; "
-            f"allowed: at least 2 times each (about {math.ceil(4 * T / timesteps_per_image)} images, or more timesteps_per_image)"
+            f"{number} images at {n} timesteps each reach timestep {int(count.argmin())} {int(count.min())} times; "
+            f"there must be at least 2 (about {math.ceil(4 * T / n)} images, or more timesteps_per_image)"
         )
     mean = total / count
-    spread = ((squares / count - mean**2).clamp(min=0) / (count - 1)).sqrt()
-    return DenoisingError(mean, spread, count.long(), number, int(count.sum()))
+    standard_error = ((squares / count - mean**2).clamp(min=0) / (count - 1)).sqrt()
+    return DenoisingError(mean, standard_error, count.long(), number, int(count.sum()))
 
 
 @torch.no_grad()
@@ -116,35 +119,23 @@ def fit_decoder_variance(
     batch_size: int = 128,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The variance of p(x_0 | x_t) that encodes the pixels best, at the last timestep t of a path.
+    """The variance of p(x_0 | x_t) that encodes the pixels best, at the last timestep of a path.
 
-    The decoder's cost is the exact mass of a pixel's bin, so its best variance is not V_t: a network that is surely right needs none. It
-    is found by three rounds of a finer and finer grid over log variance, floored at 1e-6, on up to 2^20 pixels.
+    The decoder's cost is the exact mass of a pixel's bin, so its best variance is not V_t: a
+    network that is surely right needs none. It is found by three rounds of a finer and finer grid
+    over log variance, floored at 1e-6, on at most 2^20 pixels.
+
+    Args:
+        pipeline, images, class_labels, batch_size, seed: as of `measure_original_sample_mse`.
+        last_timestep: t.
 
     Returns:
         the variance, and the decoder's cost with it in nats/dim.
+
+    Raises:
+        ValueError: images that `bits_per_dim` refuses, or none.
     """
-    scheduler = _ddpm(pipeline)
-    originals, means, pixels_seen, number = [], [], 0, 0
-    for pixels, labels in pipeline._image_batches(images, class_labels):
-        for rows in torch.arange(len(pixels)).split(batch_size):
-            noise = torch.cat(
-                [torch.randn((1, *pixels.shape[1:]), generator=_generator(seed, number + int(row))) for row in rows]
-            )
-            t = torch.full((len(rows),), last_timestep)
-            x_0 = _in_model_range(pixels[rows])
-            x_0, x_0_hat = _denoise(pipeline, scheduler, x_0, noise, t, None if labels is None else labels[rows])
-            originals.append(x_0.flatten().cpu())
-            means.append(x_0_hat.flatten().cpu())
-            pixels_seen += originals[-1].numel()
-            if pixels_seen >= DECODER_PIXELS:
-                break
-        number += len(pixels)
-        if pixels_seen >= DECODER_PIXELS:
-            break
-    if not originals:
-        raise ValueError("images is empty; allowed: at least one image")
-    x_0, mean = torch.cat(originals)[:DECODER_PIXELS], torch.cat(means)[:DECODER_PIXELS]
+    x_0, mean = _decoder_pixels(pipeline, images, class_labels, last_timestep, batch_size, seed)
 
     def cost(log_variance: float) -> float:
         return -float(discretized_gaussian_log_likelihood(x_0, mean, torch.tensor(log_variance)).mean())
@@ -158,10 +149,63 @@ def fit_decoder_variance(
     return max(math.exp(grid[best]), DECODER_FLOOR), min(costs)
 
 
+def _decoder_pixels(
+    pipeline: DDPMNotesPipeline, images: Any, class_labels: Any, last_timestep: int, batch_size: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels of the images and x0_hat at one timestep, flat, `DECODER_PIXELS` at most."""
+    _ddpm(pipeline)
+    originals: list[torch.Tensor] = []
+    guesses: list[torch.Tensor] = []
+    number = 0
+    for pixels, labels in pipeline.image_batches(images, class_labels):
+        for rows in torch.arange(len(pixels)).split(batch_size):
+            if sum(map(len, originals)) >= DECODER_PIXELS:
+                break
+            generators = [seeded_generator(seed, STREAM, number + int(row)) for row in rows]
+            noise = torch.cat([torch.randn((1, *pixels.shape[1:]), generator=g) for g in generators])
+            t = torch.full((len(rows),), last_timestep)
+            x_0, x_0_hat = _denoise(pipeline, pixels, labels, rows, t, noise)
+            originals.append(x_0.flatten().cpu())
+            guesses.append(x_0_hat.flatten().cpu())
+        number += len(pixels)
+        if sum(map(len, originals)) >= DECODER_PIXELS:
+            break
+    if not originals:
+        raise ValueError("images is empty; it must have at least one image")
+    return torch.cat(originals)[:DECODER_PIXELS], torch.cat(guesses)[:DECODER_PIXELS]
+
+
+def _denoise(
+    pipeline: DDPMNotesPipeline,
+    pixels: torch.Tensor,
+    labels: torch.Tensor | None,
+    rows: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_0 of these rows of the pixels, and x0_hat(x_t), clipped as the config says."""
+    device, dtype = pipeline.execution_device, pipeline.sample_dtype
+    x_0, noise = to_model_range(pixels[rows]).to(device, dtype), noise.to(device, dtype)
+    x_t = pipeline.scheduler.add_noise(x_0, noise, t)
+    output = pipeline.predict(x_t, t, None if labels is None else labels[rows])
+    return x_0, pipeline.scheduler.predict_original_sample(output.to(dtype), x_t, t)
+
+
+def _ddpm(pipeline: DDPMNotesPipeline) -> DDPMNotesScheduler:
+    if not is_ddpm(pipeline.scheduler):
+        raise ValueError(f"the scheduler is {type(pipeline.scheduler).__name__}; it must be a DDPMNotesScheduler")
+    return pipeline.scheduler
+
+
 def optimal_scheduler(
     scheduler: DDPMNotesScheduler, original_sample_mse: Any, decoder_variance: float | dict[int, float] | None = None
 ) -> DDPMNotesScheduler:
-    """The scheduler with `variance_type="optimal"` and what it needs in its config, where saving and stock classes keep it."""
+    """The scheduler with `variance_type="optimal"` and what was measured, in its config.
+
+    Args:
+        scheduler: stays as it is.
+        original_sample_mse: (T,), V_t. decoder_variance: as of `DDPMNotesScheduler`.
+    """
     mse = [float(value) for value in original_sample_mse]
     return DDPMNotesScheduler.from_config(
         scheduler.config, variance_type="optimal", original_sample_mse=mse, decoder_variance=decoder_variance
@@ -169,16 +213,26 @@ def optimal_scheduler(
 
 
 def step_costs(scheduler: DDPMNotesScheduler, original_sample_mse: Any = None) -> np.ndarray:
-    """cost(t, s) of a step with the optimal variance, nats/dim, as a (T, T) float64 table [t, s]; inf where s >= t."""
+    """cost(t, s) of a step with the optimal variance, nats/dim.
+
+    Args:
+        scheduler: gives the schedule, and V_t if `original_sample_mse` does not.
+
+    Returns:
+        (T, T) float64 table [t, s]; inf where s >= t.
+
+    Raises:
+        ValueError: not T values of V_t.
+    """
     mse = np.asarray(
         scheduler.original_sample_mse if original_sample_mse is None else original_sample_mse, dtype=np.float64
     )
     if mse.shape != (len(scheduler),):
         raise ValueError(
-            f"original_sample_mse has shape {mse.shape}; allowed: ({len(scheduler)},), measured by measure_original_sample_mse"
+            f"original_sample_mse has shape {mse.shape}; it must be ({len(scheduler)},), as measure_original_sample_mse "
+            "measures it"
         )
-    log_alpha_bar = scheduler._log_alpha_bar[:-1].numpy()
-    snr = np.exp(log_alpha_bar) / -np.expm1(log_alpha_bar)
+    snr = scheduler.chain.pair(torch.arange(len(scheduler)), -1).snr_t.numpy()
     with np.errstate(invalid="ignore"):
         costs = 0.5 * np.log1p((snr[None, :] - snr[:, None]) * mse[:, None])
     return np.where(np.tri(len(snr), k=-1, dtype=bool), costs, np.inf)
@@ -191,7 +245,7 @@ def best_timesteps(
     prior_costs: Any = None,
     decoder_costs: dict[int, float] | None = None,
 ) -> list[int]:
-    """The path of K steps with the least bound, for `set_timesteps(timesteps=...)`, by dynamic programming over pairs.
+    """The path of K steps with the least bound, by dynamic programming over pairs.
 
     Args:
         scheduler: gives the schedule, and V_t if `original_sample_mse` does not.
@@ -200,20 +254,25 @@ def best_timesteps(
         decoder_costs: {t: nats/dim} of ending at each of some timesteps; None ends at 0.
 
     Returns:
-        K timesteps, strictly falling.
+        K timesteps, strictly falling, for `set_timesteps(timesteps=...)`.
+
+    Raises:
+        ValueError: K out of range, or no path of K steps between the first and last timesteps.
     """
     T, K = len(scheduler), num_inference_steps
     if isinstance(K, bool) or int(K) != K or not 1 <= K <= T:
-        raise ValueError(f"num_inference_steps is {K!r}; allowed: a whole number from 1 to {T}")
+        raise ValueError(f"num_inference_steps is {K!r}; it must be a whole number from 1 to {T}")
     costs = step_costs(scheduler, original_sample_mse)
     start = np.full(T, np.inf)
-    start[T - 1 if prior_costs is None else slice(None)] = (
-        0.0 if prior_costs is None else np.asarray(prior_costs, dtype=np.float64)
-    )
+    if prior_costs is None:
+        start[T - 1] = 0.0
+    else:
+        start[:] = prior_costs
     end = np.full(T, np.inf)
     for t, cost in ({0: 0.0} if decoder_costs is None else decoder_costs).items():
         end[t] = cost
-    # reach[s]: least cost of a path of so many nodes from its start to s; came[k][s]: the node before s on it
+    # reach[s]: least cost of a path of so many nodes from its start to s
+    # came[k][s]: the node before s on it
     reach, came = start, []
     for _ in range(K - 1):
         through = reach[:, None] + costs
@@ -222,7 +281,7 @@ def best_timesteps(
     t = int(np.argmin(reach + end))
     if not math.isfinite(reach[t] + end[t]):
         raise ValueError(
-            f"num_inference_steps is {K} and no path of so many steps joins the allowed first and last timesteps"
+            f"num_inference_steps is {K}, and no path of so many steps joins the first and last timesteps to choose from"
         )
     path = [t]
     for before in reversed(came):
@@ -231,36 +290,10 @@ def best_timesteps(
 
 
 def prior_costs(scheduler: DDPMNotesScheduler, mean_square: float) -> np.ndarray:
-    """Prior's cost of starting at each timestep, (T,) nats/dim, for images with E[x_0^2] = `mean_square`."""
-    log_alpha_bar = scheduler._log_alpha_bar[:-1].numpy()
-    alpha_bar = np.exp(log_alpha_bar)
-    return 0.5 * (alpha_bar * (mean_square - 1) - np.log(-np.expm1(log_alpha_bar)))
+    """The prior's cost of starting at each timestep, (T,) float64 nats/dim.
 
-
-def _ddpm(pipeline: DDPMNotesPipeline) -> DDPMNotesScheduler:
-    if not isinstance(pipeline.scheduler, DDPMNotesScheduler):
-        raise ValueError(f"the scheduler is {type(pipeline.scheduler).__name__}; allowed: a DDPM (DDPMNotesScheduler)")
-    return pipeline.scheduler
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    """The random numbers of image `number`, other ones than bits_per_dim's."""
-    state = np.random.SeedSequence([seed, 2, number]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def _denoise(
-    pipeline: DDPMNotesPipeline,
-    scheduler: DDPMNotesScheduler,
-    x_0: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
-    labels: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_0 and x0_hat(x_t), clipped as the config says, on the pipeline's device."""
-    device, network_dtype = pipeline._execution_device, pipeline.unet.dtype
-    dtype = torch.promote_types(network_dtype, torch.float32)
-    x_0, noise = x_0.to(device, dtype), noise.to(device, dtype)
-    x_t = scheduler.add_noise(x_0, noise, t)
-    output = pipeline._predict(x_t, t.to(device), network_dtype, None if labels is None else labels.to(device))
-    return x_0, scheduler.predict_original_sample(output.to(dtype), x_t, t)
+    Args:
+        scheduler: gives the schedule.
+        mean_square: E[x_0^2] of the images.
+    """
+    return scheduler.chain.pair(torch.arange(len(scheduler)), -1).prior_kl(mean_square).numpy()

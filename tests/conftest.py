@@ -1,7 +1,7 @@
-"""What holds for every test: a private Hugging Face home without a network, one thread a worker, and the joined file.
+"""For every test: a private Hugging Face home, no network, one thread a worker; the joined file.
 
-Runs before any test module is imported, so the environment set here is the one that torch and the Hugging Face
-libraries read, in this process and in the ones that tests start.
+Runs before any test module is imported, so the environment set here is the one that torch and the
+Hugging Face libraries read, in this process and in the ones that tests start.
 """
 
 import atexit
@@ -19,9 +19,10 @@ import pytest
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # "gw0", "gw1", ...; None in a run without -n and in its controller
 
-# One folder a session, one below it for each worker: the user's cache, token and accelerate configuration stay out of
-# the tests, and workers do not share the folder from which downloaded code is imported. pytest-xdist starts its
-# workers with the controller's environment, which is how they learn of the session's folder; the controller removes it.
+# One folder a session, one below it for each worker: the user's cache, token and accelerate
+# configuration stay out of the tests, and workers do not share the folder from which downloaded
+# code is imported. pytest-xdist starts its workers with the controller's environment, which is how
+# they learn of the session's folder; the controller removes it.
 if WORKER is None:
     SESSION_HOME = Path(tempfile.mkdtemp(prefix="ddpm_notes_tests_"))
     atexit.register(shutil.rmtree, SESSION_HOME, ignore_errors=True)
@@ -53,13 +54,15 @@ JOINED = os.environ.get("DDPM_NOTES_JOINED") == "1"
 
 
 def use_joined_file() -> None:
-    """Put the one file that is shipped to the Hub in the place of the two modules it is joined from.
+    """Put the one file that is shipped to the Hub in the place of the modules it is joined from.
 
-    The package is imported afresh on top of it: what `ddpm_notes_pipeline` re-exports, and what its other modules
-    take from the two, comes from the joined file as well.
+    The package is imported afresh on top of it: what `ddpm_notes_pipeline` re-exports, and what its
+    other modules take from those, comes from the joined file as well.
     """
     package = "ddpm_notes_pipeline"
     source = importlib.import_module(f"{package}.pipeline_ddpm_notes").pipeline_source()
+    shipped = importlib.import_module(f"{package}.hub.code").SHIPPED
+    modules = [name.removesuffix(".py").replace("/", ".") for name in shipped]
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         del sys.modules[name]
 
@@ -70,17 +73,17 @@ def use_joined_file() -> None:
     joined = importlib.util.module_from_spec(spec)
     sys.modules["pipeline"] = joined
     spec.loader.exec_module(joined)
-    # Checked before the two names are taken: a joined file that still imports the package would test the package.
+    # Checked before their names are taken: a joined file that still imports the package would test
+    # the package.
     leaked = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
     if leaked:
         raise RuntimeError(f"the joined file imports {leaked}: on the Hub it has to stand alone")
 
-    modules = ("scheduling_ddpm_notes", "pipeline_ddpm_notes")
     for name in modules:
         sys.modules[f"{package}.{name}"] = joined
-    imported = importlib.import_module(package)
-    for name in modules:
-        setattr(imported, name, joined)
+    for name in modules:  # `from .core import levels` asks the parent for its attribute
+        parent, _, last = f"{package}.{name}".rpartition(".")
+        setattr(importlib.import_module(parent), last, joined)
 
 
 if JOINED:

@@ -1,8 +1,9 @@
 """The Hub folder: what is in it, and who can load it.
 
-A folder that `save_pretrained` writes has three kinds of readers: this package; any diffusers, which knows nothing of
-us; and any diffusers that is told to trust the folder's pipeline.py. The last two are asked in interpreters of their
-own (`slow`), where the package cannot be imported; the quick tests ask all three in this process.
+A folder that `save_pretrained` writes has three kinds of readers: this package; any diffusers,
+which knows nothing of us; and any diffusers that is told to trust the folder's pipeline.py. The
+last two are asked in interpreters of their own (`slow`), where the package cannot be imported; the
+quick tests ask all three in this process.
 """
 
 import ast
@@ -58,7 +59,7 @@ PLUGGED = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}  # in the 
 WAYS = ("installed", "stock", "trusted")
 
 
-# ------------------------------------------------------------------------------------------ folders and readers
+# ------------------------------------------------------------------------------ folders and readers
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,7 +105,7 @@ def made(name):
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """A folder for each of SCHEDULERS and PLUGGED, and "stock", which the stock pipeline has saved."""
+    """A folder for each of SCHEDULERS and PLUGGED, and "stock", saved by the stock pipeline."""
     root = tmp_path_factory.mktemp("shelf")
     for name in [*SCHEDULERS, *PLUGGED]:
         made(name).save_pretrained(root / name)
@@ -144,7 +145,7 @@ def settings(scheduler):
 
 @pytest.fixture
 def heard(recwarn):
-    """What diffusers, transformers and the Hub's client warned of, and Python's warnings, in a list."""
+    """The warnings of diffusers, transformers, the Hub's client and Python, in a list."""
     messages = []
 
     class Ear(logging.Handler):
@@ -160,7 +161,7 @@ def heard(recwarn):
         logger.removeHandler(ear)
 
 
-# ------------------------------------------------------------------------------------------ what is in the folder
+# ---------------------------------------------------------------------------- what is in the folder
 
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, *PLUGGED])
@@ -227,8 +228,8 @@ def test_the_code_needs_diffusers_and_what_comes_with_it_alone(shelf):
 
 
 def test_nothing_in_the_code_looks_like_another_import(shelf):
-    # diffusers searches the text, docstrings included: what it takes for a relative import is a file that it wants
-    # to copy, and what it takes for an absolute one it tries to import.
+    # diffusers searches the text, docstrings included: what it takes for a relative import is a
+    # file that it wants to copy, and what it takes for an absolute one it tries to import.
     path = shelf / "plain" / "pipeline.py"
     assert get_relative_imports(str(path)) == []
     code = path.read_text(encoding="utf-8")
@@ -252,7 +253,7 @@ def test_the_code_has_one_pipeline_class(shelf):
     assert pipelines == ["DDPMNotesPipeline"]
 
 
-# ------------------------------------------------------------------------------------------ loading, in this process
+# ------------------------------------------------------------------------- loading, in this process
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -342,12 +343,12 @@ def test_the_way_back_from_a_plugged_in_scheduler_keeps_our_settings(shelf, name
     assert settings(scheduler) == settings(made("optimal").scheduler)
 
 
-# ------------------------------------------------------------------------------------------ several in one process
+# --------------------------------------------------------------------------- several in one process
 
 
 def steps(pipe):
     """How many steps a call walks when nothing is said: all T of a DDPM."""
-    pipe(output_type="latent", callback_on_step_end=lambda pipe, *_: setattr(pipe, "_interrupt", True))
+    pipe(output_type="latent", callback_on_step_end=lambda pipe, *_: setattr(pipe, "interrupt", True))
     return len(pipe.scheduler.timesteps)
 
 
@@ -386,12 +387,12 @@ def test_two_versions_of_the_code_in_one_process_each_run_their_own(shelf, tmp_p
     own = (shelf / "plain" / "pipeline.py").read_text()
     for version, folder in folders.items():
         DDPMPipeline.from_pretrained(shelf / "plain").save_pretrained(folder)
-        code = own.replace("def _in_model_range(", f"VERSION = {version!r}\n\n\ndef _in_model_range(")
+        code = own.replace("def is_ddpm(", f"VERSION = {version!r}\n\n\ndef is_ddpm(")
         code = code.replace(
             "    @property\n    def null_label",
             "    def version(self):\n        return _ask(), VERSION\n\n    @property\n    def null_label",
         )
-        code = code.replace("def _in_model_range(", f"def _ask():\n    return {version!r}\n\n\ndef _in_model_range(")
+        code = code.replace("def is_ddpm(", f"def _ask():\n    return {version!r}\n\n\ndef is_ddpm(")
         assert code.count(repr(version)) == 2 and code.count("return _ask(), VERSION") == 1
         (folder / "pipeline.py").write_text(code)
     pipes = {version: load("trusted", folder) for version, folder in folders.items()}
@@ -410,7 +411,7 @@ def test_components_may_be_shared_between_loaded_code_and_the_package(shelf):
     np.testing.assert_array_equal(sample(pipe), sample(made("learned")))
 
 
-# ------------------------------------------------------------------------------------------ saving again
+# ------------------------------------------------------------------------------------- saving again
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -471,7 +472,7 @@ def test_a_plugged_in_scheduler_is_saved_again(shelf, tmp_path, name, way):
         np.testing.assert_allclose(sample(pipe), sample(made(name)), rtol=0, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ strangers, in interpreters of their own
+# ---------------------------------------------------------- strangers, in interpreters of their own
 
 STRANGER = """
 import sys
@@ -512,7 +513,7 @@ print("the stranger begins", file=sys.stderr, flush=True)
 
 
 def stranger(script, shelf, tmp_path):
-    """Run `script` where the package is hidden; it gets the shelf and an empty folder, which is returned."""
+    """Run `script` where the package is hidden, on the shelf; returns the folder it wrote to."""
     out, away = tmp_path / "out", tmp_path / "away"
     out.mkdir()
     away.mkdir()

@@ -1,4 +1,4 @@
-"""What training minimises: each objective against its formula, each way of drawing t against the mean over all t."""
+"""Each objective against its formula, each way of drawing t against the mean over all t."""
 
 import math
 
@@ -12,7 +12,9 @@ T = 8
 
 
 def scheduler(**settings):
-    return DDPMNotesScheduler(**{"num_train_timesteps": T, "beta_start": 0.02, "beta_end": 0.4, "clip_sample": False, **settings})
+    return DDPMNotesScheduler(
+        **{"num_train_timesteps": T, "beta_start": 0.02, "beta_end": 0.4, "clip_sample": False, **settings}
+    )
 
 
 def batch(n=T, channels=2):
@@ -47,13 +49,15 @@ def test_simple_is_the_squared_error_of_what_the_network_predicts(prediction_typ
     ab = alpha_bars(math_of).float().reshape(-1, 1, 1, 1)
     losses = Objective(math_of)(network, x_0, noise, t)
     x_t = ab.sqrt() * x_0 + (1 - ab).sqrt() * noise
-    target = {"epsilon": noise, "sample": x_0, "v_prediction": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[prediction_type]
+    target = {"epsilon": noise, "sample": x_0, "v_prediction": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[
+        prediction_type
+    ]
     expected = ((torch.sin(2 * x_t) * (1 + 0.1 * t.reshape(-1, 1, 1, 1)) - target) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_vlb_averages_over_t_to_the_bound_in_bits_per_dim():
-    """On the same noise at every t: the mean of the losses over t is the sum of the chain's terms over dims ln 2."""
+    """On one noise at every t, the mean loss is the sum of the chain's terms over dims ln 2."""
     math_of, network, (x_0, noise) = scheduler(variance_type="learned_range"), Network(doubled=True), batch(1)
     losses = Objective(math_of, "vlb")(network, x_0.expand(T, -1, -1, -1), noise.expand(T, -1, -1, -1), torch.arange(T))
     total = 0.0
@@ -65,7 +69,7 @@ def test_vlb_averages_over_t_to_the_bound_in_bits_per_dim():
 
 
 def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_a_thousandth_of_the_bound():
-    """Gradients of the two halves of the output are those of L_simple and of 0.001 L_vlb, each alone (arXiv 2102.09672, eq. 16)."""
+    """By the gradients of the two halves of the output (arXiv 2102.09672, eq. 16)."""
     math_of, (x_0, noise), t = scheduler(variance_type="learned_range"), batch(), torch.arange(T)
     network = Network(doubled=True)
 
@@ -84,14 +88,18 @@ def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_a_thousandth_of_th
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_min_snr_means_the_same_in_every_parametrisation(prediction_type):
-    """Said of the error of x_0 (arXiv 2303.09556): one belief has one loss, whatever the network is asked to output."""
+    """It weighs the error of x_0 (arXiv 2303.09556), whatever the network predicts."""
     math_of, (x_0, noise), t = scheduler(prediction_type=prediction_type), batch(), torch.arange(T)
     ab = alpha_bars(math_of).float().reshape(-1, 1, 1, 1)
     belief = torch.tanh(x_0 + 0.3)
 
     def network(x_t, _, **kwargs):
         eps = (x_t - ab.sqrt() * belief) / (1 - ab).sqrt()
-        return ({"epsilon": eps, "sample": belief, "v_prediction": ab.sqrt() * eps - (1 - ab).sqrt() * belief}[prediction_type],)
+        return (
+            {"epsilon": eps, "sample": belief, "v_prediction": ab.sqrt() * eps - (1 - ab).sqrt() * belief}[
+                prediction_type
+            ],
+        )
 
     losses = Objective(math_of, weighting="min_snr")(network, x_0, noise, t)
     snr = (ab / (1 - ab)).flatten()
@@ -101,7 +109,7 @@ def test_min_snr_means_the_same_in_every_parametrisation(prediction_type):
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified", "loss_second_moment"])
 def test_drawing_t_leaves_the_mean_over_t_as_it_is(sampling):
-    """Enumerated: the average of weight x loss over a fine grid of u, and over positions in the batch, is the plain mean over t."""
+    """The average of weight x loss over a fine grid of u and all positions is the mean over t."""
     sampler = TimestepSampler(T, sampling, history=2, uniform_share=0.01)
     losses = torch.tensor([9.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05], dtype=torch.float64)
     for _ in range(2):

@@ -98,6 +98,9 @@ def test_steps_are_those_of_before(before, seed, dtype):
         found = new.step(output, t, x_t, generator=torch.Generator().manual_seed(t))
         expected = old.step(output, t, x_t, generator=torch.Generator().manual_seed(t))
         tolerance = 1e-6 if dtype != torch.bfloat16 else 0.008  # bf16 has 8 bits: one of the last
+        if dtype == torch.float32 and new.config.prediction_type == "epsilon":
+            # x0_hat = (x_t - std eps) / signal divides the rounding of float32 by the signal
+            tolerance /= new.alphas_cumprod[t].item() ** 0.5
         assert_same(found.prev_sample, expected.prev_sample, tolerance)
         assert_same(found.pred_original_sample, expected.pred_original_sample, tolerance)
         assert int(new.previous_timestep(t)) == int(old.previous_timestep(t))
@@ -172,7 +175,7 @@ def test_bits_per_dim_are_those_of_before(before, unet, how, variance):
             results.append(pipe.bits_per_dim(images, seed=3, **how))
     expected, found = results
     assert found.total == pytest.approx(expected.total, rel=1e-6)
-    assert_same(found.parts_per_image, expected.parts_per_image)
+    assert_same(found.parts_per_image, expected.parts_per_image, 2e-6)  # of float32 networks
     assert_same(found.per_timestep, expected.per_timestep)
     assert found.network_evaluations == expected.network_evaluations
 

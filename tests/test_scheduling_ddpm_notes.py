@@ -1,12 +1,14 @@
-"""The scheduler as a component: a drop-in for `diffusers.DDPMScheduler` where that is right, and right where it is not.
+"""The scheduler is `diffusers.DDPMScheduler` where that one is right, and right where it is not.
 
-What is right is decided by `Reference`, a float64 computation from the equations that shares no code with the
-scheduler. Where stock is wrong it is not compared; each of these has a test below that is named after the symptom:
+What is right is decided by `Reference`, a float64 computation from the equations that shares no
+code with the scheduler. Where stock is wrong it is not compared; each of these has a test below
+that is named after the symptom:
 
 - the last step of a path that ends above t = 0: stock adds noise to the final image;
 - trailing spacing with 61 and other numbers of steps: stock appends a timestep -1;
 - beta_schedule "laplace": stock takes sqrt(alpha_bar) for alpha_bar;
-- "fixed_large_log" and "learned": stock takes the square root of a log variance, NaN where that is negative;
+- "fixed_large_log" and "learned": stock takes the square root of a log variance, NaN where that is
+  negative;
 - "learned_range" at s = -1: stock's lowest log variance is -46 there (its `step` never uses it);
 - add_noise and get_velocity in bf16 and fp16: stock rounds alpha_bar before it takes 1 - alpha_bar.
 
@@ -56,12 +58,12 @@ def rms(got: torch.Tensor, expected) -> float:
 
 
 def like_stock(got: torch.Tensor, stock: torch.Tensor) -> bool:
-    """Within the error of stock's float32 tables, whose posterior variances are off by up to 4e-4."""
+    """Within the error of stock's float32 tables: up to 4e-4 of a posterior variance."""
     return rms(got, stock) < 1e-4 and (got - stock).abs().max() < 5e-4 * stock.abs().max()
 
 
 class Reference:
-    """Algorithm 2 in float64, from the equations: products for alpha_bar, numpy, nothing kept between calls."""
+    """Algorithm 2 in float64 numpy, from the equations, with products for alpha_bar."""
 
     def __init__(self, T=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", trained_betas=None, **config):
         self.config, i = config, np.arange(T)
@@ -125,7 +127,7 @@ class Reference:
 
 
 def network_output(reference: Reference, t: int, shape: tuple = SHAPE) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t and an imperfect network's output at it, with a variance half where the type asks for one."""
+    """x_t and an imperfect network's output, with a variance half where the type has one."""
     seed = 10 * t
     x_0, eps = images(seed, shape), randn(seed + 1, shape)
     x_t = torch.from_numpy(reference.add_noise(x_0, eps, t)).float()
@@ -193,7 +195,8 @@ def test_steps_agree_with_stock_and_with_float64(case, T):
                 x_t, output = network_output(reference, int(t))
                 got = ours.step(output, t, x_t, generator=gen(7))
                 x_s, x_0 = reference.step(output, int(t), s, x_t, randn(7))
-                # x0_hat = (x_t - noise eps) / signal: float32 has fewer digits left at a small signal
+                # x0_hat = (x_t - noise eps) / signal: float32 has fewer digits left at a small
+                # signal
                 signal = reference.alpha_bar[t] ** 0.5 if ours.config.prediction_type == "epsilon" else 1
                 digits = 1e-6 * max(1, 0.02 / signal)
                 assert rms(got.prev_sample, x_s) < digits and rms(got.pred_original_sample, x_0) < digits, where
@@ -368,13 +371,55 @@ def test_a_variance_half_that_is_not_used_changes_nothing(config):
             assert torch.equal(*terms) and terms[0].shape == (2,)
 
 
-# ------------------------------------------------------------------------------------ stock's defects stay fixed
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "case", ["linear", "fixed_large", "learned_range", "learned", "optimal", "thresholding", "zero_snr_v", "eta"]
+)
+def test_no_step_forces_a_device_sync(case, where):
+    """Tensors on the device "meta" hold no values: to read one is an error, as to wait for one is.
+
+    Timesteps on the CPU, which are checked there, and timesteps on the device, which are not.
+    """
+    config = {"eta": 0.5} if case == "eta" else settings(case, 1000)
+    scheduler = DDPMNotesScheduler(**config)
+    scheduler.set_timesteps(10, device=where)
+    channels = 6 if case.startswith("learned") else 3
+    x_t, output = torch.empty(SHAPE, device="meta"), torch.empty(2, channels, 4, 4, device="meta")
+    for t in scheduler.timesteps:
+        result = scheduler.step(output, t, x_t)
+        assert result.prev_sample.device.type == result.pred_original_sample.device.type == "meta"
+        assert result.prev_sample.shape == SHAPE and result.prev_sample.dtype == torch.float32
+        assert scheduler.previous_timestep(t).device.type == where
+    steps = torch.tensor([900, 5], device=where)
+    scheduler.add_noise(x_t, x_t, steps), scheduler.get_velocity(x_t, x_t, steps)
+    scheduler.predict_noise(output, x_t, steps), scheduler.prior_kl(x_t, steps)
+    scheduler.posterior_mean_variance(x_t, x_t, steps, steps - 1)
+    scheduler.reverse_mean_variance(output, x_t, steps, steps - 1)
+    if case != "eta":
+        for last in ([900, 5], [900, -1], [-1, -1]):
+            terms = scheduler.vlb_terms(output, x_t, x_t, torch.tensor([901, 6]), torch.tensor(last, device=where))
+            assert terms.shape == (2,)
+
+
+def test_timesteps_on_the_device_give_the_steps_of_timesteps_on_the_cpu(monkeypatch):
+    """The look-ups of an accelerator, on the CPU: `is_cpu` is what tells the two apart."""
+    scheduler = DDPMNotesScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(7)
+    x_t, output = randn(0), torch.cat([randn(1), images(2)], dim=1)
+    expected = [scheduler.step(output, t, x_t, generator=gen(3)).prev_sample for t in scheduler.timesteps]
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    for t, x_s in zip(scheduler.timesteps, expected, strict=True):
+        torch.testing.assert_close(scheduler.step(output, t, x_t, generator=gen(3)).prev_sample, x_s, rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------- stock's defects stay fixed
 
 
 @pytest.mark.parametrize("T", [10, 100, 1000])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_every_number_of_steps_gives_that_many_falling_timesteps_in_range(T, spacing):
-    # stock: trailing appends -1 for 61 and 61 other numbers up to 1000, and its loop then saturates the images
+    # stock: trailing appends -1 for 61 and 61 other numbers up to 1000, and its loop then saturates
+    # the images
     ours, stock = DDPMNotesScheduler(T, timestep_spacing=spacing), DDPMScheduler(T, timestep_spacing=spacing)
     for n in range(T, 0, -1 if spacing == "trailing" or T < 1000 else -13):
         ours.set_timesteps(n), stock.set_timesteps(n)
@@ -385,7 +430,8 @@ def test_every_number_of_steps_gives_that_many_falling_timesteps_in_range(T, spa
 
 @pytest.mark.parametrize("variance_type", ["fixed_large_log", "learned"])
 def test_log_variances_do_not_give_nan(variance_type):
-    # stock: sqrt(log variance) is NaN, always (fixed_large_log) or for every negative output (learned)
+    # stock: sqrt(log variance) is NaN, always (fixed_large_log) or for every negative output
+    # (learned)
     scheduler = DDPMNotesScheduler(variance_type=variance_type)
     log_variance = -4 * torch.rand(SHAPE) if variance_type == "learned" else torch.empty(2, 0, 4, 4)
     for t in scheduler.timesteps[::37]:
@@ -393,7 +439,8 @@ def test_log_variances_do_not_give_nan(variance_type):
 
 
 def test_learned_range_at_the_decoder_starts_from_the_floor_of_the_papers():
-    # stock: log variance -46 (a variance of 1e-20) at t = 0; improved-diffusion: log pv(1, 0) = -9.8
+    # stock: log variance -46 (a variance of 1e-20) at t = 0; improved-diffusion: log pv(1, 0) =
+    # -9.8
     scheduler = DDPMNotesScheduler(variance_type="learned_range")
     x_t, v = randn(0), torch.full(SHAPE, -1.0)
     low = scheduler.reverse_mean_variance(torch.cat([randn(1), v], dim=1), x_t, 0, -1)[1]
@@ -405,7 +452,8 @@ def test_learned_range_at_the_decoder_starts_from_the_floor_of_the_papers():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 def test_noise_is_added_in_half_precision(beta_schedule, dtype):
-    # stock: 1 - alpha_bar is 0 in bf16 at 10 / 16 / 21 / 12 timesteps, and the image comes back without any noise
+    # stock: 1 - alpha_bar is 0 in bf16 at 10 / 16 / 21 / 12 timesteps, and the image comes back
+    # without any noise
     scheduler, reference = DDPMNotesScheduler(beta_schedule=beta_schedule), Reference(beta_schedule=beta_schedule)
     shape = (1, 1, 64, 64)
     x_0, eps = images(0, shape).to(dtype), randn(1, shape, dtype)
@@ -426,7 +474,8 @@ def test_noise_is_added_in_half_precision(beta_schedule, dtype):
 
 @pytest.mark.parametrize("T", [10, 100, 1000])
 def test_laplace_schedule_is_snr_over_one_plus_snr(T):
-    # stock: the square root of it, so that alpha_bar ends at 0.0316 and a tenth of the image is left in x_T
+    # stock: the square root of it, so that alpha_bar ends at 0.0316 and a tenth of the image is
+    # left in x_T
     got = DDPMNotesScheduler(T, beta_schedule="laplace").alphas_cumprod.double().numpy()
     for i, alpha_bar in enumerate(got):
         distance = 0.5 - (i + 1) / T
@@ -438,7 +487,8 @@ def test_laplace_schedule_is_snr_over_one_plus_snr(T):
 @pytest.mark.parametrize("case", ["linear", "fixed_large", "learned_range", "optimal", "learned", "eta"])
 @pytest.mark.parametrize("path", [{"num_inference_steps": 10}, {"num_inference_steps": 1}, {"timesteps": [999, 30]}])
 def test_the_final_image_has_no_noise_on_a_path_that_ends_above_0(case, path):
-    # stock: noise wherever t > 0, of standard deviation 0.3 at the end of a trailing path of 10 with fixed_large
+    # stock: noise wherever t > 0, of standard deviation 0.3 at the end of a trailing path of 10
+    # with fixed_large
     config = {"eta": 1.0} if case == "eta" else settings(case, 1000)
     scheduler, reference = DDPMNotesScheduler(timestep_spacing="trailing", **config), Reference(**config)
     scheduler.set_timesteps(**path)
@@ -476,7 +526,7 @@ def test_zero_terminal_snr_is_finite_everywhere(prediction_type, extra, zero):
             assert x_t.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------ errors name what is wrong
+# ------------------------------------------------------------------------ errors name what is wrong
 
 
 def refusal(call) -> str:
@@ -679,7 +729,8 @@ def test_saved_settings_survive_a_round_trip_also_through_the_stock_class(case, 
     assert again.to_json_string() == third.to_json_string() == scheduler.to_json_string()
     assert stock.variance_type == OURS[case].get("variance_type", "fixed_small").replace("optimal", "fixed_small")
     saved = json.loads((tmp_path / "a" / "scheduler_config.json").read_text())
-    # in memory as well: by this name diffusers' `from_config` knows which settings to pass over without a warning
+    # in memory as well: by this name diffusers' `from_config` knows which settings to pass over
+    # without a warning
     assert saved["_class_name"] == scheduler.config["_class_name"] == again.config["_class_name"] == "DDPMScheduler"
     assert saved.keys() - {"_ddpm_notes"} == json.loads(DDPMScheduler().to_json_string()).keys()
 
@@ -785,7 +836,8 @@ def test_copies_step_the_same(case, how):
 @pytest.mark.parametrize("sampler", ["noise", "eta=0"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_a_chain_of_1000_steps_keeps_its_digits(prediction_type, sampler):
-    # the best denoiser for Gaussian pixels of variance 0.25, in float64, its answers rounded as a network's are
+    # the best denoiser for Gaussian pixels of variance 0.25, in float64, its answers rounded as a
+    # network's are
     config = {"prediction_type": prediction_type, "clip_sample": False}
     scheduler, reference = DDPMNotesScheduler(eta=0.0 if sampler == "eta=0" else None, **config), Reference(**config)
     scheduler.set_timesteps(1000)
@@ -845,5 +897,5 @@ def test_one_pair_for_all_images_is_that_pair_for_each(s):
     for value in (t, torch.tensor(t), torch.tensor([t])):
         torch.testing.assert_close(scheduler.add_noise(x_0, noise, value), x_t, atol=0, rtol=0)
     for wrong in (-1, 10):
-        with pytest.raises(ValueError, match="allowed: 0 to 9"):
+        with pytest.raises(ValueError, match="must be from 0 to 9"):
             scheduler.add_noise(x_0, noise, torch.tensor([wrong]))

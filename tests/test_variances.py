@@ -1,4 +1,4 @@
-"""What data tells the scheduler: measured numbers against exact ones, best paths against a search through all of them."""
+"""Measured variances against exact ones, best paths against a search through all of them."""
 
 import itertools
 import math
@@ -68,7 +68,7 @@ def test_the_measurement_depends_neither_on_the_batches_nor_on_the_processes():
 
 
 def test_the_fitted_decoder_brings_the_coin_below_1_01_bits(coin_mse):
-    """pv(1, 0) costs the coin half a bit: the fitted variance gives it back (1.5167 -> below 1.01 bits/dim)."""
+    """pv(1, 0) costs the coin half a bit: the fitted variance saves it (1.5167 -> below 1.01)."""
     pipe, images = coin(), coin_images(100)
     variance, cost = fit_decoder_variance(pipe, images)
     assert variance == pytest.approx(1e-6, rel=1e-6) and cost < 1e-3
@@ -137,9 +137,12 @@ def test_the_best_path_is_the_best_of_all_paths(K):
 def test_all_paths_cost_the_same_on_gaussian_data():
     """log(1 + (SNR_s - SNR_t) V_t) / 2 telescopes when V is a Gaussian's."""
     scheduler = DDPMNotesScheduler()
-    alpha_bar = np.exp(scheduler._log_alpha_bar[:-1].numpy())
+    alpha_bar = scheduler.chain.log_alpha_bar[:-1].exp().numpy()
     costs = step_costs(scheduler, 0.25 * (1 - alpha_bar) / (0.25 * alpha_bar + 1 - alpha_bar))
-    sums = [sum(costs[t, s] for t, s in itertools.pairwise(path)) for path in ([999, 0], [999, 500, 3, 0], list(range(999, -1, -1)))]
+    sums = [
+        sum(costs[t, s] for t, s in itertools.pairwise(path))
+        for path in ([999, 0], [999, 500, 3, 0], list(range(999, -1, -1)))
+    ]
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-10)
 
 
@@ -154,7 +157,7 @@ def test_prior_costs_are_the_schedulers_prior_kl():
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("K", [10, 25, 100])
 def test_optimal_is_below_the_fixed_variances_on_the_data_it_was_measured_on(K, variance):
-    """Also for an imperfect network: here one whose eps is 2 % too large, where the score-norm formula fails."""
+    """Also for a network whose eps is 2 % too large, where the score-norm formula fails."""
     pipe, images = coin(), coin_images(128)
     forward = pipe.unet.forward
     pipe.unet.forward = lambda x, t, **kwargs: (forward(x, t, **kwargs)[0] * 1.02,)

@@ -1,7 +1,8 @@
-"""The likelihood through its public door: against data of known entropy, closed forms and an independent computation.
+"""The bound against data of known entropy, closed forms and a second computation.
 
-Coin: pixels -1 or 1 at random, 1 bit each; with the exact denoiser the bound's parts are one-dimensional integrals (prior, KL sum, decoder
-2.911295e-05, 1.006812, 0.509825 bits/dim for linear betas, T = 1000, fixed_small), found by quadrature outside this library.
+Coin: pixels -1 or 1 at random, 1 bit each; with the exact denoiser the bound's parts are
+one-dimensional integrals (prior, KL sum, decoder 2.911295e-05, 1.006812, 0.509825 bits/dim for
+linear betas, T = 1000, fixed_small), found by quadrature outside this library.
 """
 
 import io
@@ -18,7 +19,8 @@ from ddpm_notes_pipeline.oracles import CoinDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 
-# Short chains and paths are used here for their speed; that they start from a visible image is tested below.
+# Short chains and paths are used here for their speed; that they start from a visible image is
+# tested below.
 pytestmark = pytest.mark.filterwarnings("ignore:alpha_bar at the path's first timestep")
 PRIOR, KL_SUM, DECODER = 2.911295e-05, 1.006812, 0.509825
 
@@ -61,7 +63,7 @@ def levels(n=3, channels=1, seed=1):
     return torch.randint(0, 256, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ against known entropy
+# ---------------------------------------------------------------------------- against known entropy
 
 
 def test_the_coins_bound_in_full_is_the_integrals():
@@ -83,11 +85,15 @@ def test_the_coins_bound_from_few_evaluations_is_the_integrals():
     assert result.network_evaluations == 150 * 38 + 16 * 37  # the images, and the pilot
 
 
-@pytest.mark.parametrize(("variance", "kl_sum"), [("fixed_small", 96.462161), ("fixed_large", 5.893717), ("optimal", 4.902171)])
+@pytest.mark.parametrize(
+    ("variance", "kl_sum"), [("fixed_small", 96.462161), ("fixed_large", 5.893717), ("optimal", 4.902171)]
+)
 def test_a_path_of_ten_steps_has_its_own_bound(variance, kl_sum):
     pipe = coin()
     mse = pipe.unet.denoising_error(torch.arange(1000)).tolist()
-    pipe.scheduler = DDPMNotesScheduler.from_config(pipe.scheduler.config, variance_type=variance, original_sample_mse=mse)
+    pipe.scheduler = DDPMNotesScheduler.from_config(
+        pipe.scheduler.config, variance_type=variance, original_sample_mse=mse
+    )
     path = np.linspace(0, 999, 10).round()[::-1].astype(int).tolist()
     result = pipe.bits_per_dim(coin_images(400), timesteps=path)
     assert abs(result.diffusion - kl_sum) < 3 * result.standard_errors["diffusion"]
@@ -106,7 +112,7 @@ def test_the_interval_of_two_standard_errors_covers_the_truth_as_often_as_it_say
 
 
 def test_few_evaluations_estimate_the_same_number_as_all_of_them():
-    """On one fixed image: the mean over many seeds of the cheap estimate is the mean of the full one, for an untrained network too."""
+    """On one image, over many seeds, also for an untrained network."""
     pipe, image = pipeline(num_train_timesteps=40, beta_end=0.3), levels(1)
     full = torch.tensor([pipe.bits_per_dim(image, full=True, seed=seed).total for seed in range(50)])
     cheap = torch.tensor([pipe.bits_per_dim(image, evaluations_per_image=6, seed=seed).total for seed in range(250)])
@@ -115,14 +121,17 @@ def test_few_evaluations_estimate_the_same_number_as_all_of_them():
     assert error < 0.03 * full.mean()
 
 
-# ------------------------------------------------------------------------------------------------ against the equations
+# ---------------------------------------------------------------------------- against the equations
 
 
 @pytest.mark.parametrize(
     ("settings", "doubled"),
     [
         ({}, False),
-        ({"variance_type": "fixed_large", "prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}, False),
+        (
+            {"variance_type": "fixed_large", "prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
+            False,
+        ),
         ({"variance_type": "learned_range"}, True),
         ({"prediction_type": "sample", "clip_sample": False}, False),
     ],
@@ -190,7 +199,7 @@ def test_the_parts_add_up():
     assert math.isnan(pipeline().bits_per_dim(levels(1), evaluations_per_image=4).standard_error)
 
 
-# ------------------------------------------------------------------------------------------------ whatever the images come as
+# ---------------------------------------------------------------------- whatever the images come as
 
 
 def test_every_kind_of_input_gives_the_same_number():
@@ -331,7 +340,7 @@ def test_a_chain_that_does_not_reach_noise_is_warned_of():
         pipeline(num_train_timesteps=100).bits_per_dim(levels(1), num_inference_steps=100)
 
 
-# ------------------------------------------------------------------------------------------------ what has no bound
+# -------------------------------------------------------------------------------- what has no bound
 
 
 @pytest.mark.parametrize(
@@ -349,7 +358,7 @@ def test_a_chain_that_does_not_reach_noise_is_warned_of():
         (iter([]), "empty"),
         (levels(0), "empty"),
         (7, "int"),
-        ([PIL.Image.new("L", (8, 8)), PIL.Image.new("L", (9, 8))], "allowed: one size"),
+        ([PIL.Image.new("L", (8, 8)), PIL.Image.new("L", (9, 8))], "must have one size"),
     ],
 )
 def test_what_is_no_set_of_8_bit_images_is_refused(images, says):

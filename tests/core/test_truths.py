@@ -1,14 +1,18 @@
 """The scheduler against the mathematics: closed forms, printed numbers, identities.
 
-Every expected value is computed here, from the equations, in extended or arbitrary precision; the library supplies the
-other side through its public methods alone. What is `printed` comes from independent computations outside this file.
+Every expected value is computed here, from the equations, in extended or arbitrary precision; the
+library supplies the other side through its public methods alone. What is `printed` comes from
+independent computations outside this file.
 
-    alpha_bar_t = prod(1 - beta), alpha_bar_{-1} = 1 (s = -1 is the data);  SNR = alpha_bar / (1 - alpha_bar)
+    alpha_bar_t = prod(1 - beta), alpha_bar_{-1} = 1 (s = -1 is the data)
+    SNR = alpha_bar / (1 - alpha_bar)
     for a pair s < t:  a = alpha_bar_t / alpha_bar_s,  b = 1 - a,
     q(x_s | x_t, x_0) = N(c_0 x_0 + c_t x_t, pv),   c_0 = sqrt(alpha_bar_s) b / (1 - alpha_bar_t),
-    c_t = sqrt(a) (1 - alpha_bar_s) / (1 - alpha_bar_t),   pv = (1 - alpha_bar_s) b / (1 - alpha_bar_t)
+    c_t = sqrt(a) (1 - alpha_bar_s) / (1 - alpha_bar_t),
+    pv = (1 - alpha_bar_s) b / (1 - alpha_bar_t)
 
-(Ho et al. 2020, eqs. 4-7, for a step that may skip timesteps.) Below, `ab` is alpha_bar and `om` is 1 - alpha_bar.
+(Ho et al. 2020, eqs. 4-7, for a step that may skip timesteps.) Below, `ab` is alpha_bar and `om` is
+1 - alpha_bar.
 """
 
 import math
@@ -35,7 +39,7 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 many = settings(max_examples=40, deadline=None, derandomize=True)
 
-# ------------------------------------------------------------------------------------------ the independent computation
+# ---------------------------------------------------------------------- the independent computation
 
 
 class Chain:
@@ -93,7 +97,7 @@ def total(x: Any) -> Any:
 
 
 def close(actual: Any, expected: Any, scale: Any = 0.0, digits: float = 1e-12) -> None:
-    """Equal to `digits` of the expected value, or of `scale`: the size of the terms that it is the sum of."""
+    """Equal to `digits` of the expected value, or of `scale`, the size of its summands."""
     error = np.abs(np.asarray(actual) - expected)
     assert error.shape == actual.shape  # the expected value may be one for all, not the actual one
     assert (error <= digits * (np.abs(expected) + np.abs(scale))).all(), f"{error.max()}: {actual} is not {expected}"
@@ -101,7 +105,7 @@ def close(actual: Any, expected: Any, scale: Any = 0.0, digits: float = 1e-12) -
 
 @dataclass(frozen=True)
 class Case:
-    """A schedule, a pair of steps for each sample, and any images: x_0, x_t and a network's belief about x_0."""
+    """A schedule, a pair of steps for each sample, any x_0, x_t, and a network's guess of x_0."""
 
     betas: Any
     t: np.ndarray
@@ -142,7 +146,7 @@ def cases(draw: Any, lowest_s: int = 0) -> Case:
     return Case(betas, t, s, rng.uniform(-1, 1, shape), rng.normal(size=shape), rng.normal(size=shape))
 
 
-# ----------------------------------------------------------------------------------- the forward process, the posterior
+# --------------------------------------------------------------- the forward process, the posterior
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -162,7 +166,7 @@ def test_named_schedule_is_its_formula(schedule: str, T: int) -> None:
 @given(cases(lowest_s=-1))
 @many
 def test_forward_jump_is_its_single_steps_composed(case: Case) -> None:
-    """x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) noise for k = s+1..t, and sqrt(a) x_s + sqrt(b) noise at once."""
+    """x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) noise, k = s+1..t, is one jump from s to t."""
     scheduler, p = case.scheduler(), case.pair()
     mean_t, variance_t = scheduler.forward_mean_variance(tensor(case.x_0), tensor(case.t))
     for i, (t, s) in enumerate(zip(case.t, case.s, strict=True)):
@@ -213,7 +217,7 @@ def test_posterior_is_its_closed_form_and_the_data_at_s_minus_one(case: Case) ->
     close(mean.numpy()[data], case.x_0[data])
 
 
-# ----------------------------------------------------------------------------------------------------- the reverse step
+# --------------------------------------------------------------------------------- the reverse step
 
 
 @given(cases(lowest_s=-1))
@@ -247,7 +251,7 @@ def test_mean_in_terms_of_eps_is_the_notes_formula(case: Case) -> None:
 @many
 @example(Case(betas_of("linear", 1000), *np.array([[999], [499]]), *np.full((3, 1, 1), 0.5)), 0.0)
 def test_eta_gives_the_ddim_step_and_one_is_fixed_small(case: Case, any_eta: float) -> None:
-    """Song et al. 2021, eq. 12, eps_hat from the clipped x0_hat; eta = 1 is the posterior's mean and variance."""
+    """Song et al. 2021, eq. 12, eps_hat from the clipped x0_hat; eta = 1 is the posterior."""
     p, x_0 = case.pair(), np.clip(case.belief, -1, 1)
     eps = (case.x_t - np.sqrt(p.ab_t) * x_0) / np.sqrt(p.om_t)
     for eta in (0.0, 1.0, any_eta):
@@ -267,7 +271,7 @@ def test_eta_gives_the_ddim_step_and_one_is_fixed_small(case: Case, any_eta: flo
 @given(cases(), st.sampled_from(["sample", "v_prediction"]))
 @many
 def test_zero_terminal_snr_forgets_x_t(case: Case, prediction_type: str) -> None:
-    """alpha_bar_T = 0: prior 0, mean sqrt(alpha_bar_s) x0_hat, variance 1 - alpha_bar_s, KL = SNR_s / 2 error^2."""
+    """Prior 0, mean sqrt(alpha_bar_s) x0_hat, variance 1 - alpha_bar_s, KL = SNR_s / 2 error^2."""
     root = np.exp(Chain(case.betas).log[:-1] / 2)  # Lin et al. 2024, algorithm 1
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     ab_s, om_s = (column(np.float64(x[case.s]), case.x_0) for x in (root**2, 1 - root**2))
@@ -304,7 +308,7 @@ def test_step_is_the_mean_plus_noise_of_the_variance_and_the_mean_alone_at_the_d
                 assert abs(average.item()) < 4 * sd / z.numel() ** 0.5
 
 
-# --------------------------------------------------------------------------------------------------- terms of the bound
+# ------------------------------------------------------------------------------- terms of the bound
 
 KINDS: dict[
     str, tuple[str, float | None, Callable[..., Any]]
@@ -355,7 +359,7 @@ def test_kl_of_fixed_small_is_half_the_snr_difference_times_squared_error(case: 
 @given(cases())
 @many
 def test_weight_of_squared_eps_error_is_what_algorithm_1_drops(case: Case) -> None:
-    """KL = b / (2 a (1 - alpha_bar_s)) times the squared error of eps; "simple" training puts 1 in its place."""
+    """KL = b / (2 a (1 - alpha_bar_s)) times the squared error of eps; "simple" weighs it by 1."""
     p = case.pair()
     weight = p.b / (2 * p.a * p.om_s)
     error = (case.x_t - np.sqrt(p.ab_t) * case.x_0) / np.sqrt(p.om_t) - case.belief
@@ -367,7 +371,7 @@ def test_weight_of_squared_eps_error_is_what_algorithm_1_drops(case: Case) -> No
 @given(cases(), st.floats(0.01, 4))
 @many
 def test_optimal_variance_has_the_least_expected_kl_on_gaussian_data(case: Case, s2: float) -> None:
-    """x_0 - x0_hat has variance V_t = s^2 (1 - alpha_bar) / (alpha_bar s^2 + 1 - alpha_bar); the KL is quadratic."""
+    """V_t = s^2 (1 - alpha_bar) / (alpha_bar s^2 + 1 - alpha_bar); the KL is quadratic."""
     chain = Chain(case.betas)
     V = s2 / (np.float64(np.exp(chain.log[:-1]) / -np.expm1(chain.log[:-1])) * s2 + 1)
     p, V_t, nothing = chain.pair(case.t, case.s), V[case.t], np.zeros((len(case.t), 1))
@@ -389,7 +393,7 @@ def test_prior_kl_is_that_of_two_gaussians(case: Case) -> None:
     close(case.scheduler().prior_kl(tensor(case.x_0), tensor(case.t)), total(pixels), case.x_0[0].size * 1e-2)
 
 
-# ---------------------------------------------------------------------------------------------------------- the decoder
+# -------------------------------------------------------------------------------------- the decoder
 
 LEVELS = np.arange(256) / 127.5 - 1
 
@@ -479,7 +483,7 @@ MSE = np.linspace(0, 0.5, 1000).tolist()
     ],
 )
 def test_decoder_variance_follows_the_end_of_the_path(options: dict, path: list[int], exact: Any) -> None:
-    """pv(1, 0) at t = 0; the pair really above where the path ends higher; the error of x0_hat, or a fitted number."""
+    """pv(1, 0) at t = 0; the path's last pair where it ends higher; V_t, or a fitted number."""
     scheduler = DDPMNotesScheduler(**options)
     scheduler.set_timesteps(timesteps=path)
     x = torch.zeros(1, 1, dtype=torch.float64)
@@ -496,7 +500,7 @@ def test_learned_decoder_variance_is_the_networks_own_with_pv_1_0_as_its_floor(v
         assert variance.item() == pytest.approx(exact, rel=1e-12)
 
 
-# ------------------------------------------------------------------- printed numbers: linear betas 1e-4..0.02, T = 1000
+# ----------------------------------------------- printed numbers: linear betas 1e-4..0.02, T = 1000
 
 USUAL = Chain(betas_of("linear", 1000))
 SIGNAL, NOISE = (np.float64(np.sqrt(x)) for x in (np.exp(USUAL.log[:-1]), -np.expm1(USUAL.log[:-1])))
@@ -512,7 +516,7 @@ def normal_grid(reach: float, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def error_of_coin(scale: float = 1.0, clip: bool = False) -> np.ndarray:
-    """V_t = E(1 - x0_hat)^2 given x_0 = 1, for all t; x0_hat = tanh(..), or what an eps `scale` times as large says."""
+    """V_t = E(1 - x0_hat)^2 given x_0 = 1, for all t; x0_hat = tanh(..), or that of `scale` eps."""
     z, weight = normal_grid(10, 2001)  # not the grid that the scheduler's terms are integrated on
     signal, noise = SIGNAL[:, None], NOISE[:, None]
     x_t = signal + noise * z
@@ -525,7 +529,7 @@ V = {"coin": error_of_coin(), "gaussian": S2 * NOISE**2 / (SIGNAL**2 * S2 + NOIS
 
 
 def kl_sums(path: Any, mse: np.ndarray) -> dict[str, float]:
-    """Expected KL of all pairs of a rising path, bits/dim, with the mean of a network whose error is `mse`."""
+    """Expected KL of all pairs of a rising path, bits/dim, of a network whose error is `mse`."""
     p, error = USUAL.pair(path[1:], path[:-1]), mse[path[1:]]
     variances = {"fixed_small": p.pv, "fixed_large": p.b, "optimal": p.pv + p.c_0**2 * error}
     return {k: (np.log(v / p.pv) + (p.pv + p.c_0**2 * error) / v - 1).sum() / (2 * LN2) for k, v in variances.items()}
@@ -534,7 +538,7 @@ def kl_sums(path: Any, mse: np.ndarray) -> dict[str, float]:
 def terms(
     data: str, scheduler: DDPMNotesScheduler, path: Any, x_0: float = 1.0, scale: float = 1.0, clip: bool | None = None
 ) -> np.ndarray:
-    """Expectation of the scheduler's term of each pair of a rising path, bits/dim: one-pixel images on a grid."""
+    """The scheduler's expected term of each pair of a rising path, bits/dim: a pixel on a grid."""
     if data == "coin":  # given x_0
         z, weight = normal_grid(8.5, 171)
         x, unet = np.full_like(z, x_0), CoinDenoiser.from_scheduler(scheduler)
@@ -620,7 +624,7 @@ def test_bound_of_the_coin_is_prior_plus_kls_plus_decoder(x_0: float) -> None:
 
 
 def test_coin_on_the_best_path_of_ten() -> None:
-    """An edge (t, s) costs log(optimal / posterior variance) / 2; the cheapest 9 edges from 999 to 0."""
+    """The cheapest 9 edges from 999 to 0; (t, s) costs log(optimal / posterior variance) / 2."""
     t, s = np.nonzero(ALL[:, None] > ALL)
     p, cost = USUAL.pair(t, s), np.full((1000, 1000), np.inf)
     cost[t, s] = np.log1p(p.c_0**2 * V["coin"][t] / p.pv) / 2
@@ -637,7 +641,7 @@ def test_coin_on_the_best_path_of_ten() -> None:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("K", [10, 100, 1000])
 def test_optimal_variance_is_best_for_an_imperfect_network_too(K: int, clip: bool) -> None:
-    """eps 2% too large on the coin: V is measured on x0_hat as it is used, and no fixed variance does better."""
+    """eps 2 % too large on the coin: V is that of x0_hat as used; no fixed variance is better."""
     mse, path = error_of_coin(1.02, clip), np.linspace(0, 999, K).round().astype(int)
     found = {kind: terms("coin", usual(kind, mse), path, 1.0, 1.02, clip).sum() for kind in kl_sums(path, mse)}
     assert found == pytest.approx(kl_sums(path, mse), rel=1e-3 if clip else 1e-9)  # clipping has a kink, grids see it
@@ -664,7 +668,7 @@ def test_prior_of_a_hundred_usual_betas() -> None:
     assert half - zero == pytest.approx((one - zero) / 4, rel=1e-12)
 
 
-# ----------------------------------------------------------------------- why noise? samplers on Gaussian data, trailing
+# --------------------------------------------------- why noise? samplers on Gaussian data, trailing
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "small": {"variance_type": "fixed_small"},
@@ -691,7 +695,7 @@ def sampler(kind: str, K: int) -> tuple[DDPMNotesScheduler, Any]:
 
 
 def slopes_and_variances(kind: str, K: int) -> tuple[np.ndarray, np.ndarray]:
-    """x_s = slope x_t + sqrt(variance) z for each step of the path, read off the scheduler at x_t = 0 and 1."""
+    """x_s = slope x_t + sqrt(variance) z for each step, from the scheduler at x_t = 0 and 1."""
     scheduler, unet = sampler(kind, K)
     t, s = scheduler.timesteps, torch.cat([scheduler.timesteps[1:], torch.tensor([-1])])
     at = [torch.full((K, 1, 1, 1), x, dtype=torch.float64) for x in (0.0, 1.0)]
@@ -702,7 +706,7 @@ def slopes_and_variances(kind: str, K: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def exact_sample_variance(K: int, kind: str) -> float:
-    """The recursion from the equations: x0_hat = gain x_t, and eps_hat is what x0_hat leaves of x_t."""
+    """The recursion from the equations: x0_hat = gain x_t, eps_hat is what x0_hat leaves of x_t."""
     result = 1.0
     for t, s in pairwise([*(round(1000 - i * 1000 / K) - 1 for i in range(K)), -1]):
         p = USUAL.pair(t, s)
@@ -740,7 +744,7 @@ def test_sample_variance_of_real_samples(kind: str, K: int) -> None:
 @pytest.mark.parametrize("K", [10, 100, 1000])
 @pytest.mark.parametrize("kind", ["small", "large", "optimal"])
 def test_mean_alone_collapses_at_every_number_of_steps(kind: str, K: int) -> None:
-    """z = 0 in Algorithm 2 leaves alpha_bar_T s^4 / (alpha_bar_T s^2 + 1 - alpha_bar_T)^2 of the variance s^2."""
+    """z = 0 leaves alpha_bar_T s^4 / (alpha_bar_T s^2 + 1 - alpha_bar_T)^2 of the variance s^2."""
     ab = math.exp(USUAL.log[999])
     collapsed = ab * S2**2 / (ab * S2 + 1 - ab) ** 2
     assert (slopes_and_variances(kind, K)[0] ** 2).prod() == pytest.approx(collapsed, rel=1e-10)

@@ -269,7 +269,7 @@ def test_each_revision_and_each_repository_runs_its_own_code(hub, tmp_path):
     for version, repo in (("first", "user/one"), ("second", "user/one"), ("third", "user/two")):
         asked = code.replace(at, f"    def version(self):\n        return _version()\n\n{at}")
         asked = asked.replace(
-            "def _in_model_range(", f"def _version():\n    return {version!r}\n\n\ndef _in_model_range("
+            "def is_ddpm(", f"def _version():\n    return {version!r}\n\n\ndef is_ddpm("
         )
         assert asked.count("_version()") == 2
         (copy / "pipeline.py").write_text(asked)

@@ -1,0 +1,1 @@
+"""What the notes derive: the Gaussian chain, the 8-bit levels and the likelihood bound."""

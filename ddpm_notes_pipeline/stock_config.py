@@ -1,0 +1,89 @@
+"""How settings that stock diffusers classes do not know live in a config that they load.
+
+Ours sit in one private entry, which stock classes load and save again without a word. The setting
+`variance_type` holds what they can fall back to: the learned type where the network outputs a
+variance, as they must know to split its output, and "fixed_small" elsewhere.
+"""
+
+import inspect
+import json
+from typing import Any, ClassVar
+
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+
+PRIVATE_ENTRY = "_ddpm_notes"
+STOCK_FALLBACK = "fixed_small"
+
+
+class StockConfigMixin(ConfigMixin):
+    """A config under a stock class's name, with our settings in a private entry.
+
+    A subclass keeps each private setting, and `variance_type`, in an attribute of that name, and
+    calls `hide_private_settings` once they are set.
+    """
+
+    stock_class: ClassVar[str]
+    private_settings: ClassVar[tuple[str, ...]]
+    private_variance_types: ClassVar[tuple[str, ...]]
+    learned_variance_types: ClassVar[tuple[str, ...]]
+    variance_type: str
+
+    def hide_private_settings(self, stock_variance_type: str = STOCK_FALLBACK) -> None:
+        """Move what stock classes do not know into the private entry.
+
+        Args:
+            stock_variance_type: what they read in the place of a variance type of ours.
+        """
+        config = {name: value for name, value in self.config.items() if name not in self.private_settings}
+        ours = {name: value for name in self.private_settings if (value := getattr(self, name)) is not None}
+        if self.variance_type in self.private_variance_types:
+            ours["variance_type"], config["variance_type"] = self.variance_type, stock_variance_type
+            if stock_variance_type != STOCK_FALLBACK:
+                ours["stock_variance_type"] = stock_variance_type
+        if ours:
+            config[PRIVATE_ENTRY] = ours
+        # "_use_default_values" is an entry of stock configs, too: only of settings that they know
+        defaults = [name for name in config.pop("_use_default_values", []) if name not in self.private_settings]
+        if defaults:
+            config["_use_default_values"] = defaults
+        self._internal_dict = FrozenDict(config)
+
+    def private_setting(self, name: str) -> Any:
+        """The configured value of a private setting, None where there is none."""
+        return self.config.get(PRIVATE_ENTRY, {}).get(name)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As diffusers', under the stock class's name.
+
+        By that name `from_config` of other classes knows what to pass over without a warning.
+        """
+        if "_use_default_values" in kwargs:
+            # diffusers lists arguments given by position here, too; `from_config` would lose them
+            parameters = inspect.signature(type(self).__init__).parameters
+            names = [name for name in kwargs["_use_default_values"] if kwargs[name] is parameters[name].default]
+            kwargs["_use_default_values"] = names
+        if "_class_name" in kwargs:
+            kwargs["_class_name"] = self.stock_class
+        super().register_to_config(**kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers': from a config of this or of any compatible class, changed by `kwargs`."""
+        stock_variance_type = config.get("variance_type") if isinstance(config, dict) else None
+        if isinstance(config, dict) and PRIVATE_ENTRY in config:
+            config = dict(config)
+            ours = dict(config.pop(PRIVATE_ENTRY))
+            if stock_variance_type != ours.pop("stock_variance_type", STOCK_FALLBACK):
+                ours.pop("variance_type", None)  # somebody has chosen another one since
+            config.update(ours)
+            config["_use_default_values"] = [name for name in config.get("_use_default_values", []) if name not in ours]
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        if stock_variance_type in cls.learned_variance_types:
+            (made[0] if return_unused_kwargs else made).hide_private_settings(stock_variance_type)
+        return made
+
+    def to_json_string(self) -> str:
+        """The config as JSON, under the stock class's name: any diffusers loads it."""
+        config = json.loads(super().to_json_string())
+        self.register_to_config(_class_name=self.stock_class)
+        return json.dumps({**config, "_class_name": self.stock_class}, indent=2, sort_keys=True) + "\n"
