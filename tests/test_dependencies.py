@@ -48,7 +48,7 @@ def optional_imports(path: Path) -> Iterator[tuple[str, str, int]]:
 
 def undeclared(module: str, allowed: set[str]) -> bool:
     top = module.split(".")[0]
-    if top in sys.stdlib_module_names or top in OWN or top.startswith("."):
+    if top in sys.stdlib_module_names or top in OWN or module.startswith("."):
         return False
     return not allowed & {canonical(name) for name in DISTRIBUTIONS.get(top, [top])}
 
