@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from tests.support.hub_content import User
-from tests.support.launching import ROOT, Trainer, once
+from tests.support.launching import ROOT, once
 
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 SHORT_TRAINING = (
@@ -53,13 +53,6 @@ def test_every_command_is_run_or_has_a_reason():
     assert all(len(starts) == 1 for starts in found), dict(zip(commands(), found, strict=True))
     assert {start for starts in found for start in starts} == {*RUN, *NOT_RUN}  # and none here is of an older README
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image
 
-from tests.support.launching import TINY, TRAIN, Trainer
+from tests.support.launching import TINY, TRAIN
 
 FEW, MANY = 2_000, 50_000
 SIDE, A_FILE = 32, 1_000
@@ -33,13 +33,6 @@ finally:
     ended.set()
     print(f"RssAnon: {max(found)} kB at most of {len(found)} times")
 """
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 def write_images(folder: Path, count: int) -> Path:

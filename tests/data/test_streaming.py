@@ -17,7 +17,7 @@ from ddpm_notes_pipeline.data import images as data
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.data.streaming import ImageStream, StreamedBatches, open_stream
 from tests.support.comparing import assert_same, weights
-from tests.support.launching import TINY, Trainer, error_lines, launch
+from tests.support.launching import TINY, error_lines, launch
 
 COUNT = 24  # images; the value of every pixel of image n is n
 
@@ -297,13 +297,6 @@ def test_what_cannot_be_streamed_is_said(stream, shards, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 STREAMED = "--streaming --label_column animal --resolution 8 --shuffle_buffer_size 4 --checkpointing_steps 6".split()

@@ -9,14 +9,13 @@ import pytest
 import yaml
 
 from ddpm_notes_pipeline.training.arguments import (
-    OF_TRAIN_UNCONDITIONAL,
     DataArguments,
     ModelArguments,
     RunArguments,
     as_config,
-    parse_arguments,
     warmup_steps,
 )
+from ddpm_notes_pipeline.training.parser import OF_TRAIN_UNCONDITIONAL, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = (DataArguments, ModelArguments, RunArguments)
@@ -285,7 +284,7 @@ def test_a_name_like_no_other_is_refused_without_a_guess(refused):
 @pytest.mark.parametrize("flag", OF_TRAIN_UNCONDITIONAL)
 def test_a_flag_of_diffusers_script_alone_is_refused_with_what_takes_its_place(refused, parse, flag):
     instead = OF_TRAIN_UNCONDITIONAL[flag]
-    assert f"(in the place of {flag}: {instead})" in refused("--dataset_name", "digits", flag)
+    assert f"(instead of {flag}: {instead})" in refused("--dataset_name", "digits", flag)
     for name in re.findall(r"--(\w+)", instead):
         assert name in parse("--dataset_name", "digits")
 
@@ -376,7 +375,7 @@ def test_a_number_out_of_range_is_refused_alike(refused, name, value):
     rest = [f"--{key}={given}" for key, given in config.items() if key != name]
     messages = refused(*rest, *words), refused(config=config)
     assert messages[0] == messages[1]
-    assert f"--{name} is" in messages[0] and "allowed" in messages[0] and str(value) in messages[0]
+    assert f"--{name} is" in messages[0] and "must be" in messages[0] and str(value) in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +384,7 @@ def test_a_number_out_of_range_is_refused_alike(refused, name, value):
         ({"train_batch_size": 10, "gradient_accumulation_steps": 4}, "--train_batch_size is 10.*steps 4"),
         ({"ddpm_num_steps": 100, "ddpm_num_inference_steps": 101}, "--ddpm_num_inference_steps is 101.*100"),
         ({"validation_split": "test", "validation_share": 0.1}, "--validation_share and --validation_split are both"),
-        ({"streaming": True, "max_train_steps": 9, "validation_share": 0.1}, "--validation_share needs images"),
+        ({"streaming": True, "max_train_steps": 9, "validation_share": 0.1}, "--validation_share needs stored images"),
         ({"validation_share": 1.0}, "--validation_share is 1.0; it must be above 0 and below 1"),
     ],
 )

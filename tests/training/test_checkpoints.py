@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 import ddpm_notes_pipeline.training.checkpoints as checkpoints
 from ddpm_notes_pipeline.objectives import TimestepSampler
 from ddpm_notes_pipeline.training.checkpoints import (
+    CheckpointState,
     damage,
     find_checkpoint,
     list_checkpoints,
@@ -66,12 +67,14 @@ class Run:
         return self
 
     def save(self, total_limit=None, identity=IDENTITY):
-        args = self.accelerator, self.folder, self.steps, self.ema, self.sampler, self.guard, identity, total_limit
-        return save_checkpoint(*args)
+        return save_checkpoint(self.accelerator, self.folder, self.steps, self.held(identity), total_limit)
 
     def load(self, checkpoint, identity=IDENTITY):
-        self.steps = load_checkpoint(self.accelerator, checkpoint, self.ema, self.sampler, self.guard, identity)
+        self.steps = load_checkpoint(self.accelerator, checkpoint, self.held(identity))
         return self
+
+    def held(self, identity):
+        return CheckpointState(self.ema, self.sampler, self.guard, identity)
 
     def state(self):
         """Everything, as flat copies."""
@@ -266,8 +269,8 @@ def test_latest_passes_over_damaged_ones_and_says_so(three, caplog):
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(three.folder, "latest") == three.folder / "checkpoint-5"
     first, second = (record.getMessage() for record in caplog.records)
-    assert "passing over" in first and "checkpoint-15" in first and "optimizer.bin" in first
-    assert "passing over" in second and "checkpoint-10" in second and "manifest.json" in second
+    assert "skipping" in first and "checkpoint-15" in first and "optimizer.bin" in first
+    assert "skipping" in second and "checkpoint-10" in second and "manifest.json" in second
 
 
 def test_no_whole_one_left_is_an_error(three):
@@ -287,8 +290,8 @@ class Interruption(BaseException):
 STAGES = {
     "the weights": (Accelerator, "save_state"),
     "the average": (checkpoints, "save_file"),
-    "the digests": (checkpoints, "_digest"),
-    "flushing": (checkpoints, "_flush"),
+    "the digests": (checkpoints, "digest"),
+    "flushing": (checkpoints, "flush"),
     "the name": (os, "replace"),
 }
 

@@ -11,8 +11,8 @@ import torch
 from ddpm_notes_pipeline.data import ImageSet, load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.training.arguments import parse_arguments
 from ddpm_notes_pipeline.training.networks import make_model
+from ddpm_notes_pipeline.training.parser import parse_arguments
 
 
 def images_of(folder: Path, mode: str, height: int, width: int) -> ImageSet:
@@ -76,7 +76,7 @@ def test_attention_is_where_it_was_asked_for_also_nowhere(tmp_path, flags, level
             "28x28 and the UNet has 4 levels; .*by 8 .*--resolution.*--block_out_channels",
         ),
         ((8, 12), ["--block_out_channels", "32", "32", "32", "32"], "8x12 and the UNet has 4 levels"),
-        ((8, 8), ["--attention_levels", "5"], r"--attention_levels is \[5\]; allowed: 0 to 1"),
+        ((8, 8), ["--attention_levels", "5"], r"--attention_levels is \[5\]; each must be from 0 to 1"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_with_what_would(tmp_path, size, flags, message):

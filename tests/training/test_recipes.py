@@ -17,22 +17,15 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
 from ddpm_notes_pipeline.objectives import Objective
-from ddpm_notes_pipeline.training.arguments import parse_arguments
 from ddpm_notes_pipeline.training.networks import make_model
-from tests.support.launching import ROOT, Trainer
+from ddpm_notes_pipeline.training.parser import parse_arguments
+from tests.support.launching import ROOT
 
 CONFIGS = ROOT / "training" / "configs"
 SMALL = (
     "--block_out_channels 32 32 --layers_per_block 1 --attention_levels 1 --max_train_steps 2 --lr_warmup_steps 1 --train_batch_size 4 "
     "--max_validation_images 4 --num_samples 2 --ddpm_num_inference_steps 2 --report_to none --mixed_precision no --output_dir run"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 def encoded(random: np.random.Generator, height: int, width: int, kind: str = "PNG") -> bytes:

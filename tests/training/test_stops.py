@@ -4,9 +4,9 @@ import os
 import random
 import shlex
 import signal
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ import psutil
 import pytest
 from PIL import Image
 
-import ddpm_notes_pipeline.training.stops as stops
 from ddpm_notes_pipeline.training.checkpoints import damage, list_checkpoints
+from ddpm_notes_pipeline.training.commands import resume_command
 from tests.support.comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
-from tests.support.launching import TINY, TRAIN, Trainer, describe, error_lines, launch, once
+from tests.support.launching import TINY, TRAIN, describe, error_lines, once
 
 # All that has a history or could carry one wrongly; 20 steps of 8 of 100 images end in the midst of the second epoch.
 HISTORY = (
@@ -25,13 +25,6 @@ HISTORY = (
     "--timestep_sampling loss_second_moment --dropout 0.1 --random_flip --gradient_accumulation_steps 2 --label_column label"
 ).split()
 BATCH = "ddpm_notes_pipeline.data.batches:StepBatches.__getitem__"
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +70,7 @@ def test_a_signal_saves_the_step_it_came_in_and_the_printed_command_ends_the_run
     assert checkpoint_names(folder) == ["checkpoint-10"] and damage(folder / "checkpoint-10") is None
     assert [row["step"] for row in rows(folder)] == list(range(1, 11))
     assert not (folder / "model_index.json").exists()
-    assert f"train.py: stopped by {number.name} behind step 10 of 20, which" in error_lines(result)[-1]
+    assert f"train.py: stopped by {number.name} after step 10 of 20, which" in error_lines(result)[-1]
     assert "Traceback" not in result.stderr
     result = train(*resume_flags(result))
     assert "steps 10 to 20" in result.stdout
@@ -93,17 +86,17 @@ def test_stopped_again_and_again_it_still_ends_bit_for_bit(train, whole, tmp_pat
         stopped = train(
             *flags, stop_at=("torch.optim:AdamW.step", 1 if step == 4 else 7), by=signal.SIGTERM, expect=143
         )
-        assert resume_flags(stopped) == flags and f"behind step {step} of 20" in stopped.stderr
+        assert resume_flags(stopped) == flags and f"after step {step} of 20" in stopped.stderr
     train(*flags)
     assert_ended_as(tmp_path / "run", whole, 20)
 
 
 def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole_and_ends_the_run_with_it(train, tmp_path):
     flags = [*TINY, "--checkpointing_steps", 6, "--output_dir", tmp_path / "run"]
-    result = train(*flags, stop_at=("ddpm_notes_pipeline.training.checkpoints:_digest", 3), by=signal.SIGTERM, expect=143)
+    result = train(*flags, stop_at=("ddpm_notes_pipeline.training.checkpoints:digest", 3), by=signal.SIGTERM, expect=143)
     assert names(tmp_path / "run") == ["checkpoint-6", "loss.jsonl"]
     assert damage(tmp_path / "run" / "checkpoint-6") is None and len(rows(tmp_path / "run")) == 6
-    assert "behind step 6 of 12" in error_lines(result)[-1]
+    assert "after step 6 of 12" in error_lines(result)[-1]
 
 
 SAMPLING = "ddpm_notes_pipeline.scheduling_ddpm_notes:DDPMNotesScheduler.step"
@@ -153,6 +146,7 @@ import os, signal, sys, time
 import ddpm_notes_pipeline.training.stops as stops
 stops.REPEATED = 1.0
 told = stops.Stops()
+told.install()
 told.where = None
 for _ in range(3):  # as several senders of one and the same stop do
     os.kill(os.getpid(), signal.SIGTERM)
@@ -166,7 +160,7 @@ print("too late", flush=True)
 def test_a_second_signal_stops_at_once_but_not_a_repetition(train):
     result = train(SECOND, script="-c", expect=130)
     assert result.stdout.splitlines() == ["still here 15"]
-    assert error_lines(result) == ["SIGTERM: stopping behind this step; a second one ends the run at once"]
+    assert error_lines(result) == ["SIGTERM: stopping after this step; a second one ends the run at once"]
 
 
 @pytest.mark.parametrize(
@@ -199,10 +193,9 @@ def test_the_command_starts_as_many_processes_and_resumes_once(monkeypatch, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sys.argv", ["t.py", *argv.split("|")])
-    assert stops.resume_command() == expected
-    sys.argv += ["--b", "1"]
-    assert stops.resume_command("--b") == expected
+    command = ["t.py", *argv.split("|")]
+    assert resume_command(command) == expected
+    assert resume_command([*command, "--b", "1"], "--b") == expected
 
 
 # ------------------------------------------------------------------------------------------------ killed
@@ -309,7 +302,7 @@ runpy.run_path({train!r}, run_name="__main__")
 """
 
 
-def launch_and_stop(tmp_path: Path, send: str, *flags: object, **options: object) -> object:
+def launch_and_stop(launch: Callable, tmp_path: Path, send: str, *flags: object, **options: object) -> object:
     """A launch in which the process of rank 1 runs `send` in the 7th step and then is slow; waits for all of them to be gone."""
     driver, pids = tmp_path / "driver.py", tmp_path / "pids"
     driver.write_text(
@@ -327,17 +320,17 @@ def launch_and_stop(tmp_path: Path, send: str, *flags: object, **options: object
 
 
 @pytest.fixture(scope="module")
-def whole_by_two():
+def whole_by_two(launch):
     """The same 20 steps by two processes, in one piece."""
     make = lambda folder: launch(*TINY, *HISTORY, "--output_dir", folder, "--num_samples", 1, processes=2)  # noqa: E731
     return once("whole_history_by_two", make)
 
 
 @pytest.mark.slow
-def test_the_group_of_a_launcher_that_forwards_nothing_may_be_told(train, whole, tmp_path):
+def test_the_group_of_a_launcher_that_forwards_nothing_may_be_told(train, launch, whole, tmp_path):
     """As the README says to. The launcher dies of it, the training process and the ones that prepare batches do not."""
     send = "os.killpg(0, signal.SIGTERM)"
-    result = launch_and_stop(tmp_path, send, "--dataloader_num_workers", 2)
+    result = launch_and_stop(launch, tmp_path, send, "--dataloader_num_workers", 2)
     assert result.returncode == -signal.SIGTERM
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-7"] and damage(tmp_path / "run" / "checkpoint-7") is None
     train(*TINY, *HISTORY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
@@ -353,14 +346,14 @@ SENDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", SENDS)
-def test_two_processes_stop_behind_the_same_step_whoever_is_told(tmp_path, told, train, request):
+def test_two_processes_stop_behind_the_same_step_whoever_is_told(tmp_path, told, train, launch, request):
     flags = ["--dropout", 0] if told == "one of them" else []  # what is dropped is each process's own
-    result = launch_and_stop(tmp_path, SENDS[told], *flags, processes=2)
+    result = launch_and_stop(launch, tmp_path, SENDS[told], *flags, processes=2)
     name = "SIGINT" if told == "everybody" else "SIGTERM"
     assert result.returncode != 0
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-7"], describe(result)
     assert damage(tmp_path / "run" / "checkpoint-7") is None and len(rows(tmp_path / "run")) == 7
-    assert f"train.py: stopped by {name} behind step 7 of 20" in result.stderr
+    assert f"train.py: stopped by {name} after step 7 of 20" in result.stderr
     command = "Resume: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2"
     assert result.stderr.count(command) == 1
     if told == "their launcher":  # by two again: bit for bit

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import datasets
@@ -24,13 +23,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-import ddpm_notes_pipeline.training.run as train_script
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.data.batches import StepBatches
 from ddpm_notes_pipeline.evaluation.pictures import image_grid
 from ddpm_notes_pipeline.objectives import TimestepSampler
-from ddpm_notes_pipeline.training.arguments import parse_arguments
+from ddpm_notes_pipeline.training.images import check_validation
+from ddpm_notes_pipeline.training.parser import parse_arguments
+from ddpm_notes_pipeline.training.run import check_batch_size
 from tests.support.comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
 from tests.support.launching import (
     ROOT,
@@ -41,7 +41,6 @@ from tests.support.launching import (
     environment_of_runs,
     error_lines,
     free_port,
-    launch,
     once,
 )
 
@@ -49,20 +48,13 @@ STEPS, WARMUP, PEAK, BATCH = 12, 4, 1e-4, 8  # of TINY
 
 
 @pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
-
-
-@pytest.fixture(scope="module")
-def straight():
+def straight(launch):
     """Folder and output of 12 steps in one process, by accelerate launch."""
     return once("straight", lambda folder: launch(*TINY, "--output_dir", folder, "--checkpointing_steps", 6))
 
 
 @pytest.fixture(scope="module")
-def two_processes():
+def two_processes(launch):
     """The same in two real processes."""
     return once(
         "two_processes",
@@ -279,9 +271,8 @@ def test_two_sets_whose_classes_differ_are_told_which(train, tmp_path):
         load_images(train_data_dir=folder, label_column="label", cache_dir=tmp_path / "cache", show_progress=False)
         for folder in (tmp_path / "data" / "train", tmp_path / "test")
     )
-    accelerator = types.SimpleNamespace(num_processes=1)
     with pytest.raises(ValueError, match="must have the same classes; they differ in dog, rat"):
-        train_script.check_validation(accelerator, images, other)
+        check_validation(images, other, num_processes=1)
 
 
 # ------------------------------------------------------------------------------------------------ how a run ends
@@ -305,15 +296,15 @@ def test_a_loss_that_is_not_finite_in_the_last_steps_leaves_card_and_samples(tra
     done = train(*TINY, "--output_dir", tmp_path / "run", script=poison)
     assert json.loads((tmp_path / "run" / "training_run.json").read_text())["loss"] is None
     assert "no loss of the last steps is finite" in (tmp_path / "run" / "README.md").read_text()
-    assert (tmp_path / "run" / "samples.png").exists() and "left out, not finite: 1" in done.stdout
+    assert (tmp_path / "run" / "samples.png").exists() and "skipped, not finite: 1" in done.stdout
 
 
-@pytest.mark.parametrize("moment", ["ddpm_notes_pipeline.evaluation.validation:save_evaluation", "ddpm_notes_pipeline.hub.model_card:write_card"])
+@pytest.mark.parametrize("moment", ["save_evaluation", "write_card"])
 def test_a_run_killed_behind_its_last_checkpoint_writes_evaluation_json_when_it_is_resumed(train, tmp_path, moment):
     held_out = ["--validation_split", "test", "--max_validation_images", 8, "--output_dir"]
     straight = tmp_path / "straight"
     train(*TINY, *held_out, straight)
-    train(*TINY, *held_out, tmp_path / "run", stop_at=(moment, 1), expect=-signal.SIGKILL)
+    train(*TINY, *held_out, tmp_path / "run", stop_at=(f"ddpm_notes_pipeline.training.run:{moment}", 1), expect=-signal.SIGKILL)
     assert (tmp_path / "run" / "checkpoint-12").exists() and not (tmp_path / "run" / "samples.png").exists()
     train(*TINY, *held_out, tmp_path / "run", "--resume_from_checkpoint", "latest")
     found, expected = (json.loads((path / "evaluation.json").read_text()) for path in (tmp_path / "run", straight))
@@ -407,7 +398,7 @@ def test_another_seed_is_another_run(straight, train, tmp_path):
         (1, "--timestep_sampling loss_second_moment --objective vlb --variance_type learned_range --ddpm_num_steps 4"),
     ],
 )
-def test_two_accumulating_processes_learn_what_one_does(train, tmp_path, machines, flags):
+def test_two_accumulating_processes_learn_what_one_does(train, launch, tmp_path, machines, flags):
     """On two machines too; and where the place in the batch, or the losses of all processes, decide on t."""
     flags = [*TINY, *flags.split(), "--label_column", "label", "--output_dir"]
     train(*flags, tmp_path / "one")
@@ -599,7 +590,7 @@ def stopped(request, train):
         train(*flags, folder, stop_at=stop_at, expect=-9)
         assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-6"]
         result = train(*flags, folder, "--resume_from_checkpoint", "latest")
-        assert f"going on from {folder}/checkpoint-6 at step 6" in result.stdout, describe(result)
+        assert f"resuming from {folder}/checkpoint-6 at step 6" in result.stdout, describe(result)
         return result
 
     if request.param == "plain":
@@ -643,7 +634,7 @@ def test_going_on_passes_over_a_damaged_checkpoint(train, straight, tmp_path):
     with (tmp_path / "run" / "checkpoint-12" / "optimizer.bin").open("r+b") as file:
         file.truncate(1000)
     result = train(*TINY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
-    assert "steps 6 to 12" in result.stdout and "passing over" in result.stderr and "optimizer.bin" in result.stderr
+    assert "steps 6 to 12" in result.stdout and "skipping" in result.stderr and "optimizer.bin" in result.stderr
     assert weights(tmp_path / "run").keys() == weights(straight[0]).keys()
     assert_same(weights(tmp_path / "run"), weights(straight[0]))
 
@@ -698,7 +689,7 @@ runpy.run_path({train!r}, run_name="__main__")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
-def test_two_processes_killed_go_on(train, straight, two_processes, tmp_path, processes):
+def test_two_processes_killed_go_on(train, launch, straight, two_processes, tmp_path, processes):
     """As two again: bit for bit the same run. As one: the same within rounding."""
     driver, folder = tmp_path / "driver.py", tmp_path / "run"
     driver.write_text(DRIVER.format(train=str(TRAIN)))
@@ -744,7 +735,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(train, straight, tmp_path)
     result = train(*flags, stop_at=4, expect=-signal.SIGKILL)
     assert "no checkpoint yet: starting at the beginning" in result.stdout and (folder / "loss.jsonl").exists()
     assert "no checkpoint yet" in train(*flags, stop_at=8, expect=-signal.SIGKILL).stdout
-    assert f"going on from {folder}/checkpoint-6" in train(*flags).stdout
+    assert f"resuming from {folder}/checkpoint-6" in train(*flags).stdout
     assert_same_checkpoint(folder / "checkpoint-12", straight[0] / "checkpoint-12")
 
 
@@ -752,7 +743,7 @@ def test_latest_in_somebody_s_folder_takes_nothing_over(train, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     result = train(*TINY, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", expect=1)
     (line,) = error_lines(result)
-    assert "is not empty" in line and "no checkpoint to go on from" in line
+    assert "is not empty" in line and "no checkpoint to resume from" in line
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -809,12 +800,12 @@ def test_a_launch_that_only_looks_distributed_is_refused(train, tmp_path):
 
 def test_a_batch_that_two_processes_cannot_share_is_refused():
     _, _, run = parse_arguments([*TINY, "--train_batch_size", "9"])
-    with pytest.raises(SystemExit, match=r"--train_batch_size is 9 on 2 process\(es\).*a multiple of 2"):
-        train_script.share_of_batch(run, types.SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match=r"--train_batch_size is 9 on 2 process\(es\).*a multiple of 2"):
+        check_batch_size(run, num_processes=2)
 
 
 @pytest.mark.slow
-def test_a_batch_that_two_processes_cannot_share_ends_the_launch(tmp_path):
+def test_a_batch_that_two_processes_cannot_share_ends_the_launch(launch, tmp_path):
     result = launch(*TINY, "--train_batch_size", 9, "--output_dir", tmp_path / "run", processes=2, expect=None)
     assert result.returncode != 0 and "a multiple of 2" in result.stderr
     assert not (tmp_path / "run" / "loss.jsonl").exists()
@@ -852,8 +843,14 @@ REFUSED = {
     "zero SNR with epsilon": ("--dataset_name digits --rescale_betas_zero_snr", "'epsilon'.*v_prediction"),
     "the bound weighted": ("--dataset_name digits --objective vlb --loss_weighting min_snr", "'min_snr'.*'vlb'"),
     "nothing to resume": ("--dataset_name digits --resume_from_checkpoint checkpoint-5", "no whole checkpoint"),
-    "no model there": ("--dataset_name digits --pretrained_model_name_or_path ./nowhere", "nowhere"),
-    "no network there": ("--dataset_name digits --model_config_name_or_path ./nowhere.json", "nowhere.json"),
+    "no model there": (
+        "--dataset_name digits --pretrained_model_name_or_path ./nowhere",
+        r"--pretrained_model_name_or_path is ./nowhere, and there is no such file or folder in .*$",
+    ),
+    "no network there": (
+        "--dataset_name digits --model_config_name_or_path ./nowhere.json",
+        r"--model_config_name_or_path is ./nowhere.json, and there is no such file or folder in .*$",
+    ),
     "a file for a folder": ("--dataset_name digits --output_dir typo.yaml --overwrite_output_dir", "typo.yaml"),
     "a decay of zero time": ("--dataset_name digits --ema_inv_gamma 0", "--ema_inv_gamma is 0"),
 }
@@ -980,14 +977,15 @@ ACCELERATE = {"one_gpu": ("NO", 1, 1), "multi_gpu": ("MULTI_GPU", 4, 1), "two_no
 
 @pytest.mark.parametrize("name", ACCELERATE)
 def test_the_settings_for_gpus_are_what_accelerate_reads(name):
-    config = load_config_from_file(str(ROOT / "training" / "accelerate" / f"{name}.yaml"))
+    config = load_config_from_file(str(ROOT / "training" / "launch" / f"{name}.yaml"))
     assert (str(config.distributed_type.value), config.num_processes, config.num_machines) == ACCELERATE[name]
     assert config.mixed_precision == "bf16" and not config.use_cpu
 
 
+@pytest.mark.launch
 @pytest.mark.slow
 def test_the_settings_for_two_cpu_processes_start_two(tmp_path):
-    file = ROOT / "training" / "accelerate" / "two_cpu_processes.yaml"
+    file = ROOT / "training" / "launch" / "two_cpu_processes.yaml"
     command = [
         sys.executable,
         "-m",

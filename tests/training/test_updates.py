@@ -15,16 +15,9 @@ from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.objectives import TimestepSampler
 from ddpm_notes_pipeline.training.updates import AveragedWeights, UpdateGuard, poisoned
 from tests.support.comparing import assert_same, losses, rows
-from tests.support.launching import TINY, TRAIN, Trainer, error_lines, launch
+from tests.support.launching import TINY, TRAIN, error_lines
 
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +124,7 @@ def test_the_gradient_of_a_finite_loss_is_the_same_bit_for_bit():
 def test_a_row_of_nothing_else_ends_the_run_with_what_is_known(capsys):
     run = Run(limit=3).step(1.0).step(NAN).step(1.0)
     run.guard.check()
-    assert "left out 1 update(s) that were not finite, 1 so far; step 2: loss nan" in capsys.readouterr().err
+    assert "skipped 1 update(s) that were not finite, 1 so far; step 2: loss nan" in capsys.readouterr().err
     run.step(NAN).step(1.0, 1.0).step(INF).step(1.0, 2.0, NAN, INF)
     run.guard.check()  # as often as it likes: the row goes on
     assert (run.guard.skipped, run.guard.in_a_row) == (4, 2)
@@ -282,12 +275,12 @@ def test_a_compiled_network_is_averaged_and_saved_as_any_other(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_leave_out_the_step_in_which_one_has_a_loss_that_is_not_finite(tmp_path):
+def test_two_processes_leave_out_the_step_in_which_one_has_a_loss_that_is_not_finite(launch, tmp_path):
     """And average the same weights as one process would: two parts of the batch each, the second of rank 1 spoiled in step 5."""
     folder, driver = tmp_path / "run", spoiled(tmp_path / "driver.py", [10], rank=1)
     result = launch(*EVERY_STEP, folder, *CONSTANT, "--gradient_accumulation_steps", 2, processes=2, script=driver)
     assert "on 2 process(es) of cpu" in result.stdout
-    assert result.stderr.count("left out 1 update(s) that were not finite, 1 so far; step 5: loss nan") == 1
+    assert result.stderr.count("skipped 1 update(s) that were not finite, 1 so far; step 5: loss nan") == 1
     found = history(folder)
     assert_same(found[4], found[3])
     assert_averages(found, lambda n: 0.8, left_out=[4])
@@ -309,7 +302,7 @@ def test_a_step_that_is_left_out_changes_the_learning_rate_alone(train, tmp_path
     assert [(update["skipped"], update["in_a_row"]) for update in updates] == [(0, 0), (1, 1), (2, 2), (2, 0)]
     assert [row["step"] for row in rows(folder) if row["loss"] is None or row["grad_norm"] is None] == [5, 6]
     assert all(map(math.isfinite, losses(folder)[6:])) and "NaN" not in (folder / "loss.jsonl").read_text()
-    assert "updates left out, not finite: 2;" in result.stdout
+    assert "updates skipped, not finite: 2;" in result.stdout
     assert "loss nan over" not in result.stdout
 
 
