@@ -26,6 +26,7 @@ from .updates import UpdateGuard
 
 logger = get_logger(__name__)  # speaks on the main process alone
 MANIFEST = "manifest.json"
+WINDOWS = os.name == "nt"
 
 
 class CheckpointError(RuntimeError):
@@ -200,10 +201,9 @@ def digest(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Have the system write a file, or a folder's entries, to disk."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():  # Windows opens no folders, and syncs only what is open for writing
+    if WINDOWS and path.is_dir():  # Windows opens no folders, and syncs only what is open for writing
         return
-    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

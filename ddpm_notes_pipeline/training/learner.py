@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,22 +18,6 @@ from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
 from .arguments import RunArguments
 from .checkpoints import CheckpointState
 from .updates import AveragedWeights, UpdateGuard, poisoned
-
-
-@dataclass
-class StepResult:
-    """One optimizer step, on the device: nothing here has been waited for.
-
-    Attributes:
-        loss: weighted mean over this rank's share of the batch.
-        t, losses: timesteps and unweighted losses of that share, (B,).
-    """
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    learning_rate: float
-    t: torch.Tensor
-    losses: torch.Tensor
 
 
 class Learner:
@@ -103,12 +86,15 @@ class Learner:
             last_epoch=done - 1,
         )
 
-    def update(self, step: int, batch: dict[str, torch.Tensor]) -> StepResult:
+    def update(self, step: int, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Forward, backward, clip, optimizer, average. Collective: every rank must call it.
 
         Args:
             step: counted from 0.
             batch: this rank's share of the global batch, from `StepBatches`.
+
+        Returns:
+            Loss of this rank's share, gradient norm, and learning rate; without a sync.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
         torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
@@ -128,16 +114,14 @@ class Learner:
             gathered = (self.accelerator.gather(value).cpu() for value in (t.to(device), losses))
             self.timestep_sampler.update(*gathered)
         self.guard.watch(step + 1, t, losses, grad_norm)
-        return StepResult((losses * weight).mean(), grad_norm, learning_rate, t, losses)
+        return (losses * weight).mean(), grad_norm, learning_rate
 
     def _backward(self, batch: dict[str, torch.Tensor], t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Accumulate gradients of the weighted mean loss; returns the unweighted losses (B,)."""
-        x_0, noise, labels = (
-            batch[name].to(self.accelerator.device, non_blocking=True) if name in batch else None
-            for name in ("pixel_values", "noise", "class_labels")
-        )
-        x_0 = to_model_range(x_0)
-        share, parts = len(t), self.run.gradient_accumulation_steps
+        device, share, parts = self.accelerator.device, len(t), self.run.gradient_accumulation_steps
+        x_0 = to_model_range(batch["pixel_values"].to(device, non_blocking=True))
+        noise = batch["noise"].to(device, non_blocking=True)
+        labels = batch["class_labels"].to(device, non_blocking=True) if "class_labels" in batch else None
         losses = []
         for first in range(0, share, share // parts):
             part = slice(first, first + share // parts)

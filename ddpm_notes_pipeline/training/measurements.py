@@ -42,15 +42,9 @@ class Measurements:
         self.accelerator, self.learner, self.images, self.run, self.stops = accelerator, learner, images, run, stops
         self.table = None
         if run.metric_interval is not None:
+            sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
             self.table = SampleTable(
-                accelerator,
-                images.stored,
-                images.validation,
-                run.metric_network,
-                run.metric_images,
-                run.eval_batch_size,
-                run.seed,
-                cache_dir=data.cache_dir,
+                accelerator, images.stored, images.validation, *sampling, cache_dir=data.cache_dir
             )
 
     def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:

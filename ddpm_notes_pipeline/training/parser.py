@@ -23,27 +23,14 @@ from .arguments import (
 )
 
 # What belongs to one source of images: another source on the line drops it from the file.
-OF_ONE_SOURCE = {
-    "dataset_name",
-    "dataset_config_name",
-    "train_data_dir",
-    "train_split",
-    "validation_split",
-    "image_column",
-    "label_column",
-}
+OF_ONE_SOURCE = set(
+    "dataset_name dataset_config_name train_data_dir train_split validation_split image_column label_column".split()
+)
 # What a fingerprint depends on.
-CHOOSE_IMAGES = OF_ONE_SOURCE - {"validation_split", "label_column"} | {
-    "validation_share",
-    "resolution",
-    "center_crop",
-    "image_mode",
-    "max_train_samples",
-    "on_bad_image",
-    "streaming",
-    "shuffle_buffer_size",
-    "seed",
-}
+CHOOSE_IMAGES = OF_ONE_SOURCE - {"validation_split", "label_column"} | set(
+    "validation_share resolution center_crop image_mode max_train_samples on_bad_image streaming shuffle_buffer_size seed"
+    .split()
+)
 # Flags of diffusers' train_unconditional.py that have no namesake here, and what to use instead.
 OF_TRAIN_UNCONDITIONAL = {
     "--save_images_epochs": "--sample_steps",

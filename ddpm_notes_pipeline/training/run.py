@@ -120,8 +120,9 @@ class TrainingRun:
         self.logs = RunLogs.open(
             self.accelerator, self.output_dir, self.progress.first, run.train_batch_size, self._open_tracker()
         )
-        background = self.repo_id is not None and run.hub_strategy == "every_save"
-        self.pushes = BackgroundPushes(self.repo_id, run.license) if background else None
+        self.pushes = None
+        if self.repo_id is not None and run.hub_strategy == "every_save":
+            self.pushes = BackgroundPushes(self.repo_id, run.license)
         unet.train()
 
     def train(self) -> None:
@@ -154,8 +155,7 @@ class TrainingRun:
 
     def update(self, step: int, batch: dict[str, torch.Tensor]) -> None:
         """One optimizer step."""
-        result = self.learner.update(step, batch)
-        self.logs.loss.add(result.loss, result.grad_norm, result.learning_rate)
+        self.logs.loss.add(*self.learner.update(step, batch))
         self.progress.bad_images = batch.get("bad_images")
         self.progress.bar.update()
 
@@ -239,7 +239,8 @@ class TrainingRun:
     def _make_loader(self) -> DataLoader:
         data, _, run = self.settings
         null_label = self.learner.null_label
-        batches = (StreamedBatches if data.streaming else StepBatches)(
+        kind: Any = StreamedBatches if data.streaming else StepBatches
+        batches = kind(
             self.images.train,
             run.train_batch_size,
             run.seed,
@@ -311,7 +312,7 @@ class TrainingRun:
         """The finished model with its figures and its card: complete but for samples, which take a while."""
         run, scheduler, table = self.settings[2], self.learner.scheduler, self.measurements.table
         self._save_model(self.output_dir)
-        if bits_per_dim is not None:
+        if bits_per_dim is not None and self.images.validation is not None:
             T = len(scheduler)
             row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, [*range(T)][::-1]), bits_per_dim)
             save_evaluation(

@@ -123,6 +123,17 @@ def test_all_that_was_saved_comes_back_and_goes_on_alike(tmp_path, use_ema):
     assert_same(second.step(3).state(), first.step(3).state())
 
 
+def test_windows_syncs_no_folders_and_files_only_when_open_for_writing(tmp_path, monkeypatch):
+    """os.open refuses folders there, and os.fsync what is open to read."""
+    opened, original = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, flags: (opened.append((path, flags)), original(path, flags))[1])
+    (tmp_path / "file").write_text("x")
+    checkpoints.flush(tmp_path), checkpoints.flush(tmp_path / "file")
+    monkeypatch.setattr(checkpoints, "WINDOWS", True)
+    checkpoints.flush(tmp_path), checkpoints.flush(tmp_path / "file")
+    assert opened == [(tmp_path, os.O_RDONLY), (tmp_path / "file", os.O_RDONLY), (tmp_path / "file", os.O_RDWR)]
+
+
 def test_a_checkpoint_says_what_it_holds(run):
     checkpoint = run.step(5).save()
     assert checkpoint == run.folder / "checkpoint-5" and names(run.folder) == ["checkpoint-5"]
