@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 - `setting` returns a field
 """The settings of training and evaluation: dataclasses whose fields carry their help and bounds.
 
 Names follow diffusers' training scripts where these have a flag for the same thing. From Python:
@@ -11,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FEATURE_NETWORK_HELP = (
     "Network whose features are compared: efficientnet-lite0, or a vision model of transformers, by Hub id or folder."
@@ -86,8 +87,7 @@ class DataArguments:
     )
     max_validation_images: int = setting(
         256,
-        "Measure on at most this many images of --validation_split or --validation_share, evenly spaced over "
-        "them (--streaming: the first).",
+        "Measure on at most this many images of --validation_split or --validation_share, evenly spaced over them (--streaming: the first).",
         at_least=1,
     )
     on_bad_image: Literal["error", "skip"] = setting("error", "What to do with an unreadable image.")
@@ -173,9 +173,7 @@ class RunArguments:
     adam_epsilon: float = setting(1e-8, "epsilon of AdamW.", at_least=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", above=0)
     max_nonfinite_steps: int = setting(
-        10,
-        "A step whose loss or gradient is not finite is skipped; this many in a row end the run.",
-        at_least=1,
+        10, "A step whose loss or gradient is not finite is skipped; this many in a row end the run.", at_least=1
     )
     use_ema: bool = setting(True, "Average the weights; the average is what is sampled and saved.")
     ema_max_decay: float = setting(0.9999, "Largest decay of the average.", at_least=0, below=1)
@@ -209,8 +207,7 @@ class RunArguments:
     sample_steps: int | None = setting(None, "Steps between sample grids. Default: only at the end.", at_least=1)
     metric_interval: int | None = setting(
         None,
-        "Steps between measurements of how far samples are from the training images, beside held-out images. "
-        "Default: never, they take time.",
+        "Steps between measurements of how far samples are from the training images, beside held-out images. Default: never, they take time.",
         at_least=1,
     )
     metric_images: int = setting(1000, "Samples for each of these measurements.")
@@ -262,8 +259,7 @@ class EvaluationArguments:
     )
     paths: list[str] = setting(
         ["even"],
-        "even: K timesteps evenly spaced from 0 to T-1; best: the K, including 0 and T-1, with the least "
-        "bound of optimal.",
+        "even: K timesteps evenly spaced from 0 to T-1; best: the K, including 0 and T-1, with the least bound of optimal.",
     )
     decoder: Literal["own", "fitted"] = setting(
         "own", "Variance of the decoder: each variance type's own, or one fitted number for all but the learned."
@@ -276,9 +272,7 @@ class EvaluationArguments:
     )
     full: bool = setting(False, "Evaluate every term of the bound.")
     evaluations_per_image: int = setting(
-        38,
-        "Network evaluations per image, without --full; a path of no more steps is measured in full.",
-        at_least=2,
+        38, "Network evaluations per image, without --full; a path of no more steps is measured in full.", at_least=2
     )
     batch_size: int = setting(128, "Noisy images through the network at once.", at_least=1)
     noise_seed: int = setting(0, "Seed of the noise, and of the samples.")
@@ -292,9 +286,7 @@ class EvaluationArguments:
         at_least=1,
     )
     metric_steps: list[int] | None = setting(
-        None,
-        "Numbers of steps to sample at. Default: those of the bounds (--table: 10, 25, 50, 100).",
-        at_least=1,
+        None, "Numbers of steps to sample at. Default: those of the bounds (--table: 10, 25, 50, 100).", at_least=1
     )
     samplers: list[str] = setting(
         [],
@@ -312,7 +304,12 @@ class EvaluationArguments:
     results_dir: str | None = setting(None, "Where results go. Default: the model's folder, or outputs/evaluation.")
 
 
-Arguments = tuple[DataArguments, ModelArguments, RunArguments]
+class Arguments(NamedTuple):
+    """All settings of a training run."""
+
+    data: DataArguments
+    model: ModelArguments
+    run: RunArguments
 
 
 def check_bounds(*parts: Any) -> None:
@@ -356,8 +353,7 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         )
     if (run.ddpm_num_inference_steps or 0) > model.ddpm_num_steps and model.pretrained_model_name_or_path is None:
         raise ValueError(
-            f"--ddpm_num_inference_steps is {run.ddpm_num_inference_steps}; "
-            f"it must be at most {model.ddpm_num_steps} (--ddpm_num_steps)"
+            f"--ddpm_num_inference_steps is {run.ddpm_num_inference_steps}; it must be at most {model.ddpm_num_steps} (--ddpm_num_steps)"
         )
     if run.max_train_steps is not None and "lr_warmup_steps" in run.typed:
         warmup_steps(run, run.max_train_steps)
@@ -367,8 +363,7 @@ def check_images(data: DataArguments) -> None:
     """Raise ValueError for settings of the images that contradict each other."""
     if (data.dataset_name is None) == (data.train_data_dir is None):
         raise ValueError(
-            f"--dataset_name is {data.dataset_name} and --train_data_dir is {data.train_data_dir}; "
-            "exactly one of them must be given"
+            f"--dataset_name is {data.dataset_name} and --train_data_dir is {data.train_data_dir}; exactly one of them must be given"
         )
     if data.validation_share is not None and data.validation_split is not None:
         raise ValueError("--validation_share and --validation_split are both given; give one of them")

@@ -168,9 +168,9 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a path, a name, or "latest", the newest whole one.
+    """The checkpoint that `--resume_from_checkpoint` means: a path, a name, or "latest".
 
-    None if "latest" finds no checkpoint at all, so that one and the same command both starts and
+    "latest" is the newest whole one. None if "latest" finds no checkpoint at all, so that one and the same command both starts and
     resumes a run.
 
     Raises:

@@ -11,6 +11,11 @@ from ..data import ImageSet, hold_out, load_images
 from ..data.streaming import ImageStream, open_stream
 from .arguments import DataArguments
 
+# DataArguments that `load_images` and `open_stream` take by the same names.
+IMAGE_SETTINGS = (
+    "dataset_name dataset_config_name train_data_dir image_column label_column resolution image_mode cache_dir on_bad_image"
+).split()
+
 
 @dataclass
 class TrainingImages:
@@ -41,7 +46,7 @@ class TrainingImages:
 
 
 def load_training_images(accelerator: Accelerator, data: DataArguments, seed: int) -> TrainingImages:
-    """Load both sets, decoded by one process per machine. Collective: every rank must call it.
+    """Load both sets, decoded by one process per machine. Collective.
 
     Raises:
         ValueError: not the images that a configuration was written for, or validation images that do
@@ -73,21 +78,9 @@ def load_split(
 
     Training images are kept larger than a batch holds, to be cropped anew each time.
     """
-    settings: dict[str, Any] = {
-        "dataset_name": data.dataset_name,
-        "dataset_config_name": data.dataset_config_name,
-        "train_data_dir": data.train_data_dir,
-        "split": split,
-        "image_column": data.image_column,
-        "label_column": data.label_column,
-        "resolution": data.resolution,
-        "center_crop": data.center_crop or not training,
-        "image_mode": data.image_mode,
-        "max_samples": max_samples,
-        "cache_dir": data.cache_dir,
-        "on_bad_image": data.on_bad_image,
-        "show_progress": accelerator.is_local_main_process,
-    }
+    settings: dict[str, Any] = {name: getattr(data, name) for name in IMAGE_SETTINGS}
+    settings |= {"split": split, "max_samples": max_samples, "show_progress": accelerator.is_local_main_process}
+    settings["center_crop"] = data.center_crop or not training
     if data.streaming and training:
         return open_stream(**settings, buffer_size=data.shuffle_buffer_size)
     return load_images(**settings, streaming=data.streaming)

@@ -61,7 +61,7 @@ class Learner:
         return (self.unet.config.get(PRIVATE_ENTRY) or {}).get("null_label")
 
     def checkpoint_state(self, fingerprint: str) -> CheckpointState:
-        """What a checkpoint holds of this, and what must be equal for a run to resume from it."""
+        """What a checkpoint holds of this, for a run on the images of `fingerprint`."""
         identity = {
             "seed": self.run.seed,
             "train_batch_size": self.run.train_batch_size,

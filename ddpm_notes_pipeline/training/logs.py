@@ -1,4 +1,4 @@
-"""What a run records while it trains: a loss for every step, bits/dim and sample metrics now and then.
+"""What a run records while it trains: each step's loss, and bits/dim and sample metrics now and then.
 
 The JSON-lines files are the record. They are always written, are the same for any number of processes,
 and are cut back to the step that a resumed run starts from.
@@ -75,7 +75,7 @@ class LossLog:
         bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}, {rate:.0f} images/s")
 
     def history(self) -> tuple[list[int], list[float]]:
-        """Steps and losses of the whole run, before an interruption too; NaN for non-finite losses."""
+        """Steps and losses since the start of the run; NaN for non-finite losses."""
         losses = [math.nan if row["loss"] is None else row["loss"] for row in self.rows]
         return [row["step"] for row in self.rows], losses
 
@@ -124,7 +124,7 @@ class RunLogs:
     def open(
         cls, accelerator: Accelerator, output_dir: Path, done: int, batch_size: int, tracker: Tracker | None
     ) -> "RunLogs":
-        """Open the files, cut back to the first `done` steps. Collective: every rank must call it."""
+        """Open the files, cut back to the first `done` steps. Collective."""
         with failing_together(accelerator, f"could not write {output_dir}/loss.jsonl"):
             return cls(
                 LossLog(accelerator, output_dir / "loss.jsonl", done, batch_size, tracker),
@@ -152,7 +152,7 @@ def bits_per_dim_figures(result: BitsPerDimOutput) -> dict[str, float]:
 
 
 def keep_rows(accelerator: Accelerator, path: Path, done: int) -> list[dict[str, Any]]:
-    """The rows of the first `done` steps; later ones, which will be made again, are cut from the file."""
+    """The rows of the first `done` steps; later ones are cut from the file."""
     rows = [row for row in read_rows(path) if row["step"] <= done] if done else []
     if accelerator.is_main_process and (rows or path.exists()):
         partial = path.with_name(f".{path.name}.partial")

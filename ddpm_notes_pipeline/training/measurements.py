@@ -1,16 +1,13 @@
-"""What the weights so far are worth: bits/dim, the distance of samples from images, a grid to look at."""
+"""What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from ..evaluation.samples import SampleTable, figures_of
 from ..evaluation.validation import measure_bits_per_dim
 from ..pipeline_ddpm_notes import BitsPerDimOutput
-from .arguments import DataArguments, RunArguments
 from .images import TrainingImages
 from .learner import Learner
 from .logs import RunLogs, bits_per_dim_figures
@@ -23,38 +20,28 @@ VALIDATION_EVALUATIONS = 16  # network evaluations per validation image
 class Measurements:
     """Measures a learner's weights and logs the figures; the time does not count as training.
 
-    Each measurement uses the same noise or seeds every time, and returns None if a signal interrupts it.
-    All methods are collective: every rank must call them.
+    A measurement uses the same noise or seeds every time. One that a signal interrupts is None. All methods are collective: every rank must call them.
 
     Attributes:
         table: of sample metrics; None without --metric_interval.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        learner: Learner,
-        images: TrainingImages,
-        data: DataArguments,
-        run: RunArguments,
-        stops: Stops,
-    ) -> None:
-        self.accelerator, self.learner, self.images, self.run, self.stops = accelerator, learner, images, run, stops
+    def __init__(self, learner: Learner, images: TrainingImages, stops: Stops, cache_dir: str | None) -> None:
+        self.learner, self.images, self.stops = learner, images, stops
+        self.accelerator, run = learner.accelerator, learner.run
         self.table = None
         if run.metric_interval is not None:
             sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
-            self.table = SampleTable(
-                accelerator, images.stored, images.validation, *sampling, cache_dir=data.cache_dir
-            )
+            self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
 
     def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:
-        """bits/dim of the averaged weights after `step` steps, with fewer evaluations than evaluate.py."""
+        """bits/dim of the averaged weights; fewer evaluations per image than evaluate.py's default."""
         if self.images.validation is None:
             return None
         n = VALIDATION_EVALUATIONS
-        settings = {"evaluations_per_image": n, "batch_size": 8 * n}
+        images, settings = self.images.validation, {"evaluations_per_image": n, "batch_size": 8 * n}
         with logs.loss.paused(), self.learner.pipeline(desc="validate", leave=False) as pipeline:
-            result = measure_bits_per_dim(self.accelerator, pipeline, self.images.validation, self.stops, **settings)
+            result = measure_bits_per_dim(self.accelerator, pipeline, images, self.stops, **settings)
         if result is not None:
             logs.validation.add(step, bits_per_dim_figures(result))
         return result
@@ -64,7 +51,7 @@ class Measurements:
         if self.table is None:
             return
         scheduler = self.learner.scheduler
-        n = self.run.ddpm_num_inference_steps or len(scheduler)
+        n = self.learner.run.ddpm_num_inference_steps or len(scheduler)
         row = {
             "variance_type": scheduler.variance_type,
             "path": scheduler.config.timestep_spacing,
@@ -84,17 +71,17 @@ class Measurements:
             averaged: of the averaged weights, not of the weights as they are.
             watch: see `sample`.
         """
-        count = self.run.num_samples
+        run = self.learner.run
         with self.learner.pipeline(averaged, desc="sample", unit="step") as pipeline:
             classes = pipeline.num_classes
             samples = sample(
                 self.accelerator,
                 pipeline,
-                count,
-                self.run.eval_batch_size,
-                class_labels=None if classes is None else [i % classes for i in range(count)],
+                run.num_samples,
+                run.eval_batch_size,
+                class_labels=None if classes is None else [i % classes for i in range(run.num_samples)],
                 stops=self.stops,
                 watch=watch,
-                num_inference_steps=self.run.ddpm_num_inference_steps,
+                num_inference_steps=run.ddpm_num_inference_steps,
             )
         return None if samples is None else samples.numpy()

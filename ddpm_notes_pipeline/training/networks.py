@@ -1,4 +1,4 @@
-"""The network of a run and the scheduler that is its math: new ones that fit the images, or a repository's."""
+"""The network and scheduler of a run: new ones that fit the images, or those of a repository."""
 
 import math
 import warnings
@@ -47,7 +47,7 @@ def make_model(
 def load_pretrained(
     model: ModelArguments, images: ImageSet | ImageStream, warn: bool
 ) -> tuple[UNet2DModel, DDPMNotesScheduler]:
-    """The float32 UNet and the scheduler of a repository or folder, set to the size of the images."""
+    """UNet, in float32, and scheduler of a repository or folder, at the size of the images."""
     name = str(model.pretrained_model_name_or_path)
     check_path("--pretrained_model_name_or_path", name)
     pipeline = DDPMNotesPipeline.from_pretrained(name, revision=model.revision)
@@ -56,8 +56,7 @@ def load_pretrained(
         scheduler = DDPMNotesScheduler.from_config(scheduler.config)
     if unet.config.in_channels != images.channels:
         raise ValueError(
-            f"{name} takes {unet.config.in_channels} channels and the images have {images.channels}; "
-            "they must be equal (see --image_mode)"
+            f"{name} takes {unet.config.in_channels} channels and the images have {images.channels}; they must be equal (see --image_mode)"
         )
     check_size(images.size, len(unet.config.block_out_channels))
     embeddings, classes = unet.config.num_class_embeds, images.num_classes
@@ -113,7 +112,7 @@ def default_channels(size: tuple[int, int]) -> list[int]:
 
 
 def without_measured_variances(scheduler: DDPMNotesScheduler, warn: bool = True) -> DDPMNotesScheduler:
-    """The scheduler without V_t and the decoder's variance, which belong to the network before training.
+    """The scheduler without V_t and decoder variance, which belong to the network before training.
 
     "optimal" becomes its stock fallback, the type that fits the network's outputs.
     """
@@ -133,7 +132,7 @@ def without_measured_variances(scheduler: DDPMNotesScheduler, warn: bool = True)
 
 
 def check_path(flag: str, name: str) -> None:
-    """Raise ValueError for a local path that does not exist: diffusers would take it for a repository id."""
+    """Raise ValueError for a missing local path: diffusers would take it for a repository id."""
     if is_local(name) and not Path(name).exists():
         raise ValueError(f"{flag} is {name}, and there is no such file or folder in {Path.cwd()}")
 

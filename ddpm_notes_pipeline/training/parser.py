@@ -28,8 +28,7 @@ OF_ONE_SOURCE = set(
 )
 # What a fingerprint depends on.
 CHOOSE_IMAGES = OF_ONE_SOURCE - {"validation_split", "label_column"} | set(
-    "validation_share resolution center_crop image_mode max_train_samples on_bad_image streaming shuffle_buffer_size seed"
-    .split()
+    "validation_share resolution center_crop image_mode max_train_samples on_bad_image streaming shuffle_buffer_size seed".split()
 )
 # Flags of diffusers' train_unconditional.py that have no namesake here, and what to use instead.
 OF_TRAIN_UNCONDITIONAL = {
@@ -92,12 +91,13 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser, parts = _parse((DataArguments, ModelArguments, RunArguments), argv)
-    parts[2].command = (sys.argv[0], *argv)
+    arguments = Arguments(*parts)
+    arguments.run.command = (sys.argv[0], *argv)
     try:
-        check_arguments(*parts)
+        check_arguments(*arguments)
     except ValueError as error:
         parser.error(str(error))
-    return parts
+    return arguments
 
 
 def parse_evaluation_arguments(argv: list[str] | None = None) -> tuple[DataArguments, EvaluationArguments]:
@@ -149,7 +149,7 @@ def _parse(classes: tuple[Any, ...], argv: list[str], ignored: set[str] | None =
 
 
 def _read_config(parser: ArgumentParser, path: str, line: list[str], ignored: set[str]) -> list[str]:
-    """The flags that a YAML file stands for, so that argparse checks them as it checks the line's."""
+    """The flags that a YAML file stands for, so that argparse checks file and line alike."""
     try:
         # As text, for argparse to convert: YAML would turn 1e-3 into a string and `no` into False.
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: the model as a Hub folder with its card, and a record of the training.
+"""What a run leaves in its folder: the model as a Hub folder, and a record of the training.
 
 Nothing here names the machine, its user or a path on it: the folder may be published as it is.
 """
@@ -51,9 +51,9 @@ def save_model(
 
 
 def save_settings(path: Path, settings: Arguments, fingerprint: str) -> None:
-    """Write training_config.yaml: `--config` with it and an --output_dir repeats the run on the same images.
+    """Write training_config.yaml: as --config, with an --output_dir, it repeats the run.
 
-    Of a local path only the last name is kept, as "./name", which is neither an embedded set nor a
+    On the same images: it holds their fingerprint. Of a local path only the last name is kept, as "./name", which is neither an embedded set nor a
     repository.
     """
     config = {name: value for name, value in as_config(*settings).items() if name not in OWN_SETTINGS}
@@ -113,8 +113,7 @@ def run_record(
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
-        "command": "accelerate launch training/train.py --config training_config.yaml "
-        f"--output_dir {shlex.quote(f'outputs/{output_name}')}",
+        "command": f"accelerate launch training/train.py --config training_config.yaml --output_dir {shlex.quote(f'outputs/{output_name}')}",
     }
 
 
@@ -134,7 +133,7 @@ def hardware(device: torch.device) -> str:
 def summary(
     settings: Arguments, images: TrainingImages, logs: RunLogs, skipped: int, rate: float, seconds: float
 ) -> str:
-    """Five lines: what was learned, where it is, how to load it, train it longer, and on other images."""
+    """Five lines: what was learned, where it is, how to load it, train longer, use other images."""
     data, _, run = settings
     _, losses = logs.loss.history()
     steps, tail = len(losses), last_finite(losses) or [math.nan]
@@ -171,7 +170,7 @@ def validation_words(images: TrainingImages, logs: RunLogs) -> str:
 
 
 def open_repo(accelerator: Accelerator, run: RunArguments) -> str | None:
-    """The full name of the repository to push to, found or made before training; None without --push_to_hub.
+    """The full name of the repository to push to, found or made; None without --push_to_hub.
 
     Collective: every rank must call it.
 
@@ -197,7 +196,7 @@ def publish(output_dir: Path, repo_id: str, run: RunArguments, pushes: Backgroun
     """The last push.
 
     Raises:
-        NotPublishedError: it failed. All is on disk; the message is the command that pushes it later.
+        NotPublishedError: it failed. All is on disk; the message says how to push it later.
     """
     if pushes is not None:
         pushes.close()

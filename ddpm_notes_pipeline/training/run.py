@@ -1,6 +1,6 @@
-"""A training run: images -> batches -> objective -> scheduler -> network -> step, and what it leaves.
+"""A training run: images -> batches -> objective -> scheduler -> network -> step -> results.
 
-    TrainingRun(DataArguments(dataset_name="digits"), ModelArguments(), RunArguments(max_train_steps=500)).train()
+    TrainingRun(DataArguments("digits"), ModelArguments(), RunArguments(max_train_steps=500)).train()
 
 It works from a script, a notebook or pytest: it takes no signals and never ends the process.
 """
@@ -32,7 +32,7 @@ from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, as_config, check_arguments, warmup_steps
 from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .commands import resume_command
-from .images import TrainingImages, count_of, dims, load_training_images
+from .images import count_of, dims, load_training_images
 from .learner import Learner
 from .logs import LOGS, RunLogs
 from .measurements import VALIDATION_EVALUATIONS, Measurements
@@ -95,7 +95,7 @@ class TrainingRun:
         self, data: DataArguments, model: ModelArguments, run: RunArguments, stops: Stops | None = None
     ) -> None:
         check_arguments(data, model, run)
-        self.settings: Arguments = (data, model, run)
+        self.settings = Arguments(data, model, run)
         self.stops = stops or Stops()
         self.accelerator = start_accelerate(run)
         self.output_dir = Path(run.output_dir)
@@ -110,7 +110,7 @@ class TrainingRun:
             self._print(f"warm-up: {warmup} steps instead of {run.lr_warmup_steps}, since training ends after {steps}")
         unet, scheduler = make_model(model, self.images.train, warn=self.accelerator.is_main_process)
         self.learner = Learner(self.accelerator, unet, scheduler, run)
-        self.measurements = Measurements(self.accelerator, self.learner, self.images, data, run, self.stops)
+        self.measurements = Measurements(self.learner, self.images, self.stops, data.cache_dir)
         self.progress = Progress(self._resume(steps), steps)
         self.learner.schedule(self.progress.first, steps, warmup)
         self.loader = self._make_loader()
@@ -146,7 +146,7 @@ class TrainingRun:
         """Each remaining step, counted from 0, with this rank's share of its batch."""
         first, steps = self.progress.first, self.progress.steps
         self.progress.started = time.monotonic()
-        learned = first > 0 or self.settings[1].pretrained_model_name_or_path is not None
+        learned = first > 0 or self.settings.model.pretrained_model_name_or_path is not None
         if learned and first < steps:
             self._validate(first)
         disable = not self.accelerator.is_main_process
@@ -161,7 +161,7 @@ class TrainingRun:
 
     def after(self, step: int) -> None:
         """What is due after a step: log, checkpoint, push, validation, samples."""
-        run, done, is_last = self.settings[2], step + 1, step + 1 == self.progress.steps
+        run, done, is_last = self.settings.run, step + 1, step + 1 == self.progress.steps
         self.progress.signal = self.stops.agreed()
         checkpoint_due = self.stopped or done % run.checkpointing_steps == 0
         if checkpoint_due or is_last or done % run.logging_steps == 0:
@@ -187,8 +187,8 @@ class TrainingRun:
         return self.progress.signal != 0
 
     def finish(self) -> None:
-        """Save the model, its samples and its card, print a summary, publish; free the process group."""
-        progress, logs, run = self.progress, self.logs, self.settings[2]
+        """Save model, samples and card, print a summary, publish; free the process group."""
+        progress, logs, run = self.progress, self.logs, self.settings.run
         progress.bar.close()
         if self.stopped and logs.loss.step < progress.steps:
             self._stop()
@@ -221,7 +221,7 @@ class TrainingRun:
 
     def _resume(self, steps: int) -> int:
         """Restore the checkpoint that was asked for; returns the number of steps done."""
-        wanted = self.settings[2].resume_from_checkpoint
+        wanted = self.settings.run.resume_from_checkpoint
         checkpoint = find_checkpoint(self.output_dir, wanted) if wanted else None
         if checkpoint is None:
             if wanted:
@@ -230,8 +230,7 @@ class TrainingRun:
         done = load_checkpoint(self.accelerator, checkpoint, self._checkpoint_state())
         if done > steps:
             raise ValueError(
-                f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; "
-                "give more steps"
+                f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; give more steps"
             )
         self._print(f"resuming from {checkpoint} at step {done}")
         return done
@@ -260,7 +259,7 @@ class TrainingRun:
 
     def _open_tracker(self) -> Tracker | None:
         """The tracker, on the main process alone."""
-        name = find_tracker(self.settings[2].report_to)
+        name = find_tracker(self.settings.run.report_to)
         if name is None or not self.accelerator.is_main_process:
             return None
         config = as_config(*self.settings)
@@ -270,7 +269,7 @@ class TrainingRun:
         return self.learner.checkpoint_state(self.images.train.fingerprint)
 
     def _save_checkpoint(self, done: int) -> None:
-        limit = self.settings[2].checkpoints_total_limit
+        limit = self.settings.run.checkpoints_total_limit
         save_checkpoint(self.accelerator, self.output_dir, done, self._checkpoint_state(), limit)
 
     def _validate(self, done: int) -> BitsPerDimOutput | None:
@@ -280,7 +279,7 @@ class TrainingRun:
         killed before it wrote evaluation.json.
         """
         is_last = done == self.progress.steps
-        due = done % self.settings[2].validation_steps == 0 and not self.logs.validation.has(done)
+        due = done % self.settings.run.validation_steps == 0 and not self.logs.validation.has(done)
         return self.measurements.validate(done, self.logs) if is_last or due else None
 
     def _save_samples(self, done: int) -> None:
@@ -309,8 +308,8 @@ class TrainingRun:
         save_model(folder, self.learner.unet, self.learner.scheduler, self.settings, record)
 
     def _write_model(self, bits_per_dim: BitsPerDimOutput | None) -> None:
-        """The finished model with its figures and its card: complete but for samples, which take a while."""
-        run, scheduler, table = self.settings[2], self.learner.scheduler, self.measurements.table
+        """The finished model, its figures and its card: complete but for samples, which take a while."""
+        run, scheduler, table = self.settings.run, self.learner.scheduler, self.measurements.table
         self._save_model(self.output_dir)
         if bits_per_dim is not None and self.images.validation is not None:
             T = len(scheduler)
@@ -329,7 +328,7 @@ class TrainingRun:
 
     def _write_samples(self) -> None:
         """samples.png and trajectory.gif of the finished model, and a card that shows them."""
-        run, scheduler, trajectory = self.settings[2], self.learner.scheduler, Trajectory()
+        run, scheduler, trajectory = self.settings.run, self.learner.scheduler, Trajectory()
         samples = self.measurements.sample_grid(averaged=False, watch=trajectory)
         if samples is not None:
             self.logs.log_image(self.progress.steps, "samples", image_grid(samples))
@@ -351,14 +350,14 @@ class TrainingRun:
         self.logs.close()
         done = self.logs.loss.step
         where = f"after step {done} of {self.progress.steps}, which {self.output_dir}/checkpoint-{done} holds"
-        raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings[2].command)}")
+        raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
 
     def _real_images(self) -> Any:
-        return self.images.evenly_spaced(self.settings[2].num_samples)
+        return self.images.evenly_spaced(self.settings.run.num_samples)
 
     def _description(self) -> str:
         """The first line: images, network, steps, batch, processes."""
-        run, unet, images, progress = self.settings[2], self.learner.unet, self.images.train, self.progress
+        run, unet, images, progress = self.settings.run, self.learner.unet, self.images.train, self.progress
         processes, parts = self.accelerator.num_processes, run.gradient_accumulation_steps
         share = run.train_batch_size // processes
         return (

@@ -1,4 +1,4 @@
-"""Stopping together: on a signal (spot machine, Slurm time limit, ctrl-C), or when one process fails.
+"""Stopping together: on a signal (spot machine, Slurm, ctrl-C), or when one process fails.
 
 The handler only remembers the signal. Training asks for it once per step, together with all other
 processes, so that all of them stop after the same step, with one whole checkpoint. Before training
@@ -23,7 +23,7 @@ REPEATED = 5.0  # seconds
 
 
 class Stopped(BaseException):
-    """The run ends because of a signal. Not an `Exception`, so that nothing on the way catches it.
+    """The run ends because of a signal. Not an `Exception`, so that nothing catches it on the way.
 
     Attributes:
         status: exit status as shells define it, 128 + signal number: 143 for SIGTERM, 130 for SIGINT.
@@ -61,7 +61,7 @@ class Stops:
         """From now on a signal waits for `agreed`. Collective: every rank must call it."""
         self.where = None
         if accelerator.num_processes > 1:
-            # Of CPU tensors, beside the one for gradients: asking would force a device sync otherwise.
+            # A second group, for CPU tensors: asking on the device would force a sync.
             self.group = torch.distributed.new_group(backend="gloo")
 
     def agreed(self) -> int:
@@ -105,7 +105,7 @@ class FailedElsewhere(Exception):
 
 @contextlib.contextmanager
 def failing_together(accelerator: Accelerator, what: str | None = None) -> Iterator[None]:
-    """A block that fails on every rank if it fails on one; otherwise the others would wait for that one.
+    """A block that fails on every rank if it fails on one: the others would wait for it otherwise.
 
     Collective: every rank must enter it, and reach the same collectives inside.
 

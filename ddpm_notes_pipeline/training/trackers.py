@@ -1,4 +1,4 @@
-"""Trackers (trackio, tensorboard, wandb): a window on the logs that can neither stop nor slow the run.
+"""Trackers (trackio, tensorboard, wandb): a view of the logs that cannot stop or slow the run.
 
 A tracker works in a thread of its own: it may fail, or wait for a network that is not there.
 """
@@ -128,10 +128,8 @@ class Tracker:
             self.accelerator.log({key: trackio.Image(pixels)}, step=step)
         else:
             for tracker in self.accelerator.trackers:
-                tracker.log_images({key: pixels[None]}, step=step, **self._image_options())
-
-    def _image_options(self) -> dict[str, Any]:
-        return {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
+                options = {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
+                tracker.log_images({key: pixels[None]}, step=step, **options)
 
 
 @contextlib.contextmanager

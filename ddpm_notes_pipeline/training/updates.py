@@ -100,11 +100,11 @@ class UpdateGuard:
         return finite.float()
 
     def watch(self, step: int, t: torch.Tensor, losses: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Remember a step (counted from 1) and this rank's timesteps and losses (B,), without a sync."""
+        """Remember a step (from 1) and this rank's timesteps and losses (B,), without a sync."""
         self.waiting.append((step, t, losses, grad_norm))
 
     def check(self) -> None:
-        """Count the skipped steps since the last call and report them. Collective: every rank must call it.
+        """Count and report the steps skipped since the last call. Collective.
 
         Raises:
             FloatingPointError: the last `limit` steps were all skipped.
