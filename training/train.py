@@ -1,12 +1,12 @@
 """Train a DDPM on any image data set.
 
     accelerate launch training/train.py --config training/configs/digits.yaml
-    accelerate launch training/train.py --train_data_dir pngs --resolution 64 --output_dir outputs/pngs
+    accelerate launch training/train.py --train_data_dir pngs --resolution 64 --output_dir outputs/a
 
 A run is a pure function of (config, seed, step): the batch, flips, timesteps and noise of optimizer
 step n follow from the seed and n alone. So neither the number of processes nor accumulation changes
-the result, and a resumed run continues as if it had not stopped. `--output_dir` becomes the Hub folder
-of the model; its checkpoints are in `checkpoint-N/`.
+the result, and a resumed run continues as if it had not stopped. `--output_dir` becomes the Hub
+folder of the model; its checkpoints are in `checkpoint-N/`.
 """
 
 import logging

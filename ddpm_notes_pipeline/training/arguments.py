@@ -228,7 +228,8 @@ class RunArguments:
     license: str | None = setting(
         None, "The model's licence, as the Hub names licences. Default: that of the existing card, or apache-2.0."
     )
-    command: tuple[str, ...] = field(default=(), init=False, compare=False)  # script and flags; () from Python
+    # The command line, script and flags; empty from Python.
+    command: tuple[str, ...] = field(default=(), init=False, compare=False)
 
     @property
     def typed(self) -> frozenset[str]:

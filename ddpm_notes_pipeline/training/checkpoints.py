@@ -1,10 +1,10 @@
 """Checkpoints that are whole or not there.
 
 A run is a pure function of (config, seed, step), so a checkpoint is the weights, their average, the
-optimizer, the step number and the little that has a history: the timestep sampler, the loss scale, the
-counts of skipped updates. All processes write it to a temporary folder, where it is flushed and listed
-file by file with digests; only then is the folder renamed to `checkpoint-N`. A folder of that name
-whose files match its list is whole.
+optimizer, the step number and the little that has a history: the timestep sampler, the loss scale,
+the counts of skipped updates. All processes write it to a temporary folder, where it is flushed and
+listed file by file with digests; only then is the folder renamed to `checkpoint-N`. A folder of
+that name whose files match its list is whole.
 """
 
 import hashlib
@@ -101,7 +101,7 @@ def save_checkpoint(
         with failing_together(accelerator):
             if accelerator.is_main_process:
                 state.save(partial, step)
-                if final.exists():  # the same step of an earlier try: kept until this one is in place
+                if final.exists():  # of an earlier try: kept until this one is in place
                     os.rename(final, replaced)
                 os.replace(partial, final)
                 flush(output_dir)
@@ -170,8 +170,8 @@ def damage(checkpoint: Path) -> str | None:
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, a name, or "latest".
 
-    "latest" is the newest whole one. None if "latest" finds no checkpoint at all, so that one and the same command both starts and
-    resumes a run.
+    "latest" is the newest whole one. None if "latest" finds no checkpoint at all, so that one and
+    the same command both starts and resumes a run.
 
     Raises:
         ValueError: the named one is damaged, or all are.
@@ -201,7 +201,8 @@ def digest(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Have the system write a file, or a folder's entries, to disk."""
-    if WINDOWS and path.is_dir():  # Windows opens no folders, and syncs only what is open for writing
+    # Windows opens no folders, and syncs only what is open for writing.
+    if WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:

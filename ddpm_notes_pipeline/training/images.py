@@ -49,8 +49,8 @@ def load_training_images(accelerator: Accelerator, data: DataArguments, seed: in
     """Load both sets, decoded by one process per machine. Collective.
 
     Raises:
-        ValueError: not the images that a configuration was written for, or validation images that do
-            not go with the training images.
+        ValueError: not the images that a configuration was written for, or validation images that
+            do not go with the training images.
     """
     validation = None
     with accelerator.local_main_process_first():

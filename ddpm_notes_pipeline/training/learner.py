@@ -77,7 +77,7 @@ class Learner:
         """Set the learning rate of step `done` of `steps`, and of those after it."""
         for group in self.optimizer.param_groups:
             group["initial_lr"] = self.run.learning_rate
-        # Not prepared: accelerate would step it once per process instead of once per optimizer step.
+        # Not prepared: accelerate would step it once per process.
         self.lr_scheduler = get_scheduler(
             self.run.lr_scheduler,
             self.optimizer.optimizer,

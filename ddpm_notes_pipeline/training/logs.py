@@ -1,7 +1,7 @@
-"""What a run records while it trains: each step's loss, and bits/dim and sample metrics now and then.
+"""What a run records while it trains: loss of each step, now and then bits/dim and sample metrics.
 
-The JSON-lines files are the record. They are always written, are the same for any number of processes,
-and are cut back to the step that a resumed run starts from.
+The JSON-lines files are the record. They are always written, are the same for any number of
+processes, and are cut back to the step that a resumed run starts from.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .stops import failing_together
 from .trackers import PROJECT, Tracker
 
-LOGS = ("loss.jsonl", "validation.jsonl", "metrics.jsonl", PROJECT, "wandb")  # in the folder of a run
+# All that a run logs into its folder.
+LOGS = ("loss.jsonl", "validation.jsonl", "metrics.jsonl", PROJECT, "wandb")
 
 
 class LossLog:
@@ -60,7 +61,8 @@ class LossLog:
     def write(self, bar: Any) -> None:
         """Average over processes and write the steps added since the last call. Collective."""
         losses = self.accelerator.reduce(torch.stack([loss for loss, _, _ in self.waiting]), "mean").tolist()
-        seconds = self.seconds + time.monotonic() - self.since  # after the sync, so the steps are done
+        # read after the sync, when the steps are done
+        seconds = self.seconds + time.monotonic() - self.since
         self.seconds, self.since = 0.0, time.monotonic()
         rate = len(losses) * self.batch_size / seconds if seconds > 0 else math.nan
         new = []

@@ -20,7 +20,8 @@ VALIDATION_EVALUATIONS = 16  # network evaluations per validation image
 class Measurements:
     """Measures a learner's weights and logs the figures; the time does not count as training.
 
-    A measurement uses the same noise or seeds every time. One that a signal interrupts is None. All methods are collective: every rank must call them.
+    A measurement uses the same noise or seeds every time. One that a signal interrupts is None. All
+    methods are collective: every rank must call them.
 
     Attributes:
         table: of sample metrics; None without --metric_interval.
@@ -35,7 +36,7 @@ class Measurements:
             self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
 
     def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:
-        """bits/dim of the averaged weights; fewer evaluations per image than evaluate.py's default."""
+        """bits/dim of the averaged weights, with fewer evaluations than evaluate.py's default."""
         if self.images.validation is None:
             return None
         n = VALIDATION_EVALUATIONS

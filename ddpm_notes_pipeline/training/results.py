@@ -53,8 +53,8 @@ def save_model(
 def save_settings(path: Path, settings: Arguments, fingerprint: str) -> None:
     """Write training_config.yaml: as --config, with an --output_dir, it repeats the run.
 
-    On the same images: it holds their fingerprint. Of a local path only the last name is kept, as "./name", which is neither an embedded set nor a
-    repository.
+    On the same images: it holds their fingerprint. Of a local path only the last name is kept, as
+    "./name", which is neither an embedded set nor a repository.
     """
     config = {name: value for name, value in as_config(*settings).items() if name not in OWN_SETTINGS}
     for name in PATH_SETTINGS:

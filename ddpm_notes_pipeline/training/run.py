@@ -1,6 +1,7 @@
 """A training run: images -> batches -> objective -> scheduler -> network -> step -> results.
 
-    TrainingRun(DataArguments("digits"), ModelArguments(), RunArguments(max_train_steps=500)).train()
+    run = TrainingRun(DataArguments("digits"), ModelArguments(), RunArguments(max_train_steps=500))
+    run.train()
 
 It works from a script, a notebook or pytest: it takes no signals and never ends the process.
 """
@@ -41,7 +42,8 @@ from .results import open_repo, publish, run_record, save_model, summary
 from .stops import Stopped, Stops, failing_together
 from .trackers import Tracker, find_tracker
 
-LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")  # half-written folders of a stopped run
+# Half-written folders that a stop may leave.
+LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")
 
 
 @dataclass
@@ -140,7 +142,7 @@ class TrainingRun:
                 break
         self.finish()
 
-    # ---------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------- the loop
 
     def batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Each remaining step, counted from 0, with this rank's share of its batch."""
@@ -217,7 +219,7 @@ class TrainingRun:
             self.accelerator.free_memory()
             self.accelerator.end_training()
 
-    # ---------------------------------------------------------------------------------------- its parts
+    # ----------------------------------------------------------------- its parts
 
     def _resume(self, steps: int) -> int:
         """Restore the checkpoint that was asked for; returns the number of steps done."""
@@ -308,7 +310,7 @@ class TrainingRun:
         save_model(folder, self.learner.unet, self.learner.scheduler, self.settings, record)
 
     def _write_model(self, bits_per_dim: BitsPerDimOutput | None) -> None:
-        """The finished model, its figures and its card: complete but for samples, which take a while."""
+        """The finished model with its figures and its card; its samples will take a while."""
         run, scheduler, table = self.settings.run, self.learner.scheduler, self.measurements.table
         self._save_model(self.output_dir)
         if bits_per_dim is not None and self.images.validation is not None:
@@ -373,16 +375,21 @@ class TrainingRun:
             tqdm.write(text)
 
 
+def reset_accelerate() -> None:
+    """Forget accelerate's state, which is the process's and would bind the next accelerator."""
+    if is_initialized():
+        for state in (AcceleratorState(), GradientState(), PartialState()):
+            vars(state).clear()
+
+
 def start_accelerate(run: RunArguments) -> Accelerator:
-    """An accelerator of its own settings; those of an earlier run in this process would hold otherwise.
+    """An accelerator for this run, whatever an earlier one in this process used.
 
     Raises:
         ValueError: a launch that looks distributed and is not: each process would train alone.
     """
     tracker = find_tracker(run.report_to)
-    if is_initialized():
-        for state in (AcceleratorState(), GradientState(), PartialState()):
-            vars(state).clear()
+    reset_accelerate()
     accelerator = Accelerator(mixed_precision=run.mixed_precision, log_with=tracker, project_dir=run.output_dir)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
@@ -416,10 +423,10 @@ def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArgum
 
 
 def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
-    """Remove what a stop left half-written and, from a folder that is written over, the old checkpoints.
+    """Remove what a stop left half-written, and the old checkpoints of a folder to write over.
 
-    Those would be the "latest" of the new run. Called only once training is about to start, so that a
-    mistake in the settings loses nothing. Collective.
+    Those would be the "latest" of the new run. Called only once training is about to start, so that
+    a mistake in the settings loses nothing. Collective.
     """
     if accelerator.is_main_process:
         old = [] if run.resume_from_checkpoint else list_checkpoints(output_dir)

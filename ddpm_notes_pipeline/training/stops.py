@@ -26,7 +26,7 @@ class Stopped(BaseException):
     """The run ends because of a signal. Not an `Exception`, so that nothing catches it on the way.
 
     Attributes:
-        status: exit status as shells define it, 128 + signal number: 143 for SIGTERM, 130 for SIGINT.
+        status: exit status, 128 + signal number as in shells: 143 for SIGTERM, 130 for SIGINT.
         together: whether all processes agreed to stop here.
     """
 

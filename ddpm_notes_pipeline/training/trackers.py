@@ -42,8 +42,8 @@ class Tracker:
     """One of accelerate's trackers in a thread of its own; for the main process.
 
     What is logged is queued, and the call returns. A tracker that fails is reported once and then
-    dropped. (trackio, for one, asks the Hub who the user is, without a timeout. It stores runs in the
-    Hugging Face cache, or in `TRACKIO_DIR`.)
+    dropped. (trackio, for one, asks the Hub who the user is, without a timeout. It stores runs in
+    the Hugging Face cache, or in `TRACKIO_DIR`.)
 
     Args:
         accelerator: made with `log_with=name`.

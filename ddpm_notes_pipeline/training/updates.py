@@ -1,9 +1,9 @@
 """An update of the weights and their average, applied as a whole or skipped.
 
-A non-finite loss is given a non-finite gradient (`poisoned`). Gradients are averaged over processes,
-so their norm tells all ranks alike whether to apply the step. That flag stays on the device, where
-AdamW's fused kernel and the average read it: checking it on the host would force a device sync. The
-host learns of skipped steps when it next reads the losses.
+A non-finite loss is given a non-finite gradient (`poisoned`). Gradients are averaged over
+processes, so their norm tells all ranks alike whether to apply the step. That flag stays on the
+device, where AdamW's fused kernel and the average read it: checking it on the host would force a
+device sync. The host learns of skipped steps when it next reads the losses.
 """
 
 import math
@@ -50,19 +50,14 @@ class AveragedWeights(EMAModel):
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter], applied: torch.Tensor | None = None) -> None:
-        """Move towards `parameters`. `applied`: scalar, 0 for a skipped optimizer step; default 1."""
+        """Move towards `parameters`, unless `applied`, a scalar, is 0: a skipped optimizer step."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         if applied is None:
             applied = torch.ones((), device=self.shadow_params[0].device)
         weight = applied * (1 - self.cur_decay_value)
-        if weight.device.type == "cpu":  # one pass over memory instead of three
-            for average, parameter in zip(self.shadow_params, parameters, strict=True):
-                average.lerp_(parameter, weight)
-            return
-        change = torch._foreach_sub(list(parameters), self.shadow_params)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(self.shadow_params, change)
+        for average, parameter in zip(self.shadow_params, parameters, strict=True):
+            average.lerp_(parameter, weight)
 
 
 class UpdateGuard:

@@ -1,8 +1,9 @@
 """Runs of training/train.py as users start them, and cheap ones.
 
-`launch` is a real `accelerate launch`, in one or several processes: 10 to 20 s each, nearly all of it imports.
-`Trainer` pays for the imports once: a server process that forks one process a run, each with its own exit status,
-output and accelerate state. `once` keeps what an expensive run left for every test and every pytest-xdist worker.
+`launch` is a real `accelerate launch`, in one or several processes: 10 to 20 s each, nearly all of
+it imports. `Trainer` pays for the imports once: a server process that forks one process a run, each
+with its own exit status, output and accelerate state. `once` keeps what an expensive run left for
+every test and every pytest-xdist worker.
 """
 
 import contextlib
@@ -34,8 +35,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "training" / "train.py"
 
-# A run of a second or two: flags given after these win. Some weights have no gradient but rounding (biases that a norm
-# or a softmax takes out again); Adam would walk them at full speed if its epsilon were not above that.
+# A run of a second or two: flags given after these win. Some weights have no gradient but rounding
+# (biases that a norm or a softmax takes out again); Adam would walk them at full speed if its
+# epsilon were not above that.
 TINY = (
     "--dataset_name digits --block_out_channels 32 32 --layers_per_block 1 --max_train_steps 12 --train_batch_size 8 "
     "--lr_warmup_steps 4 --adam_epsilon 1e-5 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2 "
@@ -43,7 +45,7 @@ TINY = (
 ).split()
 
 
-# ------------------------------------------------------------------------------------------------ accelerate launch
+# -------------------------------------------------------------------- accelerate launch
 
 
 def launch(
@@ -56,10 +58,12 @@ def launch(
     expect: int | None = 0,
     timeout: float = 150,
 ) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch training/train.py *flags` on CPUs; what the first launcher returned and wrote.
+    """`accelerate launch training/train.py *flags` on CPUs; what the first launcher returned and
+    wrote.
 
     Args:
-        processes: of all machines together. `--cpu --num_processes 2` would start ONE: the flags here start them all.
+        processes: of all machines together. `--cpu --num_processes 2` would start ONE: the flags
+            here start them all.
         machines: so many launchers on this machine, joined as several nodes would be.
         expect: the exit status asserted of every launcher; None: any.
     """
@@ -89,7 +93,8 @@ def launch(
             stack.callback(kill_tree, process)
             started.append((process, out, err))
             if machines > 1 and rank == 0:
-                wait_for_listener(process, port)  # the second launcher would take the port, and the first one mind
+                # the second launcher would take the port, and the first one mind
+                wait_for_listener(process, port)
         finished = []
         end = time.monotonic() + timeout
         for process, out, err in started:
@@ -102,7 +107,9 @@ def launch(
 
 
 def environment_of_runs(**more: str) -> dict[str, str]:
-    """One thread, this checkout's code wherever the installed package points, and nothing of a launcher around pytest."""
+    """One thread, this checkout's code wherever the installed package points, and nothing of a
+    launcher around pytest.
+    """
     names = r"ACCELERATE_.*|WORLD_SIZE|LOCAL_.*|RANK|GROUP_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
     own = {name: value for name, value in os.environ.items() if not re.fullmatch(names, name)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -127,7 +134,9 @@ def wait_for_listener(process: subprocess.Popen, port: int, timeout: float = 60)
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """End a process and all that it started: a launcher that is stopped alone leaves its children running."""
+    """End a process and all that it started: a launcher that is stopped alone leaves its children
+    running.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)
         for member in [psutil.Process(process.pid), *family]:
@@ -150,14 +159,17 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ one process a run
+# -------------------------------------------------------------------- one process a run
 
 
 class Trainer:
-    """`python training/train.py *flags` without `accelerate launch`, and without paying for imports each time."""
+    """`python training/train.py *flags` without `accelerate launch`, and without paying for imports
+    each time.
+    """
 
     def __init__(self) -> None:
-        # The server's own output goes to this process's stderr; its stdin and stdout carry the requests and answers.
+        # The server's own output goes to this process's stderr; its stdin and stdout carry the
+        # requests and answers.
         self.server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -180,10 +192,11 @@ class Trainer:
         expect: int | None = 0,
         timeout: int = 100,
     ) -> subprocess.CompletedProcess[str]:
-        """Args: `stop_at`: when the process asks for the batch of this step, or calls ("module:function", n) for the n-th time,
-        it sends itself the signal `by`: the default is death on the spot. `kill_after`: another process kills it so many seconds after a file of
-        that pattern is there. `file_size`: no file may grow beyond so many bytes,
-        that of stderr neither.
+        """Args: `stop_at`: when the process asks for the batch of this step, or calls
+        ("module:function", n) for the n-th time,
+        it sends itself the signal `by`: the default is death on the spot. `kill_after`: another
+        process kills it so many seconds after a file of that pattern is there. `file_size`: no file
+        may grow beyond so many bytes, that of stderr neither.
         `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
@@ -208,13 +221,20 @@ class Trainer:
 
 def serve() -> None:
     """Answer each request, a line on stdin, by the exit status of a forked process that ran it."""
-    for name in ("ddpm_notes_pipeline.training.run", "datasets", "sklearn.datasets", "diffusers.pipelines", "torch.distributed"):
+    for name in (
+        "ddpm_notes_pipeline.training.run",
+        "datasets",
+        "sklearn.datasets",
+        "diffusers.pipelines",
+        "torch.distributed",
+    ):
         __import__(name)
     gc.freeze()  # nor is it gone through while a child runs
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            # Not by the interpreter's own end: it goes through, and so copies, all that was imported, which takes 3 s.
+            # Not by the interpreter's own end: it goes through, and so copies, all that was
+            # imported, which takes 3 s.
             os._exit(run_request(json.loads(line)))
         print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
 
@@ -256,8 +276,13 @@ def run_request(request: dict[str, Any]) -> int:
 
 
 def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None:
-    """Make the process send itself a signal: see `Trainer.__call__`. By SIGKILL there is no chance to tidy up."""
-    where, count = ("ddpm_notes_pipeline.data.batches:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
+    """Make the process send itself a signal: see `Trainer.__call__`.
+
+    By SIGKILL there is no chance to tidy up.
+    """
+    where, count = (
+        ("ddpm_notes_pipeline.data.batches:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
+    )
     module, _, path = where.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -284,22 +309,25 @@ def start_killer(seconds: float, pattern: str) -> None:
     os._exit(0)
 
 
-# ------------------------------------------------------------------------------------------------ shared by workers
+# -------------------------------------------------------------------- shared by workers
 
 
 def once(
     name: str, make: Callable[[Path], subprocess.CompletedProcess[str]]
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder that `make(folder)` filled and what it returned: made by the first to ask in this test session.
+    """The folder that `make(folder)` filled and what it returned: made by the first to ask in this
+    test session.
 
-    pytest-xdist gives each worker module-scoped fixtures of its own; this makes a launch cost its time once.
+    pytest-xdist gives each worker module-scoped fixtures of its own; this makes a launch cost its
+    time once.
     """
     home = Path(os.environ["DDPM_NOTES_TESTS_HOME"], "once")
     home.mkdir(exist_ok=True)
     folder, record = home / name, home / f"{name}.json"
     with locked(home / f"{name}.lock"):
         if not record.exists():
-            folder = home / f"{name}-{uuid.uuid4().hex[:6]}" if folder.exists() else folder  # an earlier try failed
+            # an earlier try failed
+            folder = home / f"{name}-{uuid.uuid4().hex[:6]}" if folder.exists() else folder
             result = make(folder)
             record.write_text(json.dumps([str(folder), result.args, result.returncode, result.stdout, result.stderr]))
     path, *parts = json.loads(record.read_text())

@@ -95,7 +95,7 @@ NOT_STREAMED = {"metric_interval": 7, "validation_share": 0.04}  # these contrad
 
 OF_ONE_LAUNCH = ("overwrite_output_dir", "resume_from_checkpoint")
 
-# ------------------------------------------------------------------------------------------------ where a value is from
+# --------------------------------------------------------------------- where a value is from
 
 
 def test_a_value_means_the_same_on_the_line_and_in_a_file(parse):
@@ -120,7 +120,9 @@ def test_settings_written_as_yaml_are_read_back_unchanged(parse, tmp_path):
 
 @pytest.mark.parametrize("name", OF_ONE_LAUNCH)
 def test_what_was_asked_of_one_launch_is_not_written_as_a_setting_of_the_run(name):
-    """Who trains again by the file that is published with a model would write over, or resume in, a folder of theirs."""
+    """Who trains again by the file that is published with a model would write over, or resume in, a
+    folder of theirs.
+    """
     parts = parse_arguments(
         ["--dataset_name", "digits", "--overwrite_output_dir", "--resume_from_checkpoint", "latest"]
     )
@@ -180,7 +182,7 @@ def test_another_column_of_the_same_data_set_may_be_named_on_the_line(parse):
     assert (found["dataset_name"], found["train_split"], found["label_column"]) == ("digits", "test", "label")
 
 
-# ------------------------------------------------------------------------------------------------ how values are written
+# -------------------------------------------------------------------- how values are written
 
 
 @pytest.mark.parametrize("text", ["1e-3", "0.001", ".001", "1.0e-3", "'1e-3'"])
@@ -256,7 +258,7 @@ def test_shipped_files_are_read(path):
     assert (data.dataset_name or data.train_data_dir) and run.output_dir != RunArguments.output_dir
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
@@ -421,7 +423,7 @@ def test_a_split_on_the_line_takes_the_place_of_the_share_of_the_file(parse):
     assert (found["validation_split"], found["validation_share"]) == ("test", None)
 
 
-# ------------------------------------------------------------------------------------------------ help
+# -------------------------------------------------------------------- help
 
 
 def test_help_explains_every_flag(capsys):

@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 
 import ddpm_notes_pipeline.training.checkpoints as checkpoints
@@ -22,19 +21,18 @@ from ddpm_notes_pipeline.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import UpdateGuard
 
 IDENTITY = {"seed": 3, "train_batch_size": 8, "images": "abc"}
 
 
 @pytest.fixture(autouse=True)
-def own_state():
-    """Accelerate's state is the process's: leave none behind, and take over none."""
-    for state in (AcceleratorState, GradientState):
-        state._reset_state(True) if state is AcceleratorState else state._reset_state()
+def own_accelerate():
+    """Accelerate's state is the process's: take over none, and leave none behind."""
+    reset_accelerate()
     yield
-    for state in (AcceleratorState, GradientState):
-        state._reset_state(True) if state is AcceleratorState else state._reset_state()
+    reset_accelerate()
 
 
 class Run:
@@ -108,7 +106,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ there and back
+# -------------------------------------------------------------------- there and back
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
@@ -159,7 +157,7 @@ def test_another_run_s_checkpoint_is_refused_with_both_values_before_anything_is
     assert_same(run.state(), before)
 
 
-# ------------------------------------------------------------------------------------------------ which one
+# -------------------------------------------------------------------- which one
 
 
 @pytest.fixture
@@ -205,13 +203,15 @@ def test_a_limit_keeps_the_newest(run, limit):
 
 
 def test_a_limit_never_takes_the_one_just_written(three):
-    """Checkpoints with higher numbers may lie there: of a run that was gone back on, or written over."""
+    """Checkpoints with higher numbers may lie there: of a run that was gone back on, or written
+    over.
+    """
     three.steps = 6
     assert three.save(total_limit=1).is_dir()
     assert damage(three.folder / "checkpoint-6") is None
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# -------------------------------------------------------------------- damage
 
 
 def truncate(path):
@@ -291,7 +291,7 @@ def test_no_whole_one_left_is_an_error(three):
         find_checkpoint(three.folder, "latest")
 
 
-# ------------------------------------------------------------------------------------------------ interruptions
+# -------------------------------------------------------------------- interruptions
 
 
 class Interruption(BaseException):
@@ -350,8 +350,8 @@ def test_a_write_that_fails_leaves_older_ones_alone_and_says_so(three, monkeypat
 
 @pytest.mark.parametrize("size", [0, 300, 1500])
 def test_a_real_failure_to_write_is_told_the_same_way(three, size):
-    """safetensors and torch.save report a full disk by exceptions of their own. Here the kernel refuses to write more
-    than `size` bytes to a file, so that one or the other fails first."""
+    """safetensors and torch.save report a full disk by exceptions of their own. Here the kernel
+    refuses to write more than `size` bytes to a file, so that one or the other fails first."""
     before = contents(three.folder)
     three.step(5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,6 @@
-"""Training that goes on from somebody's DDPM: it starts at what that model is worth, and makes it worth more."""
+"""Training that goes on from somebody's DDPM: it starts at what that model is worth, and makes it
+worth more.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""What a run shows while it trains: bits/dim of held-out images, and a tracker that can neither stop nor slow it."""
+"""What a run shows while it trains: bits/dim of held-out images, and a tracker that can neither
+stop nor slow it.
+"""
 
 import importlib.util
 import json
@@ -29,7 +31,7 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------ bits/dim
+# -------------------------------------------------------------------- bits/dim
 
 
 @pytest.mark.filterwarnings("ignore:alpha_bar at the path")
@@ -70,7 +72,9 @@ def test_a_resumed_run_measures_what_the_straight_one_does(validated, train, tmp
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(launch, validated):
-    """21 images: one process has 10, the other 11, and both know the labels of the first ones of all."""
+    """21 images: one process has 10, the other 11, and both know the labels of the first ones of
+    all.
+    """
     folder, _ = once("validated-2", lambda folder: launch(*TINY, *VALIDATED, "--output_dir", folder, processes=2))
     for two, one in zip(*(read(path / "validation.jsonl") for path in (folder, validated[0])), strict=True):
         assert two == pytest.approx(one, rel=2e-4)
@@ -89,7 +93,7 @@ def test_a_split_that_cannot_be_measured_is_one_line(train, tmp_path, flags, nam
     assert result.returncode and named in error_lines(result)[0]
 
 
-# ------------------------------------------------------------------------------------------------ trackers
+# -------------------------------------------------------------------- trackers
 
 
 def tracked_rows(home: Path) -> tuple[list[tuple[int, dict]], dict]:
@@ -103,7 +107,8 @@ def tracked_rows(home: Path) -> tuple[list[tuple[int, dict]], dict]:
 def test_trackio_is_used_where_it_is_installed_and_has_what_the_files_have(train, tmp_path):
     flags = [*TINY, *TRACKED.split(), "--report_to", "auto", "--output_dir", tmp_path / "run"]
     result = train(*flags, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
-    assert [line.split()[0] for line in result.stdout.splitlines()] == SAID  # and not a word of trackio's own
+    # and not a word of trackio's own
+    assert [line.split()[0] for line in result.stdout.splitlines()] == SAID
     found, config = tracked_rows(tmp_path / "trackio")
     assert config["max_train_steps"] == "4" and config["dataset_name"] == "digits"
     for row in read(tmp_path / "run" / "loss.jsonl")[1::2]:

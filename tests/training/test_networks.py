@@ -109,7 +109,8 @@ def test_training_that_goes_on_does_not_keep_the_variances_of_the_old_network(tm
         again, kept = make_model(model, images)
     assert again.config.out_channels == (1 if variance_type == "fixed_small" else 2)
     assert (kept.variance_type, kept.original_sample_mse, kept.decoder_variance) == (variance_type, None, None)
-    assert kept.config.timestep_spacing == "trailing" and "_ddpm_notes" not in kept.config  # nothing else is lost
+    # nothing else is lost
+    assert kept.config.timestep_spacing == "trailing" and "_ddpm_notes" not in kept.config
 
 
 def test_training_that_goes_on_from_a_model_without_measured_variances_says_nothing(tmp_path):

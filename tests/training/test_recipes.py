@@ -1,7 +1,9 @@
-"""The files of training/configs: each trains, as it stands, on images of the form of those that it names.
+"""The files of training/configs: each trains, as it stands, on images of the form of those that it
+names.
 
-A folder of the data set's name, in the directory that training starts in, is read in the place of the one on the Hub. The network is
-made smaller by flags, which win over the file; at its full size it is built, and a gradient taken of it.
+A folder of the data set's name, in the directory that training starts in, is read in the place of
+the one on the Hub. The network is made smaller by flags, which win over the file; at its full size
+it is built, and a gradient taken of it.
 """
 
 import io
@@ -106,7 +108,9 @@ def test_a_recipe_trains_on_images_of_the_form_that_it_names(train, tmp_path, na
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "flowers"])
 def test_the_network_of_a_recipe_is_the_one_it_names(name):
-    """As many weights as published: 35.7 M (arXiv 2006.11239, appendix B); 113.7 M, diffusers' default for 64x64."""
+    """As many weights as published: 35.7 M (arXiv 2006.11239, appendix B); 113.7 M, diffusers'
+    default for 64x64.
+    """
     _, model, run = parse_arguments(["--config", str(CONFIGS / f"{name}.yaml")])
     channels, side = SIZES[name]
     unet, scheduler = make_model(model, SimpleNamespace(channels=channels, size=(side, side), num_classes=None))

@@ -1,4 +1,6 @@
-"""A run that is told to stop leaves one whole checkpoint and the command that goes on; killed at any moment it goes on too."""
+"""A run that is told to stop leaves one whole checkpoint and the command that goes on; killed at
+any moment it goes on too.
+"""
 
 import os
 import random
@@ -19,7 +21,8 @@ from ddpm_notes_pipeline.training.commands import resume_command
 from tests.support.comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
 from tests.support.launching import TINY, TRAIN, describe, error_lines, once
 
-# All that has a history or could carry one wrongly; 20 steps of 8 of 100 images end in the midst of the second epoch.
+# All that has a history or could carry one wrongly; 20 steps of 8 of 100 images end in the midst of
+# the second epoch.
 HISTORY = (
     "--max_train_steps 20 --max_train_samples 100 --objective hybrid --variance_type learned_range --ddpm_num_steps 4 "
     "--timestep_sampling loss_second_moment --dropout 0.1 --random_flip --gradient_accumulation_steps 2 --label_column label"
@@ -57,7 +60,7 @@ def resume_flags(result: object) -> list[str]:
     return shlex.split(flags)
 
 
-# ------------------------------------------------------------------------------------------------ told to stop
+# -------------------------------------------------------------------- told to stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -93,7 +96,9 @@ def test_stopped_again_and_again_it_still_ends_bit_for_bit(train, whole, tmp_pat
 
 def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole_and_ends_the_run_with_it(train, tmp_path):
     flags = [*TINY, "--checkpointing_steps", 6, "--output_dir", tmp_path / "run"]
-    result = train(*flags, stop_at=("ddpm_notes_pipeline.training.checkpoints:digest", 3), by=signal.SIGTERM, expect=143)
+    result = train(
+        *flags, stop_at=("ddpm_notes_pipeline.training.checkpoints:digest", 3), by=signal.SIGTERM, expect=143
+    )
     assert names(tmp_path / "run") == ["checkpoint-6", "loss.jsonl"]
     assert damage(tmp_path / "run" / "checkpoint-6") is None and len(rows(tmp_path / "run")) == 6
     assert "after step 6 of 12" in error_lines(result)[-1]
@@ -103,7 +108,9 @@ SAMPLING = "ddpm_notes_pipeline.scheduling_ddpm_notes:DDPMNotesScheduler.step"
 
 
 def test_a_signal_while_sampling_does_not_wait_for_the_samples(train, tmp_path):
-    """Two of a thousand steps are made of the path, and the weights that are saved are not the averaged ones."""
+    """Two of a thousand steps are made of the path, and the weights that are saved are not the
+    averaged ones.
+    """
     flags = [*TINY, "--max_train_steps", 20, "--sample_steps", 5, "--ddpm_num_steps", 1000, "--num_samples", 2]
     flags += ["--ddpm_num_inference_steps", 1000, "--output_dir"]
     result = train(*flags, tmp_path / "run", stop_at=(SAMPLING, 2), by=signal.SIGTERM, expect=143)
@@ -168,7 +175,8 @@ def test_a_second_signal_stops_at_once_but_not_a_repetition(train):
     [
         ({}, "python t.py --a 'b c' --resume_from_checkpoint latest"),
         (
-            {"ACCELERATE_MIXED_PRECISION": "no"},  # which `accelerate launch` sets for what it starts
+            # which `accelerate launch` sets for what it starts
+            {"ACCELERATE_MIXED_PRECISION": "no"},
             "accelerate launch t.py --a 'b c' --resume_from_checkpoint latest",
         ),
         (
@@ -198,12 +206,14 @@ def test_the_command_starts_as_many_processes_and_resumes_once(monkeypatch, envi
     assert resume_command([*command, "--b", "1"], "--b") == expected
 
 
-# ------------------------------------------------------------------------------------------------ killed
+# -------------------------------------------------------------------- killed
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_bit_for_bit_as_if_nothing_had_happened(train, tmp_path):
-    """Five moments of wall-clock time, from the start of the process on, and five inside the write of a checkpoint."""
+    """Five moments of wall-clock time, from the start of the process on, and five inside the write
+    of a checkpoint.
+    """
     seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
     print(f"KILL_SEED={seed}")
     moments = random.Random(seed)
@@ -233,7 +243,7 @@ def test_killed_at_ten_random_moments_it_ends_bit_for_bit_as_if_nothing_had_happ
     assert checkpoint_names(folder) == ["checkpoint-147", "checkpoint-150"]
 
 
-# ------------------------------------------------------------------------------------------------ what fails on the way
+# -------------------------------------------------------------------- what fails on the way
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -242,7 +252,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def short_path():
-    """A folder whose name leaves room: what a run says goes to a file too, which is not to grow beyond the limit."""
+    """A folder whose name leaves room: what a run says goes to a file too, which is not to grow
+    beyond the limit.
+    """
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -284,7 +296,7 @@ def test_a_full_disk_under_the_finished_model_leaves_its_checkpoint(train, tmp_p
     assert (folder / "samples.png").exists()
 
 
-# ------------------------------------------------------------------------------------------------ by a launcher
+# -------------------------------------------------------------------- by a launcher
 
 DRIVER = """
 import os, runpy, signal, sys, time
@@ -303,13 +315,11 @@ runpy.run_path({train!r}, run_name="__main__")
 
 
 def launch_and_stop(launch: Callable, tmp_path: Path, send: str, *flags: object, **options: object) -> object:
-    """A launch in which the process of rank 1 runs `send` in the 7th step and then is slow; waits for all of them to be gone."""
+    """A launch in which the process of rank 1 runs `send` in the 7th step and then is slow; waits
+    for all of them to be gone.
+    """
     driver, pids = tmp_path / "driver.py", tmp_path / "pids"
-    driver.write_text(
-        DRIVER.format(
-            train=str(TRAIN), pids=str(pids), send=send
-        )
-    )
+    driver.write_text(DRIVER.format(train=str(TRAIN), pids=str(pids), send=send))
     result = launch(*TINY, *HISTORY, "--output_dir", tmp_path / "run", *flags, script=driver, expect=None, **options)
     for pid in map(int, pids.read_text().split()):
         try:
@@ -328,7 +338,10 @@ def whole_by_two(launch):
 
 @pytest.mark.slow
 def test_the_group_of_a_launcher_that_forwards_nothing_may_be_told(train, launch, whole, tmp_path):
-    """As the README says to. The launcher dies of it, the training process and the ones that prepare batches do not."""
+    """As the README says to.
+
+    The launcher dies of it, the training process and the ones that prepare batches do not.
+    """
     send = "os.killpg(0, signal.SIGTERM)"
     result = launch_and_stop(launch, tmp_path, send, "--dataloader_num_workers", 2)
     assert result.returncode == -signal.SIGTERM
@@ -347,7 +360,8 @@ SENDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("told", SENDS)
 def test_two_processes_stop_behind_the_same_step_whoever_is_told(tmp_path, told, train, launch, request):
-    flags = ["--dropout", 0] if told == "one of them" else []  # what is dropped is each process's own
+    # what is dropped is each process's own
+    flags = ["--dropout", 0] if told == "one of them" else []
     result = launch_and_stop(launch, tmp_path, SENDS[told], *flags, processes=2)
     name = "SIGINT" if told == "everybody" else "SIGTERM"
     assert result.returncode != 0
@@ -362,7 +376,8 @@ def test_two_processes_stop_behind_the_same_step_whoever_is_told(tmp_path, told,
         assert "on 2 process(es) of cpu" in launch(*TINY, *HISTORY, *resume, "--num_samples", 1, processes=2).stdout
         assert_ended_as(tmp_path / "run", whole, 20)
         one, two = (np.asarray(Image.open(path / "samples.png"), float) for path in (tmp_path / "run", whole))
-        assert np.array_equal(one, two)  # of one sample, which one process made and the other had no part of
+        # of one sample, which one process made and the other had no part of
+        assert np.array_equal(one, two)
     if told == "one of them":  # by one: the same curve, within rounding
         flags = [*TINY, *HISTORY, *flags, "--output_dir"]
         train(*flags, tmp_path / "whole")

@@ -1,6 +1,7 @@
 """training/train.py as users run it: what it leaves, what changes it, what stops it.
 
-The slow part of a launch is its imports, so two launches serve many tests (`launching.once`), and the rest are forked.
+The slow part of a launch is its imports, so two launches serve many tests (`launching.once`), and
+the rest are forked.
 """
 
 import dataclasses
@@ -77,7 +78,7 @@ def pngs(folder: Path, mode: str, count: int = 9, height: int = 16, width: int =
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves
+# -------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_leaves_the_folder_of_a_model(straight):
@@ -164,7 +165,9 @@ def test_summary_is_five_lines_that_a_user_can_act_on(straight, train, tmp_path)
 
 
 def run_as_printed(train: Trainer, result: object, name: str, *more: object, **replacements: str) -> object:
-    """Run the command that the summary prints behind `name`, as a user would paste it; `more` flags behind it."""
+    """Run the command that the summary prints behind `name`, as a user would paste it; `more` flags
+    behind it.
+    """
     line = next(line for line in result.stdout.splitlines() if line.startswith(name))
     for placeholder, value in replacements.items():
         line = line.replace(placeholder, value)
@@ -225,7 +228,7 @@ def test_a_recipe_cut_short_says_that_its_warm_up_is_cut(train, tmp_path):
     assert "warm-up: 1 steps instead of 100, since training ends after 12" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------ the same images again
+# -------------------------------------------------------------------- the same images again
 
 
 def set_of_squares(path: Path, level: int) -> Path:
@@ -258,7 +261,8 @@ def test_other_images_under_the_name_of_the_trained_ones_are_refused(train, tmp_
     (line,) = error_lines(train(*again, cwd=tmp_path / "b", expect=1))
     trained_on = json.loads((tmp_path / "run" / "training_run.json").read_text())["fingerprint"]
     assert f"images of the fingerprint {trained_on} and mine (split train) has " in line
-    train(*again, "--dataset_name", "./mine", cwd=tmp_path / "b")  # named on the line, they are meant
+    # named on the line, they are meant
+    train(*again, "--dataset_name", "./mine", cwd=tmp_path / "b")
 
 
 def test_two_sets_whose_classes_differ_are_told_which(train, tmp_path):
@@ -275,7 +279,7 @@ def test_two_sets_whose_classes_differ_are_told_which(train, tmp_path):
         check_validation(images, other, num_processes=1)
 
 
-# ------------------------------------------------------------------------------------------------ how a run ends
+# -------------------------------------------------------------------- how a run ends
 
 
 def test_a_loss_that_is_not_finite_in_the_last_steps_leaves_card_and_samples(train, tmp_path):
@@ -304,7 +308,13 @@ def test_a_run_killed_behind_its_last_checkpoint_writes_evaluation_json_when_it_
     held_out = ["--validation_split", "test", "--max_validation_images", 8, "--output_dir"]
     straight = tmp_path / "straight"
     train(*TINY, *held_out, straight)
-    train(*TINY, *held_out, tmp_path / "run", stop_at=(f"ddpm_notes_pipeline.training.run:{moment}", 1), expect=-signal.SIGKILL)
+    train(
+        *TINY,
+        *held_out,
+        tmp_path / "run",
+        stop_at=(f"ddpm_notes_pipeline.training.run:{moment}", 1),
+        expect=-signal.SIGKILL,
+    )
     assert (tmp_path / "run" / "checkpoint-12").exists() and not (tmp_path / "run" / "samples.png").exists()
     train(*TINY, *held_out, tmp_path / "run", "--resume_from_checkpoint", "latest")
     found, expected = (json.loads((path / "evaluation.json").read_text()) for path in (tmp_path / "run", straight))
@@ -331,7 +341,9 @@ def test_the_your_own_line_trains_on_a_folder_of_images(train, tmp_path):
 
 
 def closed_form(n: int, peak: float = PEAK, warmup: int = WARMUP, steps: int = STEPS) -> float:
-    """Linear warm-up to the peak at step `warmup`, then half a cosine to 0 at step `steps`; n counts from 0."""
+    """Linear warm-up to the peak at step `warmup`, then half a cosine to 0 at step `steps`; n
+    counts from 0.
+    """
     return peak * (n / warmup if n < warmup else (1 + math.cos(math.pi * (n - warmup) / (steps - warmup))) / 2)
 
 
@@ -340,7 +352,7 @@ def test_learning_rate_is_the_closed_form_at_every_step(straight):
     assert rates == pytest.approx([closed_form(n) for n in range(STEPS)], rel=1e-12, abs=1e-18)
 
 
-# ------------------------------------------------------------------------------------------------ what changes nothing
+# -------------------------------------------------------------------- what changes nothing
 
 
 def test_two_processes_are_two_and_learn_what_one_does(straight, two_processes):
@@ -366,12 +378,15 @@ def test_accumulation_changes_no_result(straight, train, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
     assert [row["learning_rate"] for row in rows(tmp_path / "run")] == [r["learning_rate"] for r in rows(straight[0])]
     norms = [[row["grad_norm"] for row in rows(folder)] for folder in (tmp_path / "run", straight[0])]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # clipping hides a wrong scale from the weights
+    # clipping hides a wrong scale from the weights
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert_close(weights(tmp_path / "run"), weights(straight[0]), atol=1e-5)
 
 
 def test_looking_on_changes_nothing(straight, train, tmp_path):
-    """Samples on the way, rarer logging, more checkpoints, prepared batches, a tracker: bit for bit the same run."""
+    """Samples on the way, rarer logging, more checkpoints, prepared batches, a tracker: bit for bit
+    the same run.
+    """
     flags = "--sample_steps 5 --logging_steps 7 --checkpointing_steps 2 --checkpoints_total_limit 2"
     folder = tmp_path / "run"
     tracker = ["--dataloader_num_workers", 2, "--report_to", "tensorboard"]
@@ -399,7 +414,9 @@ def test_another_seed_is_another_run(straight, train, tmp_path):
     ],
 )
 def test_two_accumulating_processes_learn_what_one_does(train, launch, tmp_path, machines, flags):
-    """On two machines too; and where the place in the batch, or the losses of all processes, decide on t."""
+    """On two machines too; and where the place in the batch, or the losses of all processes, decide
+    on t.
+    """
     flags = [*TINY, *flags.split(), "--label_column", "label", "--output_dir"]
     train(*flags, tmp_path / "one")
     result = launch(*flags, tmp_path / "two", "--gradient_accumulation_steps", 4, processes=2, machines=machines)
@@ -429,7 +446,10 @@ finally:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_bf16_sees_the_noise_and_the_targets_of_float32_bit_for_bit(train, tmp_path, prediction_type):
-    """Rounded to bf16 they would not be: noise at hundreds of timesteps is below its resolution. The network does compute in it."""
+    """Rounded to bf16 they would not be: noise at hundreds of timesteps is below its resolution.
+
+    The network does compute in it.
+    """
     seen = {}
     for precision in ("no", "bf16"):
         path, driver = tmp_path / f"{precision}.pt", tmp_path / f"{precision}.py"
@@ -445,7 +465,7 @@ def test_bf16_sees_the_noise_and_the_targets_of_float32_bit_for_bit(train, tmp_p
         assert 1e-4 < float((half[5] - exact[5]).abs().max()) < 0.2, "the network did not compute in bf16"
 
 
-# ------------------------------------------------------------------------------------------------ an independent loop
+# -------------------------------------------------------------------- an independent loop
 
 
 def stock_folder(
@@ -470,7 +490,9 @@ def stock_folder(
 
 @pytest.mark.parametrize(("sampling", "timesteps"), [("uniform", 100), ("loss_second_moment", 3)])
 def test_going_on_from_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path, sampling, timesteps):
-    """The loop of the paper in plain torch, stock noise and all, from the same weights: same losses, weights, average."""
+    """The loop of the paper in plain torch, stock noise and all, from the same weights: same
+    losses, weights, average.
+    """
     unet = stock_folder(tmp_path / "stock", num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2")
     flags = f"--timestep_sampling {sampling} --max_train_steps 10 --learning_rate 1e-3 --lr_warmup_steps 2 --adam_weight_decay 0.1 --max_grad_norm 0.5"
     flags += " --ema_inv_gamma 2 --ema_power 0.5 --ema_max_decay 0.6 --random_flip"
@@ -537,7 +559,9 @@ def test_another_number_of_channels_than_the_given_model_is_refused(train, tmp_p
 
 @pytest.mark.parametrize("embeddings", [10, None, 5])
 def test_labels_go_with_the_embeddings_of_the_given_model(train, tmp_path, embeddings):
-    """A stock class-conditional model has none for "no label"; with too few, or none at all, there is one line to read."""
+    """A stock class-conditional model has none for "no label"; with too few, or none at all, there
+    is one line to read.
+    """
     stock_folder(tmp_path / "stock", num_class_embeds=embeddings)
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--label_column", "label", "--max_train_steps", 4]
     result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=0 if embeddings == 10 else None)
@@ -557,7 +581,9 @@ def test_images_without_labels_do_not_go_with_a_class_conditional_model(train, t
 
 
 def test_the_smallest_network_hears_of_t(train, tmp_path):
-    """A group norm with a group for each channel takes out the time embedding, which adds a number to each channel."""
+    """A group norm with a group for each channel takes out the time embedding, which adds a number
+    to each channel.
+    """
     train(*TINY, "--learning_rate", 1e-9, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
     unet = DDPMNotesPipeline.from_pretrained(tmp_path / "run").unet
     x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -565,9 +591,10 @@ def test_the_smallest_network_hears_of_t(train, tmp_path):
         assert (unet(x, 10).sample - unet(x, 90).sample).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------ going on after a stop
+# -------------------------------------------------------------------- going on after a stop
 
-# The second has everything with a history: sampler, dropout's generator; and all that could carry one wrongly.
+# The second has everything with a history: sampler, dropout's generator; and all that could carry
+# one wrongly.
 RUNS = {
     "plain": [],
     "with_history": (
@@ -581,7 +608,8 @@ RUNS = {
 def stopped(request, train):
     """(a run straight to step 12, one killed and resumed from checkpoint-6).
 
-    Losses are written every 10 steps: those of step 6 may or may not be there when it is killed, those of 7 to 10 too.
+    Losses are written every 10 steps: those of step 6 may or may not be there when it is killed,
+    those of 7 to 10 too.
     """
     stop_at = 7 if request.param == "plain" else 11
     flags = [*TINY, *RUNS[request.param], "--checkpointing_steps", 6, "--output_dir"]
@@ -616,7 +644,9 @@ def test_a_resumed_run_keeps_the_losses_from_before_the_stop(stopped):
 
 
 def test_a_resumed_run_leaves_the_settings_that_the_straight_one_leaves(stopped):
-    """They are published with the model: to train it again, not to resume in, or write over, somebody's folder."""
+    """They are published with the model: to train it again, not to resume in, or write over,
+    somebody's folder.
+    """
     texts = [(folder / "training_config.yaml").read_text().replace(str(folder), "FOLDER") for folder in stopped]
     assert texts[1] == texts[0]
 
@@ -709,7 +739,7 @@ def test_two_processes_killed_go_on(train, launch, straight, two_processes, tmp_
     assert_same_checkpoint(folder / "checkpoint-12", whole / "checkpoint-12")
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------- what is refused
 
 
 def test_a_folder_with_files_is_refused_and_left_alone(train, straight):
@@ -728,7 +758,9 @@ def test_an_empty_folder_is_taken(train, tmp_path):
 
 
 def test_one_command_starts_a_run_and_goes_on_with_it(train, straight, tmp_path):
-    """As a machine that may be taken away repeats it: also when that was before the first checkpoint."""
+    """As a machine that may be taken away repeats it: also when that was before the first
+    checkpoint.
+    """
     folder = tmp_path / "run"
     flags = [*TINY, "--checkpointing_steps", "6", "--output_dir", folder, "--resume_from_checkpoint", "latest"]
     flags += ["--logging_steps", "2"]
@@ -873,7 +905,7 @@ def test_bad_input_is_one_line_before_training_starts(train, tmp_path, case):
     assert not list(tmp_path.glob("run/*")), "something was written"
 
 
-# ------------------------------------------------------------------------------------------------ images and networks
+# -------------------------------------------------------------------- images and networks
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
@@ -908,7 +940,9 @@ def test_a_class_conditional_network_has_an_embedding_for_no_label_and_records_i
 
 
 def test_every_embedding_is_trained_that_of_no_label_too(conditional):
-    """Guidance subtracts what the network says without a label: labels have to be left out now and then."""
+    """Guidance subtracts what the network says without a label: labels have to be left out now and
+    then.
+    """
     state = torch.load(conditional / "checkpoint-12" / "optimizer.bin")["state"]
     moments = [entry["exp_avg_sq"] for entry in state.values() if entry["exp_avg_sq"].shape == (11, 128)]
     (moment,) = moments
@@ -944,7 +978,8 @@ def test_every_objective_runs_and_saves_what_it_was_trained_as(train, tmp_path, 
     learned = "learned" in model.variance_type
     assert pipeline.unet.config.out_channels == (2 if learned else 1)
     state = torch.load(tmp_path / "run" / "checkpoint-12" / "optimizer.bin")["state"]
-    moment = state[max(state)]["exp_avg_sq"]  # of the last bias: one a channel, the variance's second
+    # of the last bias: one a channel, the variance's second
+    moment = state[max(state)]["exp_avg_sq"]
     assert moment.shape == (pipeline.unet.config.out_channels,) and moment.all()
     if run.timestep_sampling == "loss_second_moment":
         history = load_file(tmp_path / "run" / "checkpoint-12" / "timestep_sampler.safetensors")
@@ -969,7 +1004,8 @@ def test_epochs_count_the_images_once_each(train, tmp_path):
     flags = [flag for flag in TINY if flag not in ("--max_train_steps", "12")]
     flags += ["--num_epochs", 2, "--max_train_samples", 10, "--lr_warmup_steps", 0]
     result = train(*flags, "--output_dir", tmp_path / "run")
-    assert result.stdout.startswith("10 images of 1x8x8") and "steps 0 to 3 of 8 images" in result.stdout  # 20 / 8
+    # 20 / 8
+    assert result.stdout.startswith("10 images of 1x8x8") and "steps 0 to 3 of 8 images" in result.stdout
 
 
 ACCELERATE = {"one_gpu": ("NO", 1, 1), "multi_gpu": ("MULTI_GPU", 4, 1), "two_nodes": ("MULTI_GPU", 8, 2)}

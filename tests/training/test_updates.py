@@ -1,4 +1,6 @@
-"""A loss or gradient that is not finite reaches nothing; the average is the one its definition says."""
+"""A loss or gradient that is not finite reaches nothing; the average is the one its definition
+says.
+"""
 
 import json
 import math
@@ -8,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import AveragedWeights, UpdateGuard, poisoned
 from tests.support.comparing import assert_same, losses, rows
 from tests.support.launching import TINY, TRAIN, error_lines
@@ -21,14 +23,14 @@ NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(autouse=True)
-def own_state():
-    """Accelerate's state is the process's: leave none behind, and take over none."""
-    AcceleratorState._reset_state(True), GradientState._reset_state()
+def own_accelerate():
+    """Accelerate's state is the process's: take over none, and leave none behind."""
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(True), GradientState._reset_state()
+    reset_accelerate()
 
 
-# ------------------------------------------------------------------------------------------------ in the small
+# -------------------------------------------------------------------- in the small
 
 
 class Scaled(Accelerator):
@@ -65,7 +67,9 @@ class Run:
             self.weight.weight.fill_(value)
 
     def step(self, *x, gradient=None):
-        """A batch of images (x, 0), at timesteps 10, 11, ...; `gradient`: added to the weights' own."""
+        """A batch of images (x, 0), at timesteps 10, 11, ...; `gradient`: added to the weights'
+        own.
+        """
         self.steps += 1
         inputs = torch.tensor([[value, 0.0] for value in x])
         loss = self.network(inputs).square().flatten()
@@ -91,7 +95,8 @@ class Run:
 BAD = {
     "a loss that is NaN": {"x": (1.0, NAN)},
     "an infinite loss": {"x": (1.0, INF)},
-    "a loss too large for its type, whose gradient is a number": {"x": (2e-6,), "weight": 1e25},  # 4e38, 8e13
+    # 4e38, 8e13
+    "a loss too large for its type, whose gradient is a number": {"x": (2e-6,), "weight": 1e25},
     "an infinite gradient": {"x": (1.0,), "gradient": INF},
     "a gradient that is NaN": {"x": (1.0,), "gradient": NAN},
 }
@@ -147,16 +152,12 @@ def test_a_gradient_alone_is_described_by_the_largest_loss():
 def test_a_row_may_span_two_processes_of_a_run():
     first = Run(limit=3).step(NAN).step(NAN)
     first.guard.check()
-    own_state_of_accelerate_again()
+    reset_accelerate()
     second = Run(limit=3)
     second.guard.load_state_dict(json.loads(json.dumps(first.guard.state_dict())))
     second.step(NAN)
     with pytest.raises(FloatingPointError, match="in 3 steps in a row"):
         second.guard.check()
-
-
-def own_state_of_accelerate_again():
-    AcceleratorState._reset_state(True), GradientState._reset_state()
 
 
 def test_a_loss_scale_that_is_too_large_is_found_without_an_alarm():
@@ -201,7 +202,7 @@ def test_losses_that_are_not_finite_stay_out_of_the_history_that_timesteps_are_d
     assert sampler.counts.tolist() == [2, 1, 1]
 
 
-# ------------------------------------------------------------------------------------------------ in real runs
+# -------------------------------------------------------------------- in real runs
 
 DRIVER = """
 import os, runpy, sys
@@ -219,7 +220,9 @@ runpy.run_path({train!r}, run_name="__main__")
 
 
 def spoiled(path: Path, calls: list[int], rank: int = 0, value: str = "float('nan')") -> Path:
-    """train.py with a loss that is not a number in some calls of the objective (one a step and part of the batch) of one process."""
+    """train.py with a loss that is not a number in some calls of the objective (one a step and part
+    of the batch) of one process.
+    """
     code = DRIVER.format(train=str(TRAIN), calls=calls, rank=rank, value=value)
     path.write_text(code)
     return path
@@ -238,7 +241,9 @@ def history(folder: Path, steps: int = 12) -> list[tuple[list[torch.Tensor], lis
 
 
 def assert_averages(found: list, decay_at: Callable[[int], float], left_out: Sequence[int] = ()) -> None:
-    """Recomputed in float64 from the weights behind each step (n from 0), the ones that were left out passed over."""
+    """Recomputed in float64 from the weights behind each step (n from 0), the ones that were left
+    out passed over.
+    """
     expected = [torch.zeros_like(value, dtype=torch.float64) for value in found[0][0]]
     moved = 0.0
     for n, (raw, average) in enumerate(found):
@@ -276,7 +281,9 @@ def test_a_compiled_network_is_averaged_and_saved_as_any_other(train, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_leave_out_the_step_in_which_one_has_a_loss_that_is_not_finite(launch, tmp_path):
-    """And average the same weights as one process would: two parts of the batch each, the second of rank 1 spoiled in step 5."""
+    """And average the same weights as one process would: two parts of the batch each, the second of
+    rank 1 spoiled in step 5.
+    """
     folder, driver = tmp_path / "run", spoiled(tmp_path / "driver.py", [10], rank=1)
     result = launch(*EVERY_STEP, folder, *CONSTANT, "--gradient_accumulation_steps", 2, processes=2, script=driver)
     assert "on 2 process(es) of cpu" in result.stdout
