@@ -338,12 +338,12 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
     """
     check_bounds(data, model, run)
     check_images(data)
-    if run.metric_interval is not None and (
-        data.streaming or (data.validation_split is None and data.validation_share is None)
-    ):
+    held_out = data.validation_split is not None or data.validation_share is not None
+    if run.metric_interval is not None and (data.streaming or not held_out):
+        fault = "--streaming" if data.streaming else "no --validation_split"
         raise ValueError(
-            "--metric_interval needs stored images and held-out ones to compare with: give --validation_split "
-            "or --validation_share, and leave --streaming out"
+            f"--metric_interval is {run.metric_interval} with {fault}; it needs stored images, and held-out ones to "
+            "compare with (--validation_split or --validation_share)"
         )
     if data.streaming and run.max_train_steps is None:
         raise ValueError("--streaming needs --max_train_steps: the number of images is not known in advance")

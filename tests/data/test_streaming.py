@@ -362,4 +362,4 @@ def test_bad_settings_of_a_stream_are_one_line(train, tmp_path, flags, named):
 def test_a_stream_wants_a_number_of_steps(train, tmp_path):
     flags = ["--dataset_name", "some/set", "--streaming", "--output_dir", tmp_path / "run"]
     line, *_ = error_lines(train(*flags, expect=2))
-    assert "--streaming wants --max_train_steps" in line
+    assert "--streaming needs --max_train_steps" in line

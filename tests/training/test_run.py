@@ -141,7 +141,7 @@ def test_a_stop_from_python_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(m
 def test_settings_from_python_are_checked_like_flags(make, tmp_path):
     for changes, message in (
         ({"learning_rate": -1.0}, "--learning_rate is -1.0; it must be above 0"),
-        ({"metric_interval": 1}, "--metric_interval needs stored images and held-out ones"),
+        ({"metric_interval": 1}, "--metric_interval is 1 with no --validation_split"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**changes)
