@@ -192,7 +192,7 @@ class TrainingRun:
         """Save model, samples and card, print a summary, publish; free the process group."""
         progress, logs, run = self.progress, self.logs, self.settings.run
         progress.bar.close()
-        if self.stopped and logs.loss.step < progress.steps:
+        if logs.loss.step < progress.steps:
             self._stop()
         if progress.bad_images is not None:
             bad = self.accelerator.reduce(progress.bad_images.to(self.accelerator.device), "sum")
@@ -315,7 +315,7 @@ class TrainingRun:
         self._save_model(self.output_dir)
         if bits_per_dim is not None and self.images.validation is not None:
             T = len(scheduler)
-            row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, [*range(T)][::-1]), bits_per_dim)
+            row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, list(reversed(range(T)))), bits_per_dim)
             save_evaluation(
                 self.output_dir,
                 self.images.validation,
@@ -347,10 +347,15 @@ class TrainingRun:
             write_card(self.output_dir, self.repo_id, run.license)
 
     def _stop(self) -> None:
+        """End a run before its last step."""
         if self.pushes is not None:
             self.pushes.abandon()
         self.logs.close()
         done = self.logs.loss.step
+        if not self.stopped:
+            raise RuntimeError(
+                f"finish was called after step {done} of {self.progress.steps}, and no signal asked for it"
+            )
         where = f"after step {done} of {self.progress.steps}, which {self.output_dir}/checkpoint-{done} holds"
         raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
 
@@ -365,7 +370,7 @@ class TrainingRun:
         return (
             f"{count_of(images)} of {dims(images)} from {images.name}, {unet.num_parameters() / 1e6:.2f} M weights in "
             f"levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {progress.first} to "
-            f"{progress.steps} of {run.train_batch_size} images in all, {share} a process in {parts} accumulation "
+            f"{progress.steps} of {run.train_batch_size} images in all, {share} per process in {parts} accumulation "
             f"step(s) of {share // parts}, on {processes} process(es) of {self.accelerator.device.type}, "
             f"{run.mixed_precision} mixed precision"
         )

@@ -220,7 +220,7 @@ class Trainer:
 
 
 def serve() -> None:
-    """Answer each request, a line on stdin, with the exit status of a forked process that ran it."""
+    """Answer each request, a line on stdin, with the exit status of a fork that ran it."""
     for name in (
         "ddpm_notes_pipeline.training.parser",
         "ddpm_notes_pipeline.training.run",

@@ -1,6 +1,4 @@
-"""Training that goes on from somebody's DDPM: it starts at what that model is worth, and makes it
-worth more.
-"""
+"""Fine-tuning a given DDPM starts at that model's bits/dim and improves them."""
 
 import json
 from pathlib import Path

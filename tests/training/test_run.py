@@ -159,3 +159,15 @@ def test_the_record_of_a_run_keeps_its_keys(make, tmp_path):
     """
     assert list(record) == expected.split()
     assert (record["data"], record["images"], record["dims"], record["steps"]) == ("digits", 8, [1, 8, 8], 2)
+
+
+def test_finishing_before_the_last_step_is_refused(make, tmp_path):
+    """Its weights would be saved as those of the last step."""
+    run = make()
+    for step, batch in run.batches():
+        run.update(step, batch)
+        run.after(step)
+        break
+    with pytest.raises(RuntimeError, match="finish was called after step .* of 2"):
+        run.finish()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
