@@ -353,9 +353,7 @@ class TrainingRun:
         self.logs.close()
         done = self.logs.loss.step
         if not self.stopped:
-            raise RuntimeError(
-                f"finish was called after step {done} of {self.progress.steps}, and no signal asked for it"
-            )
+            raise RuntimeError(f"finish was called before step {self.progress.steps}, and no signal stopped the run")
         where = f"after step {done} of {self.progress.steps}, which {self.output_dir}/checkpoint-{done} holds"
         raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
 

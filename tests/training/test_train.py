@@ -587,7 +587,7 @@ def test_the_smallest_network_depends_on_t(train, tmp_path):
 
 # -------------------------------------------------------------------- resuming after a stop
 
-# The second has all that has a history (timestep sampler, dropout's generator) or may mishandle one.
+# The second has all that has a history (timestep sampler, dropout) or may mishandle one.
 RUNS = {
     "plain": [],
     "with_history": (
