@@ -17,6 +17,7 @@ from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
 from .arguments import RunArguments
 from .checkpoints import CheckpointState
+from .logs import warning_once
 from .updates import AveragedWeights, UpdateGuard, poisoned
 
 
@@ -157,7 +158,7 @@ class Learner:
         """
         pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
-        with self.averaged() if averaged else contextlib.nullcontext():
+        with warning_once(self.accelerator), self.averaged() if averaged else contextlib.nullcontext():
             self.unet.eval()
             try:
                 yield pipeline

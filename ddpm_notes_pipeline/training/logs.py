@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,17 @@ class RunLogs:
         """Let the tracker finish."""
         if self.tracker is not None:
             self.tracker.close()
+
+
+@contextlib.contextmanager
+def warning_once(accelerator: Accelerator) -> Iterator[None]:
+    """A block whose warnings, the same on every rank, appear on the main process alone."""
+    if accelerator.is_main_process:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def bits_per_dim_figures(result: BitsPerDimOutput) -> dict[str, float]:

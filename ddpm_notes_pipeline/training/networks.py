@@ -14,19 +14,14 @@ from ..scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesS
 from .arguments import ModelArguments, is_local
 
 
-def make_model(
-    model: ModelArguments, images: ImageSet | ImageStream, warn: bool = True
-) -> tuple[UNet2DModel, DDPMNotesScheduler]:
+def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
     """A new UNet and scheduler, or those of a repository without what was measured on its network.
-
-    Args:
-        warn: about measured variances that are dropped; False on all processes but one.
 
     Raises:
         ValueError: the network does not fit the images, or a local path does not exist.
     """
     if model.pretrained_model_name_or_path:
-        return load_pretrained(model, images, warn)
+        return load_pretrained(model, images)
     scheduler = DDPMNotesScheduler(
         num_train_timesteps=model.ddpm_num_steps,
         beta_schedule=model.ddpm_beta_schedule,
@@ -44,9 +39,7 @@ def make_model(
     return new_unet(model, images, out_channels), scheduler
 
 
-def load_pretrained(
-    model: ModelArguments, images: ImageSet | ImageStream, warn: bool
-) -> tuple[UNet2DModel, DDPMNotesScheduler]:
+def load_pretrained(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
     """UNet, in float32, and scheduler of a repository or folder, at the size of the images."""
     name = str(model.pretrained_model_name_or_path)
     check_path("--pretrained_model_name_or_path", name)
@@ -66,7 +59,7 @@ def load_pretrained(
             "there must be an embedding for each class, or neither (see --label_column)"
         )
     unet.register_to_config(sample_size=list(images.size))
-    return unet.float(), without_measured_variances(scheduler, warn)
+    return unet.float(), without_measured_variances(scheduler)
 
 
 def new_unet(model: ModelArguments, images: ImageSet | ImageStream, out_channels: int) -> UNet2DModel:
@@ -111,7 +104,7 @@ def default_channels(size: tuple[int, int]) -> list[int]:
     return ([128, 128, 256, 256, 512, 512] if levels > 4 else [128, 256, 256, 256])[:levels]
 
 
-def without_measured_variances(scheduler: DDPMNotesScheduler, warn: bool = True) -> DDPMNotesScheduler:
+def without_measured_variances(scheduler: DDPMNotesScheduler) -> DDPMNotesScheduler:
     """The scheduler without V_t and decoder variance, which belong to the network before training.
 
     "optimal" becomes its stock fallback, the type that fits the network's outputs.
@@ -119,13 +112,12 @@ def without_measured_variances(scheduler: DDPMNotesScheduler, warn: bool = True)
     if scheduler.original_sample_mse is None and scheduler.decoder_variance is None:
         return scheduler
     fallback = scheduler.config.variance_type
-    if warn:
-        warnings.warn(
-            "original_sample_mse and decoder_variance were measured on the repository's network and are dropped: "
-            f"variance_type is {fallback} (was {scheduler.variance_type}); evaluate.py --save_variances measures "
-            "them again",
-            stacklevel=3,
-        )
+    warnings.warn(
+        "original_sample_mse and decoder_variance were measured on the repository's network and are dropped: "
+        f"variance_type is {fallback} (was {scheduler.variance_type}); evaluate.py --save_variances measures "
+        "them again",
+        stacklevel=3,
+    )
     return DDPMNotesScheduler.from_config(
         scheduler.config, variance_type=fallback, original_sample_mse=None, decoder_variance=None
     )

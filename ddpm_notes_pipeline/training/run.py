@@ -35,7 +35,7 @@ from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, sav
 from .commands import resume_command
 from .images import count_of, dims, load_training_images
 from .learner import Learner
-from .logs import LOGS, RunLogs
+from .logs import LOGS, RunLogs, warning_once
 from .measurements import VALIDATION_EVALUATIONS, Measurements
 from .networks import make_model
 from .results import open_repo, publish, run_record, save_model, summary
@@ -104,13 +104,15 @@ class TrainingRun:
         set_seed(run.seed)
         prepare_output_dir(self.accelerator, self.output_dir, run)
         self.repo_id = open_repo(self.accelerator, run)
-        self.images = load_training_images(self.accelerator, data, run.seed)
+        with warning_once(self.accelerator):
+            self.images = load_training_images(self.accelerator, data, run.seed)
         check_batch_size(run, self.accelerator.num_processes)
         steps = run.max_train_steps or math.ceil(run.num_epochs * len(self.images.stored) / run.train_batch_size)
         warmup = warmup_steps(run, steps)
         if warmup < (run.lr_warmup_steps or 0):
             self._print(f"warm-up: {warmup} steps instead of {run.lr_warmup_steps}, since training ends after {steps}")
-        unet, scheduler = make_model(model, self.images.train, warn=self.accelerator.is_main_process)
+        with warning_once(self.accelerator):
+            unet, scheduler = make_model(model, self.images.train)
         self.learner = Learner(self.accelerator, unet, scheduler, run)
         self.measurements = Measurements(self.learner, self.images, self.stops, data.cache_dir)
         self.progress = Progress(self._resume(steps), steps)

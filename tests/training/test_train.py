@@ -545,6 +545,22 @@ def test_fine_tuning_at_another_size_samples_at_that_size(train, tmp_path):
     assert unet_config(tmp_path / "run")["sample_size"] == [16, 24]
 
 
+@pytest.mark.slow
+def test_two_processes_warn_once(launch, tmp_path):
+    """Of a bad image, and of variances that were measured on the given network."""
+    unet = stock_folder(tmp_path / "stock")
+    scheduler = DDPMNotesScheduler(num_train_timesteps=100, decoder_variance=0.01)
+    DDPMNotesPipeline(unet, scheduler).save_pretrained(tmp_path / "measured")
+    (pngs(tmp_path / "pngs", "L", height=8, width=8) / "cat" / "0.png").write_bytes(b"cut short")
+    flags = ["--train_data_dir", tmp_path / "pngs", "--on_bad_image", "skip", "--validation_share", 0.3]
+    flags += ["--pretrained_model_name_or_path", tmp_path / "measured", "--max_train_steps", 2, "--lr_warmup_steps", 0]
+    result = launch(*TINY[2:], *flags, "--output_dir", tmp_path / "run", processes=2)
+    warned = [line.rpartition("\r")[2] for line in result.stderr.splitlines() if "warning: " in line]
+    assert len(warned) == len(set(warned)) >= 2, warned
+    for text in ("left out 1 of 9 images", "measured on the repository's network"):
+        assert sum(text in line for line in warned) == 1, warned
+
+
 def test_another_number_of_channels_than_the_given_model_is_refused(train, tmp_path):
     stock_folder(tmp_path / "stock")
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--image_mode", "RGB"]
