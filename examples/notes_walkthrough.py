@@ -14,18 +14,21 @@
 # %% [markdown]
 # # The notes on DDPM, run
 #
-# The notes walk from maximum likelihood to the two algorithms of DDPM. This notebook walks the same way. Each section says what a figure of
-# the notes states, names the function that the equation became, runs it, and checks it against a formula where there is one. If the library
-# were wrong, a cell would stop with an `AssertionError`.
+# The notes lead from maximum likelihood to the two algorithms of DDPM, and this notebook follows
+# them. Each section states what a figure of the notes says, names the function that implements the
+# equation, runs it, and checks it against a formula if there is one. If the library were wrong, a
+# cell would fail with an `AssertionError`.
 #
-# **Counting.** The notes count $t = 1, \dots, T$. The library counts $t = 0, \dots, T-1$, as diffusers does, and $s = -1$ stands for the
-# image $x_0$ itself. A step goes from $t$ to some $s < t$; the notes' step has $s = t - 1$. For a step we write
+# **Counting.** The notes count $t = 1, \dots, T$. The library counts $t = 0, \dots, T-1$, as
+# diffusers does, and $s = -1$ stands for the image $x_0$ itself. A step goes from $t$ to some
+# $s < t$; the notes' step has $s = t - 1$. We write
 #
-# $$\bar\alpha_t = \prod_{i \le t} (1 - \beta_i), \qquad a = \bar\alpha_t / \bar\alpha_s, \qquad b = 1 - a, \qquad
+# $$\bar\alpha_t = \prod_{i \le t} (1 - \beta_i), \qquad a = \bar\alpha_t / \bar\alpha_s,
+# \qquad b = 1 - a, \qquad
 # \mathrm{SNR}_t = \frac{\bar\alpha_t}{1 - \bar\alpha_t}.$$
 #
-# A pixel of 8 bits, $k = 0, \dots, 255$, is the number $x = k / 127.5 - 1$ in $[-1, 1]$. Bits are counted for each pixel and channel:
-# *bits/dim*.
+# An 8-bit pixel $k = 0, \dots, 255$ is the number $x = k / 127.5 - 1$ in $[-1, 1]$. Bits are
+# counted per pixel and channel: *bits/dim*.
 #
 # The whole notebook takes a few minutes on two CPU cores and needs no network.
 
@@ -38,7 +41,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-warnings.filterwarnings("ignore", message="IProgress")  # tqdm misses ipywidgets; no cell here shows a progress bar
+warnings.filterwarnings("ignore", message="IProgress")  # tqdm without ipywidgets
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.oracles import CoinDenoiser, GaussianDenoiser
@@ -48,25 +51,27 @@ plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": Fa
 
 
 def seeded(seed=0):
-    """A random generator of its own for each use, so that every cell gives the same numbers each time."""
+    """A new random generator for each use, so that every cell always gives the same numbers."""
     return torch.Generator().manual_seed(seed)
 
 
-# The schedule once more, in plain numpy: what the library is checked against.
+# The schedule again, in plain numpy, to check the library against.
 T = 1000
 beta = np.linspace(1e-4, 0.02, T)
 alpha_bar = np.cumprod(1 - beta)
 snr = alpha_bar / (1 - alpha_bar)
 
 # %% [markdown]
-# ## 1. Maximum likelihood is least KL divergence (figures 0 and 1)
+# ## 1. Maximum likelihood is minimum KL divergence (figures 0 and 1)
 #
-# We want a model $P_\theta$ that gives high probability to the data. On average over the data
+# We want a model $P_\theta$ that gives the data a high probability. On average over the data
 #
-# $$\mathbb{E}_{x \sim P_{data}}\left[-\log_2 P_\theta(x)\right] = H(P_{data}) + \mathrm{KL}(P_{data} \,\|\, P_\theta).$$
+# $$\mathbb{E}_{x \sim P_{data}}\left[-\log_2 P_\theta(x)\right] =
+# H(P_{data}) + \mathrm{KL}(P_{data} \,\|\, P_\theta).$$
 #
-# The entropy $H$ does not depend on the model. So the most likely model is the one with the least KL divergence. Take a fair coin. Its
-# entropy is one bit. A model says "heads with probability $\theta$". The shaded gap below is the KL divergence.
+# The entropy $H$ does not depend on the model. So the model of maximum likelihood is the one of
+# minimum KL divergence. Take a fair coin, whose entropy is one bit, and a model that gives heads
+# the probability $\theta$. The shaded gap below is the KL divergence.
 
 # %%
 theta = np.linspace(0.02, 0.98, 193)
@@ -85,14 +90,16 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# The same on a DDPM. The data are images of coins: each pixel is $-1$ or $1$. For such data the best possible network is a formula,
-# $E[x_0 \mid x_t] = \tanh(\sqrt{\bar\alpha_t}\, x_t / (1 - \bar\alpha_t))$, so nothing has to be trained.
+# The same for a DDPM. The data are images of coins: each pixel is $-1$ or $1$. For such data the
+# best possible network has a closed form,
+# $E[x_0 \mid x_t] = \tanh(\sqrt{\bar\alpha_t}\, x_t / (1 - \bar\alpha_t))$, so nothing has to be
+# trained.
 #
-# **`pipe.bits_per_dim(images)`** gives an upper bound of $-\log_2 P_\theta(x)$ for each pixel. Subtract the entropy, and what is left
-# bounds the KL divergence that the model still misses.
+# **`pipe.bits_per_dim(images)`** gives an upper bound on $-\log_2 P_\theta(x)$ per pixel. Minus the
+# entropy, it bounds the KL divergence that the model still misses.
 #
-# The bound has a closed form here. Its three parts are explained in section 4. $V_t = E|x_0 - E[x_0 \mid x_t]|^2$ is the error of the best
-# network.
+# The bound has a closed form here. Its three parts are explained in section 4.
+# $V_t = E|x_0 - E[x_0 \mid x_t]|^2$ is the error of the best network.
 
 # %%
 scheduler = DDPMNotesScheduler()  # linear betas, T = 1000, the variance called "fixed_small"
@@ -106,7 +113,7 @@ def normal_cdf(z):
 
 
 def coin_bound(alpha_bar, V):
-    """Prior, KLs of the steps and decoder in bits/dim, on coins with the best network and the variance fixed_small."""
+    """Prior, KLs of the steps and decoder in bits/dim, for coins, the best network, fixed_small."""
     snr = alpha_bar / (1 - alpha_bar)
     prior = -0.5 * np.log2(1 - alpha_bar[-1])
     kls = (snr[:-1] - snr[1:]) / 2 * V[1:] / math.log(2)
@@ -130,18 +137,21 @@ assert abs(result.diffusion - kls.sum()) < 5 * result.standard_errors["diffusion
 assert abs(result.decoder - decoder) < 1e-5
 
 # %% [markdown]
-# The network is perfect, yet something is missing. Nearly all of it is the decoder, whose variance is only a convention. The KLs alone come
-# very near to the entropy. That is no accident: for discrete data $\int_0^\infty \tfrac12 V \, d\mathrm{SNR} = H$, and the KLs are that
+# The network is perfect, yet the bound exceeds the entropy. Nearly all of the gap is the decoder,
+# whose variance is only a convention. The KLs alone come very close to the entropy, and not by
+# accident: for discrete data $\int_0^\infty \tfrac12 V \, d\mathrm{SNR} = H$, and the KLs are that
 # integral cut into $T$ steps.
 #
 # ## 2. A VAE's decoder is a Gaussian (figures 2 and 3)
 #
-# A VAE draws $z$, and the network says where the image should be: $P(x \mid z) = \mathcal N(G(z), \sigma^2 I)$. Then
+# A VAE draws $z$, and the network predicts the image: $P(x \mid z) = \mathcal N(G(z), \sigma^2 I)$.
+# Then
 #
 # $$-\log P(x \mid z) = \frac{\|x - G(z)\|^2}{2 \sigma^2} + \text{const}.$$
 #
-# So the most likely mean is the least-squares mean. DDPM's last step, from $x_1$ to the image, is such a decoder. As pixels have only 256 levels,
-# each level gets the mass of its bin, and the outermost bins reach to infinity. In the library this is
+# So the maximum-likelihood mean is the least-squares mean. DDPM's last step, from $x_1$ to the
+# image, is such a decoder. Since pixels have only 256 levels, each level gets the mass of its bin,
+# and the outermost bins extend to infinity. In the library this is
 # **`scheduler.vlb_terms(..., s=-1)`**.
 
 # %%
@@ -174,23 +184,24 @@ plt.show()
 #
 # $$P(x_0) = \int P(x_T) \prod_t P(x_{t-1} \mid x_t)\, dx_1 \cdots dx_T.$$
 #
-# One hard step from $z$ to $x$ becomes many easy ones. Forward, a fixed process adds noise until nothing is left of the image. Backward,
-# **`scheduler.step`** draws $x_{t-1}$ given $x_t$, and **`pipe(...)`** does so from $T$ down to the image. Below are some pixels of
-# coin images on their way back. Dark is where the forward process puts its mass.
+# One hard step from $z$ to $x$ becomes many easy ones. Forward, a fixed process adds noise until
+# nothing is left of the image. Backward, **`scheduler.step`** draws $x_{t-1}$ given $x_t$, and
+# **`pipe(...)`** does so from $T$ down to the image. Below, some pixels of coin images on their way
+# back; dark is where the forward process puts its mass.
 
 # %%
 paths = []
 
 
-def keep(pipe, step, t, tensors):
+def record(pipe, step, t, tensors):
     paths.append(tensors["latents"][0, 0, 0].clone())
     return {}
 
 
-samples = pipe(4, generator=seeded(1), output_type="latent", callback_on_step_end=keep).images
+samples = pipe(4, generator=seeded(1), output_type="latent", callback_on_step_end=record).images
 heads = (samples > 0).double().mean().item()
 print(
-    f"{samples.numel()} pixels, {heads:.1%} heads, farthest from a coin's side: {(samples.abs() - 1).abs().max():.1e}"
+    f"{samples.numel()} pixels, {heads:.1%} heads, largest distance from -1 or 1: {(samples.abs() - 1).abs().max():.1e}"
 )
 assert (samples.abs() - 1).abs().max() < 1e-3
 assert abs(heads - 0.5) < 4 * 0.5 / math.sqrt(samples.numel())
@@ -209,14 +220,15 @@ plt.show()
 # %% [markdown]
 # ## 4. The bound has three parts (figures 6 to 8)
 #
-# The integral over the chain cannot be done, but it can be bounded, as in a VAE:
+# The integral over the chain is intractable, but it can be bounded, as in a VAE:
 #
-# $$-\log P(x_0) \le \underbrace{\mathrm{KL}(q(x_T | x_0) \| P(x_T))}_{\text{prior}}
-# + \underbrace{\sum_t \mathbb E\, \mathrm{KL}(q(x_{t-1} | x_t, x_0) \| P(x_{t-1} | x_t))}_{\text{steps}}
-# + \underbrace{\mathbb E[-\log P(x_0 | x_1)]}_{\text{decoder}}$$
+# $$-\log P(x_0) \le \underbrace{\mathrm{KL}(q(x_T | x_0) \| P(x_T))}_{\text{prior}} +
+# \underbrace{\sum_t \mathbb E\,
+# \mathrm{KL}(q(x_{t-1} | x_t, x_0) \| P(x_{t-1} | x_t))}_{\text{steps}} +
+# \underbrace{\mathbb E[-\log P(x_0 | x_1)]}_{\text{decoder}}$$
 #
-# The names are **`scheduler.prior_kl`** and **`scheduler.vlb_terms`**; **`pipe.bits_per_dim`** adds them up. Three chains of different
-# lengths, the betas from the same start to the same end:
+# **`scheduler.prior_kl`** and **`scheduler.vlb_terms`** compute them; **`pipe.bits_per_dim`** adds
+# them up. Below, three chains of different lengths, with betas between the same limits:
 
 # %%
 bars = {}
@@ -226,7 +238,7 @@ for length in (100, 300, 1000):
     chain_pipe = DDPMNotesPipeline(network, chain)
     chain_pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library warns of the short chain: the image shines through at its end
+        warnings.simplefilter("ignore")  # the library warns about the short chain: its end still shows the image
         bound = chain_pipe.bits_per_dim(network.images(64, seeded()))
     closed = coin_bound(
         np.cumprod(1 - np.linspace(1e-4, 0.02, length)), network.denoising_error(torch.arange(length)).numpy()
@@ -246,7 +258,7 @@ for part, label in (("prior", "prior"), ("diffusion", "KLs of the steps"), ("dec
     size = np.array([getattr(bound, part) for bound in bars.values()])
     left.bar(list(bars), size, bottom=bottom, label=label, width=0.6)
     bottom += size
-left.axhline(coin.entropy, color="black", linestyle="--", label="entropy: no model needs less")
+left.axhline(coin.entropy, color="black", linestyle="--", label="entropy: the minimum of all models")
 left.set(ylabel="bits/dim", title="the bound on coins, three chains", ylim=(0, 2.6))
 left.legend(loc="upper right", ncols=2)
 right.plot(np.arange(1, T), result.per_timestep[1:], linewidth=0.8, label="measured (section 1)")
@@ -256,7 +268,8 @@ right.legend()
 plt.show()
 
 # %% [markdown]
-# A short chain ends while the image still shows: its prior is expensive. In a long chain the prior costs nothing, and the steps are finer.
+# A short chain ends while the image is still visible: its prior is expensive. In a long chain the
+# prior costs nothing, and the steps are finer.
 #
 # ## 5. The forward process in one jump
 #
@@ -264,8 +277,8 @@ plt.show()
 #
 # $$q(x_t \mid x_0) = \mathcal N(\sqrt{\bar\alpha_t}\, x_0,\; (1 - \bar\alpha_t) I).$$
 #
-# **`scheduler.add_noise(x_0, eps, t)`** draws from it, **`scheduler.forward_mean_variance(x_0, t)`** gives its two numbers. The check
-# composes all the single steps.
+# **`scheduler.add_noise(x_0, eps, t)`** samples it, **`scheduler.forward_mean_variance(x_0, t)`**
+# gives its mean and variance. The check composes all single steps.
 
 # %%
 from ddpm_notes_pipeline.data import load_images, to_model_range
@@ -282,7 +295,7 @@ for t in range(T):
 print(f"after all {T} steps: signal {signal:.6f}, variance {variance:.6f}; the jump gives the same at every t")
 
 
-def show(axis, images, columns=None):
+def draw_grid(axis, images, columns=None):
     """Images (N, 1, H, W) in [-1, 1], as a grid with thin lines between them."""
     images = images.clamp(-1, 1)
     columns = columns or len(images)
@@ -299,21 +312,23 @@ eps = torch.randn(x_0.shape, generator=seeded(2))
 stops = [0, 50, 100, 200, 300, 500, 700, 999]
 figure, axes = plt.subplots(1, len(stops), figsize=(10, 4.2))
 for axis, t in zip(axes, stops):
-    show(axis, scheduler.add_noise(x_0, eps, t), columns=1)
+    draw_grid(axis, scheduler.add_noise(x_0, eps, t), columns=1)
     axis.set_title(f"t = {t}\n" rf"$\bar\alpha$ = {alpha_bar[t]:.4f}", fontsize=9)
 plt.show()
 
 # %% [markdown]
 # ## 6. The posterior is Bayes' rule (figures 9 to 11)
 #
-# Training compares each reverse step with the step that an observer would take who knows the image. By Bayes' rule
+# Training compares each reverse step with that of an observer who knows the image. By Bayes' rule
 #
-# $$q(x_s \mid x_t, x_0) = \frac{q(x_t \mid x_s)\; q(x_s \mid x_0)}{q(x_t \mid x_0)}
-# = \mathcal N\left(\frac{\sqrt{\bar\alpha_s}\, b}{1 - \bar\alpha_t}\, x_0 + \frac{\sqrt{a}\,(1 - \bar\alpha_s)}{1 - \bar\alpha_t}\, x_t,\;
+# $$q(x_s \mid x_t, x_0) = \frac{q(x_t \mid x_s)\; q(x_s \mid x_0)}{q(x_t \mid x_0)} =
+# \mathcal N\left(\frac{\sqrt{\bar\alpha_s}\, b}{1 - \bar\alpha_t}\, x_0 +
+# \frac{\sqrt{a}\,(1 - \bar\alpha_s)}{1 - \bar\alpha_t}\, x_t,\;
 # \frac{(1 - \bar\alpha_s)\, b}{1 - \bar\alpha_t} I\right).$$
 #
-# A product of two bells is a narrower bell. **`scheduler.posterior_mean_variance(x_0, x_t, t, s)`** gives its mean and variance. On a line,
-# for one pixel, the product is drawn point by point and compared:
+# The product of two Gaussian curves is a narrower one.
+# **`scheduler.posterior_mean_variance(x_0, x_t, t, s)`** gives its mean and variance. For one
+# pixel, the product is computed point by point on a line and compared:
 
 # %%
 t, s = 250, 150
@@ -336,7 +351,7 @@ print(f"largest difference between Bayes' rule on the line and the formula: {abs
 assert abs(product - posterior).max() < 1e-9
 
 figure, axis = plt.subplots(figsize=(8, 3.2))
-axis.plot(line, from_image, label=r"$q(x_s \mid x_0)$: where the image puts it")
+axis.plot(line, from_image, label=r"$q(x_s \mid x_0)$: given the image")
 axis.plot(line, from_noisy, label=r"$q(x_t \mid x_s)$: which $x_s$ explain $x_t$")
 axis.fill_between(line, product, color="tab:green", alpha=0.25, label="their product, scaled to area 1")
 axis.plot(line[::60], posterior[::60], "k.", label="posterior_mean_variance")
@@ -352,13 +367,15 @@ plt.show()
 # %% [markdown]
 # ## 7. The mean in terms of the noise (figure 13)
 #
-# The image is not known when sampling, so a network has to guess it. The jump can be solved for $x_0$:
-# $x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\, \epsilon) / \sqrt{\bar\alpha_t}$. Put into the posterior's mean:
+# Sampling does not know the image, so a network predicts it. The jump, solved for $x_0$, is
+# $x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\, \epsilon) / \sqrt{\bar\alpha_t}$. Inserted into the
+# posterior's mean:
 #
 # $$\mu = \frac{1}{\sqrt a} \left(x_t - \frac{b}{\sqrt{1 - \bar\alpha_t}}\, \epsilon\right).$$
 #
-# It makes no difference whether the network says $\epsilon$, or $x_0$, or the velocity
-# $v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$: **`scheduler.reverse_mean_variance(model_output, x_t, t, s)`** gives one mean.
+# It makes no difference whether the network predicts $\epsilon$, $x_0$, or the velocity
+# $v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$:
+# **`scheduler.reverse_mean_variance(model_output, x_t, t, s)`** gives the same mean.
 
 # %%
 t, s = 300, 299
@@ -375,7 +392,7 @@ for prediction_type, output in outputs.items():
     assert torch.allclose(one.predict_original_sample(output, x_t, t), x_0, atol=1e-9)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), width_ratios=(1, 1.5))
-show(left, torch.cat([x_t, eps, scheduler.predict_original_sample(eps, x_t, t)]), columns=3)
+draw_grid(left, torch.cat([x_t, eps, scheduler.predict_original_sample(eps, x_t, t)]), columns=3)
 left.set_yticks([4.5, 13.5, 22.5], ["$x_t$", r"$\epsilon$", "$x_0$"])
 left.set_title(f"t = {t}: $x_0$ solved from the other two", fontsize=10)
 right.plot(np.sqrt((1 - alpha_bar) / alpha_bar))
@@ -383,17 +400,21 @@ right.set(yscale="log", xlabel="timestep t", ylabel=r"error in $x_0$ per error i
 plt.show()
 
 # %% [markdown]
-# The right picture says why the two guesses are not equally hard. Near the image, a bad $\epsilon$ still gives a good $x_0$. Near the noise, a small error
-# in $\epsilon$ is a large one in $x_0$.
+# The right plot shows why the two predictions are not equally hard. Near the image, a bad
+# $\epsilon$ still gives a good $x_0$. Near the noise, a small error in $\epsilon$ is a large one in
+# $x_0$.
 #
 # ## 8. The objective: least squares on the noise (figures 12 and 14)
 #
-# Two Gaussians of one fixed variance are nearest where their means are. So each step's KL is a weighted squared error of $\epsilon$:
+# Two Gaussians of the same fixed variance are closest when their means are. So each step's KL is a
+# weighted squared error of $\epsilon$:
 #
-# $$\mathrm{KL} = \frac{b}{2 a (1 - \bar\alpha_s)} \|\epsilon - \hat\epsilon\|^2 = \tfrac12 (\mathrm{SNR}_s - \mathrm{SNR}_t) \|x_0 - \hat x_0\|^2.$$
+# $$\mathrm{KL} = \frac{b}{2 a (1 - \bar\alpha_s)} \|\epsilon - \hat\epsilon\|^2 =
+# \tfrac12 (\mathrm{SNR}_s - \mathrm{SNR}_t) \|x_0 - \hat x_0\|^2.$$
 #
-# Algorithm 1 leaves the weight out. In the library: **`Objective(scheduler, "simple")`**, and `"vlb"` for the bound itself. Below, a
-# pretended network is wrong by exactly 1 in $\epsilon$, so that each loss shows its own weight.
+# Algorithm 1 drops the weight. In the library: **`Objective(scheduler, "simple")`**, and `"vlb"`
+# for the bound itself. Below, a fake network is off by exactly 1 in $\epsilon$, so that each loss
+# shows its weight.
 
 # %%
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
@@ -420,7 +441,7 @@ axis.set(
     xlabel="timestep t",
     ylabel=r"weight of $|\epsilon - \hat\epsilon|^2$, mean 1",
     yscale="log",
-    title="what each objective cares for",
+    title="the weight of each objective",
 )
 axis.legend()
 plt.show()
@@ -428,11 +449,12 @@ share = {name: w[:100].sum() / w.sum() for name, w in (("vlb", weight), ("simple
 print(f"share of the weight on the hundred least noisy steps: bound {share['vlb']:.0%}, simple {share['simple']:.0%}")
 
 # %% [markdown]
-# The bound cares most for the steps nearest to the image, where details too small to see are settled. Algorithm 1 moves the weight to the noisy
-# steps, which decide what the picture shows.
+# The bound gives most weight to the steps nearest to the image, which settle details too small to
+# see. Algorithm 1 moves the weight to the noisy steps, which decide what the image shows.
 #
-# Now Algorithm 1 itself, on real digits: draw images, draw $t$, draw noise, take a gradient step on $\|\epsilon - \hat\epsilon\|^2$. The network is
-# a small `UNet2DModel` of diffusers. (`training/train.py` does the same with everything that a long run needs.)
+# Now Algorithm 1 itself, on real digits: draw images, $t$ and noise, then take a gradient step on
+# $\|\epsilon - \hat\epsilon\|^2$. The network is a small `UNet2DModel` of diffusers.
+# (`training/train.py` does the same with everything that a long run needs.)
 
 # %%
 from diffusers import UNet2DModel
@@ -481,11 +503,11 @@ test_images = held_out.take(range(128))
 bound = digits_pipe.bits_per_dim(test_images)
 print(f"held-out digits: {bound.total:.2f} +- {bound.standard_error:.2f} bits/dim")
 print(
-    f"    prior {bound.prior:.4f} + steps {bound.diffusion:.2f} + decoder {bound.decoder:.2f}; a pixel as it is stored takes 8"
+    f"    prior {bound.prior:.4f} + steps {bound.diffusion:.2f} + decoder {bound.decoder:.2f}; a stored pixel takes 8"
 )
 num_levels = len(digits.take(range(len(digits))).unique())
 print(
-    f"    these digits use only {num_levels} of the 256 levels; who knows that needs at most {math.log2(num_levels):.2f}"
+    f"    these digits use only {num_levels} of the 256 levels; a model that knows this needs at most {math.log2(num_levels):.2f}"
 )
 assert bound.total < 8
 
@@ -506,25 +528,29 @@ right.set(xlabel="timestep t", ylabel="bits/dim of the range", title="where the 
 plt.show()
 
 # %% [markdown]
-# Nearly all of the bits are spent near the image, on the exact grey levels. There a network that trained for a minute has most to learn: it
-# does not yet know which levels occur at all. The shapes, at larger $t$, cost few bits.
+# Nearly all of the bits are spent near the image, on the exact grey levels. There a network that
+# was trained for a minute still has most to learn: it does not yet know which levels occur at all.
+# The shapes, at larger $t$, cost few bits.
 
 # %% [markdown]
 # ## 9. Why is noise added back? (the last figure)
 #
-# Algorithm 2 computes the mean and then adds noise, $x_s = \mu(x_t) + \sigma z$. The notes end with the question why, and with the answer that "some
-# randomness gives better performance". There is a better answer, and it is a number.
+# Algorithm 2 computes the mean and then adds noise, $x_s = \mu(x_t) + \sigma z$. The notes end by
+# asking why, and answer that "some randomness gives better performance". There is a better answer,
+# and it is a number.
 #
 # Three samplers:
 #
 # * **Algorithm 2**: the mean, and $\sigma z$.
 # * **The mean alone**: the same with $z = 0$.
 # * **DDIM** (`eta=0`): no noise either, but another mean,
-#   $x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s}\, \hat\epsilon$. It takes the predicted noise along instead of averaging it away.
+#   $x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s}\, \hat\epsilon$. It keeps the
+#   predicted noise instead of averaging it away.
 #
-# First on data where all is known: pixels from $\mathcal N(0, s^2)$ with $s^2 = 0.25$, and the perfect network. A right sampler must give
-# this variance back. All three samplers are linear here, so the variance of what they produce can be worked out with a pencil, too: multiply by the
-# squared gain, add $\sigma^2$, step by step.
+# First on data where everything is known: pixels from $\mathcal N(0, s^2)$ with $s^2 = 0.25$, and
+# the perfect network. A correct sampler must reproduce this variance. All three samplers are linear
+# here, so the variance of their samples can also be computed by hand: multiply by the squared gain
+# and add $\sigma^2$, step by step.
 
 # %%
 from ddpm_notes_pipeline.variances import optimal_scheduler
@@ -549,7 +575,7 @@ def algorithm_2(network, scheduler, x_t, num_steps, generator=None):
 
 
 def closed_form_variance(sampler, K):
-    """The variance of what a sampler makes of x_T ~ N(0, 1) in K steps."""
+    """The variance of a sampler's result for x_T ~ N(0, 1) in K steps."""
     path = np.round(np.arange(T, 0, -T / K)).astype(int) - 1
     v = 1.0
     for t, s in pairwise([*path, -1]):
@@ -570,7 +596,7 @@ def closed_form_variance(sampler, K):
 
 
 def sample(sampler, K, n=16):
-    """n images of 64x64 pixels; the pipeline's own loops, but for the mean alone, which is none of its samplers."""
+    """n images of 64x64 pixels, by the pipeline; "mean alone" by the function above."""
     x_T = torch.randn(n, 1, 64, 64, generator=seeded(K))
     if sampler == "mean alone":
         return algorithm_2(gauss, small, x_T, K)
@@ -580,7 +606,7 @@ def sample(sampler, K, n=16):
     return pipe(n, num_inference_steps=K, latents=x_T, eta=eta, generator=seeded(K + 1), output_type="latent").images
 
 
-# our five lines are what the pipeline does
+# Our five lines do what the pipeline does.
 x_T = torch.randn(16, 1, 64, 64, generator=seeded(10))
 assert torch.allclose(algorithm_2(gauss, small, x_T, 10, seeded(11)), sample("fixed_small", 10), atol=1e-4)
 
@@ -625,26 +651,29 @@ left.set(
 )
 left.legend(loc="center right", fontsize=8)
 right.plot(bins, bell(bins, 0, S2), "k--", label="the data")
-right.set(xlabel="a pixel, K = 100", ylabel="density", ylim=(0, 1.3), title="the mean alone: all in one place")
+right.set(xlabel="a pixel, K = 100", ylabel="density", ylim=(0, 1.3), title="the mean alone: all at one value")
 right.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# **The answer.** $\mu(x_t)$ is an average: of all the $x_s$ that the present $x_t$ may have come from. Averages vary less than what they
-# average:
+# **The answer.** $\mu(x_t)$ is an average: of all $x_s$ that the current $x_t$ may have come from.
+# Averages vary less than what they average:
 #
-# $$\mathrm{Var}(x_s) = \mathrm{Var}(\mathbb E[x_s \mid x_t]) + \mathbb E[\mathrm{Var}(x_s \mid x_t)].$$
+# $$\mathrm{Var}(x_s) = \mathrm{Var}(\mathbb E[x_s \mid x_t]) +
+# \mathbb E[\mathrm{Var}(x_s \mid x_t)].$$
 #
-# The first part is what the mean keeps. The second part is what $\sigma z$ gives back. Leave it out, and it is missing after every step. The losses multiply to
+# The first part is what the mean keeps. The second part is what $\sigma z$ gives back. Without it,
+# that part is missing after every step. The losses multiply to
 #
 # $$\frac{\bar\alpha_T s^4}{(\bar\alpha_T s^2 + 1 - \bar\alpha_T)^2},$$
 #
-# nearly nothing, and $K$ does not appear in it: neither more steps nor a better network help (this one is perfect). What comes out is nearly
-# $\mathbb E[x_0]$, one and the same image each time.
-# So the noise is not decoration. Without it the chain does not sample from the distribution that it was trained to have.
+# nearly nothing, and $K$ does not appear in it: neither more steps nor a better network help (this
+# one is perfect). The result is nearly $\mathbb E[x_0]$, the same image each time. So the noise is
+# not decoration: without it the chain does not sample from the distribution it was trained for.
 #
-# It is not randomness as such that is needed, though. DDIM has none and still keeps the variance, because its step is not an average: it moves the image and the predicted
-# noise, each to its new size. The error left to it comes from the finite steps and goes away as $K$ grows.
+# Randomness as such is not needed, though. DDIM has none and still keeps the variance, because its
+# step is not an average: it rescales the image and the predicted noise separately. Its remaining
+# error comes from the finite steps and vanishes as $K$ grows.
 #
 # Now the same on the trained digits, all from the same $x_T$:
 
@@ -665,7 +694,7 @@ spread_of_data = training_set.var(0).mean().item()
 spread = {name: images.var(0).mean().item() for name, images in grids.items()}
 figure, axes = plt.subplots(2, 2, figsize=(10, 4.6))
 for axis, (name, images) in zip(axes.flat, grids.items()):
-    show(axis, images, columns=8)
+    draw_grid(axis, images, columns=8)
     axis.set_title(f"{name}: variance between images {spread[name]:.3f}", fontsize=10)
 plt.show()
 print(f"variance between images, mean over pixels; of all {len(digits)} training digits: {spread_of_data:.3f}")
@@ -674,28 +703,33 @@ for name, value in spread.items():
 assert spread["the mean alone"] < 0.25 * spread["Algorithm 2"]
 
 # %% [markdown]
-# This network is not linear, so there is no formula, but the same happens: without the noise every start ends at nearly the same image.
+# This network is not linear, so there is no formula, but the same happens: without noise, every
+# start ends at nearly the same image.
 
 # %% [markdown]
-# ## 10. What the notes set aside
+# ## 10. What the notes leave out
 #
 # ### The variance
 #
-# "The variance is not considered here", say the notes, twice. It has an optimum. The KL of two Gaussians is least where the variance equals the mean squared
-# distance from the mean, and that is
+# "The variance is not considered here", say the notes, twice. It has an optimum. The KL of two
+# Gaussians is smallest where the variance equals the mean squared distance from the mean, and that
+# is
 #
-# $$\sigma^2_{\text{optimal}} = \frac{(1 - \bar\alpha_s)\, b}{1 - \bar\alpha_t} + \left(\frac{\sqrt{\bar\alpha_s}\, b}{1 - \bar\alpha_t}\right)^2 V_t,
-# \qquad V_t = \mathbb E\, |x_0 - \hat x_0(x_t)|^2 \text{ for each dim}.$$
+# $$\sigma^2_{\text{optimal}} = \frac{(1 - \bar\alpha_s)\, b}{1 - \bar\alpha_t} +
+# \left(\frac{\sqrt{\bar\alpha_s}\, b}{1 - \bar\alpha_t}\right)^2 V_t,
+# \qquad V_t = \mathbb E\, |x_0 - \hat x_0(x_t)|^2 \text{ per dim}.$$
 #
-# The first part is the posterior's variance ("fixed_small"). The second is what the network does not know. $V_t$ is one number for each timestep,
-# measured once on training data by **`measure_original_sample_mse`**; **`optimal_scheduler`** uses it for every pair of steps.
+# The first part is the posterior's variance ("fixed_small"). The second is what the network does
+# not know. $V_t$ is one number per timestep, measured once on training data by
+# **`measure_original_sample_mse`**; **`optimal_scheduler`** uses it for every pair of steps.
 #
 # ### The steps to keep
 #
-# With this variance a step costs $\tfrac12 \log(1 + (\mathrm{SNR}_s - \mathrm{SNR}_t) V_t)$ nats for each dim. The cost depends on the pair $(t, s)$ alone. So the best $K$ of the $T$ steps are a
+# With this variance a step costs $\tfrac12 \log(1 + (\mathrm{SNR}_s - \mathrm{SNR}_t) V_t)$ nats
+# per dim. The cost depends on the pair $(t, s)$ alone. So the best $K$ of the $T$ steps are a
 # shortest path, found by dynamic programming: **`best_timesteps`**.
 #
-# First the coin, where all of it has a closed form:
+# First the coin, where everything has a closed form:
 
 # %%
 from ddpm_notes_pipeline.variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse
@@ -704,7 +738,7 @@ V_coin = coin.denoising_error(torch.arange(T)).numpy()
 
 
 def expected_kls(path, V, variance_type):
-    """Sum over a path's steps of the expected KL, bits/dim, for a network with the error V."""
+    """Sum of the expected KLs over a path's steps, in bits/dim, for a network with the error V."""
     total = 0.0
     for t, s in pairwise(path):
         b = 1 - alpha_bar[t] / alpha_bar[s]
@@ -740,7 +774,8 @@ for variance_type, path, kind in rows:
 print(f"even: {even}\nbest: {best}")
 
 # %% [markdown]
-# Now the trained digits. All rows share one fitted decoder (**`fit_decoder_variance`**), so that only the steps differ.
+# Now the trained digits. All rows share one fitted decoder (**`fit_decoder_variance`**), so that
+# only the steps differ.
 
 # %%
 V_digits = measure_original_sample_mse(digits_pipe, digits.take(range(len(digits))), timesteps_per_image=12)
@@ -786,16 +821,18 @@ right.legend()
 plt.show()
 
 # %% [markdown]
-# One network, trained once. The better variance and the better steps cost no training: they are arithmetic on the numbers $V_t$.
-# "fixed_small" is right for a network that knows the image exactly, and pays dearly where this one does not. "fixed_large" is too wide near the
-# image. The measured optimum needs no guess.
+# One network, trained once. The better variance and the better steps cost no training: they are
+# arithmetic on the numbers $V_t$. "fixed_small" is right for a network that knows the image
+# exactly, and expensive where this one does not. "fixed_large" is too wide near the image. The
+# measured optimum needs no guessing.
 
 # %% [markdown]
 # ## 11. A published model
 #
-# `examples/ddpm-mnist` is a repository as it stands on the Hub: weights, the code in one file, a card with measured numbers. Its network has
-# 1.1 M weights and was trained on 4000 digits of 28x28. It learned a variance beside the noise, so the same starting noise can be walked back
-# under each rule: 25 steps, one row a rule. What the rows cost in bits/dim for one held-out digit stands beside them.
+# `examples/ddpm-mnist` is a repository as it stands on the Hub: weights, the code in one file, a
+# card with measured numbers. Its network has 1.1 M weights and was trained on 4000 digits of 28x28.
+# It also learned a variance, so the same initial noise can be denoised under each rule: 25 steps,
+# one row per rule, with the bits/dim of one held-out digit.
 
 # %%
 from pathlib import Path
@@ -823,5 +860,6 @@ for axis, rule in zip(axes, rules, strict=True):
 plt.show()
 
 # %% [markdown]
-# Where to go on: `training/train.py` trains on your own images, `training/evaluate.py` prints this last table for any DDPM checkpoint, and the
-# README's table *From the notes to names* lists all of the functions above.
+# Next: `training/train.py` trains on your own images, `training/evaluate.py` compares variances and
+# steps for any DDPM checkpoint, and the table *From the notes to names* in `examples/README.md`
+# lists all of the functions above.

@@ -73,7 +73,7 @@ def installed(wheel) -> Path:
 
 
 def test_the_wheel_has_every_module_and_nothing_of_the_rest(wheel):
-    modules = {f"ddpm_notes_pipeline/{path.name}" for path in (ROOT / "ddpm_notes_pipeline").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ddpm_notes_pipeline").rglob("*.py")}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert [name for name in names if name.endswith("LICENSE")]

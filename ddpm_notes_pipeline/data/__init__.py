@@ -1,7 +1,11 @@
 """Any `datasets` image set as batches that are a function of (seed, step)."""
 
 from .batches import StepBatches, step_seed
-from .images import EMBEDDED, HELD_OUT, MODES, ImageSet, hold_out, load_images, to_model_range, to_uint8
+from .decoding import MODES
+from .image_set import HELD_OUT, ImageSet, hold_out
+from .images import load_images
+from .levels import to_model_range, to_uint8
+from .sources import EMBEDDED
 from .streaming import ImageStream, StreamedBatches, open_stream
 
 __all__ = [

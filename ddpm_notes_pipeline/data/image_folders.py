@@ -1,14 +1,14 @@
 """A folder of image files as a table with splits and classes.
 
-`datasets`' own imagefolder guesses splits from words anywhere in a path: one file called training_dummy.png makes a
-"train" split of that file alone. Here the sub-folders decide:
+`datasets`' own imagefolder guesses splits from words anywhere in a path: one file called
+training_dummy.png makes a "train" split of that file alone. Here the sub-folders decide:
 
-1. Where all top-level sub-folders that hold images are named as splits (train, test, validation or a usual spelling
-   of these), they are the splits. Else every image below the folder belongs to "train".
+1. If all top-level sub-folders that hold images are named as splits (train, test, validation, or a
+   usual spelling of these), they are the splits. Else all images belong to "train".
 2. The class of an image is the first sub-folder below its split, however deep the file lies.
 3. A metadata.csv, .jsonl or .parquet keeps the meaning that `datasets` gives it.
 
-Files and folders whose names begin with "." or "__" are passed over, as `datasets` does.
+As in `datasets`, names that begin with "." or "__" are ignored.
 """
 
 import os
@@ -38,41 +38,39 @@ class ImageFolder:
     Attributes:
         root: the folder.
         splits: the image files of each split, as sorted paths below `root`.
-        split_folders: the sub-folders that make each split; empty where the whole folder is "train".
-        metadata: paths below `root` of the files that say which rows there are.
+        has_split_folders: whether sub-folders are the splits, rather than the folder being "train".
+        metadata: paths below `root` of the files that list the rows.
         archives: whether it holds archives, which `datasets` unpacks.
-        tables: how many files hold tables of rows rather than images.
+        tables: the number of files that hold rows of data rather than one image.
     """
 
     root: Path
     splits: dict[str, list[str]]
-    split_folders: dict[str, list[str]]
+    has_split_folders: bool
     metadata: list[str]
     archives: bool
     tables: int
 
     @property
     def num_files(self) -> int:
-        """Image files, over all splits."""
+        """The number of image files in all splits."""
         return sum(map(len, self.splits.values()))
 
-    def classes(self) -> list[str] | None:
-        """The names of the classes over all splits, sorted; None where some image is in no sub-folder."""
-        found = {self._class_of(path) for paths in self.splits.values() for path in paths}
-        return None if None in found or not found else sorted(str(name) for name in found)
-
-    def without_class(self) -> int:
-        """How many images are in no sub-folder, and so in no class."""
-        return sum(self._class_of(path) is None for paths in self.splits.values() for path in paths)
+    @property
+    def classes(self) -> list[str | None]:
+        """The class of each image in all splits; None for an image in no sub-folder."""
+        return [self._class_of(path) for paths in self.splits.values() for path in paths]
 
     def _class_of(self, path: str) -> str | None:
-        folders = path.split("/")[:-1][1 if self.split_folders else 0 :]
+        folders = path.split("/")[:-1][1 if self.has_split_folders else 0 :]
         return folders[0] if folders else None
 
     def load(self, split: str, streaming: bool = False) -> Any:
-        """The rows of a split ("train", "train[:90%]", "train+test") as a `datasets.Dataset`, or an `IterableDataset`.
+        """The rows of a split ("train", "train[:90%]", "train+test").
 
-        Columns: "image" and, where every image is in a class, "label".
+        Returns:
+            A `datasets.Dataset` or `IterableDataset` with the column "image" and, if every image is
+            in a class, "label".
 
         Raises:
             ValueError: there is no such split, or no image in it.
@@ -88,63 +86,58 @@ class ImageFolder:
             raise ValueError(f"{self.root} has 0 images in split {split!r}")
         columns: dict[str, list[Any]] = {"image": [str(self.root / path) for path in paths]}
         features: dict[str, Any] = {"image": datasets.Image()}
-        if (classes := self.classes()) is not None:
+        if None not in (classes := set(self.classes)):
             columns["label"] = [self._class_of(path) for path in paths]
-            features["label"] = datasets.ClassLabel(names=classes)
+            features["label"] = datasets.ClassLabel(names=sorted(map(str, classes)))
         table = datasets.Dataset.from_dict(columns, features=datasets.Features(features), split=parts[0].splitname)
         return table.to_iterable_dataset(num_shards=max(1, min(len(table), STREAM_SHARDS))) if streaming else table
 
-    def files_of(self, split: str) -> int | None:
-        """The number of image files in a split, or in the splits that a slice is taken of; None where archives hold more."""
+    def files_in(self, split: str) -> int | None:
+        """The number of image files in a split, or that it is a slice of; None with archives."""
         if self.archives:
             return None
         names = {part.strip().partition("[")[0] for part in split.split("+")}
         return sum(len(self.splits.get(name, ())) for name in names)
 
     def _patterns(self) -> dict[str, list[str]]:
-        above = [path for path in self.metadata if "/" not in path]
-        if not self.split_folders:
+        """The `data_files` of each split, for `datasets`."""
+        if not self.has_split_folders:
             return {"train": ["**"]}
-        return {split: [*(f"{name}/**" for name in names), *above] for split, names in self.split_folders.items()}
+        above = [path for path in self.metadata if "/" not in path]
+        return {
+            split: [*sorted({f"{path.partition('/')[0]}/**" for path in paths}), *above]
+            for split, paths in self.splits.items()
+        }
 
 
 def read_image_folder(root: Path) -> ImageFolder:
-    """Look through a folder and everything below it.
+    """Find the images in a folder and everything below it.
 
     Raises:
-        ValueError: images lie beside the folders that are its splits, and so in none of them.
+        ValueError: images lie beside the folders that are its splits, and so are in no split.
     """
-    images, metadata, archives, tables = [], [], False, 0
-    for path in _files_below(root):
-        name, suffix = path.rpartition("/")[2], os.path.splitext(path)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
-            images.append(path)
-        elif name in METADATA:
-            metadata.append(path)
-        elif suffix in TABLE_SUFFIXES:
-            tables += 1
-            archives |= suffix in ARCHIVE_SUFFIXES
-    images.sort()
+    suffixes = {path: os.path.splitext(path)[1].lower() for path in _files_below(root)}
+    images = sorted(path for path, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES)
+    metadata = [path for path in suffixes if path.rpartition("/")[2] in METADATA]
+    archives = any(suffix in ARCHIVE_SUFFIXES for suffix in suffixes.values())
+    tables = sum(suffix in TABLE_SUFFIXES for suffix in suffixes.values()) - len(metadata)
     top = sorted({path.partition("/")[0] for path in images if "/" in path})
     if not top or any(name.lower() not in SPLIT_OF for name in top):
-        return ImageFolder(root, {"train": images}, {}, metadata, archives, tables)
+        return ImageFolder(root, {"train": images}, False, metadata, archives, tables)
     beside = [path for path in images if "/" not in path]
     if beside:
         raise ValueError(
-            f"{root} has the splits {', '.join(top)} and {len(beside)} images beside them ({beside[0]}, ...), which are in "
-            "no split; move them into one of its folders"
+            f"{root} has the splits {', '.join(top)} and {len(beside)} images beside them ({beside[0]}, ...), which are "
+            "in no split; move them into one of its folders"
         )
     splits: dict[str, list[str]] = {}
-    split_folders: dict[str, list[str]] = {}
-    for name in top:
-        split_folders.setdefault(SPLIT_OF[name.lower()], []).append(name)
     for path in images:
         splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()], []).append(path)
-    return ImageFolder(root, splits, split_folders, metadata, archives, tables)
+    return ImageFolder(root, splits, True, metadata, archives, tables)
 
 
 def _files_below(root: Path) -> list[str]:
-    """Paths below `root`, with "/" between their parts; links to folders are followed, each folder once."""
+    """Paths below `root`, parted by "/". Links to folders are followed, each folder once."""
     found, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -153,6 +146,6 @@ def _files_below(root: Path) -> list[str]:
             continue
         seen.add(real)
         below[:] = [name for name in below if not name.startswith((".", "__"))]
-        prefix = Path(folder).relative_to(root).as_posix()
-        found += [name if prefix == "." else f"{prefix}/{name}" for name in names if not name.startswith((".", "__"))]
+        shown = [name for name in names if not name.startswith((".", "__"))]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in shown]
     return found

@@ -1,260 +1,200 @@
-"""An image set larger than the disk: read row by row while training, and still a pure function of (seed, n).
+"""An image set larger than the disk, read while training, and still a pure function of (seed, n).
 
-1. The shards of the set are dealt to V streams, as many to each. V follows from the set and the batch size, never from the
-   number of processes. Part v of the global batch, B/V images in a row, is what stream v gives next, so a process reads only the
-   streams that its share of the batch comes from.
-2. A stream is epochs in a row. In each, its shards come in a new order, and their rows go through a buffer that is left at random, both
-   drawn from (seed, stream, epoch). A shorter stream comes round sooner.
-3. Going on from step n reads again, without decoding, what was read before it: the first epoch, which tells the length of the others, and the
-   epoch that step n is in. So n is reached exactly, whatever the number of processes was.
+1. The shards of the set are dealt evenly to V streams; V follows from the set and the batch size,
+   never from the number of processes. Part v of the global batch, B/V images, comes from stream v,
+   so a process reads only the streams of its share of the batch.
+2. A stream is a sequence of epochs. In each, its shards come in a new order and their rows go
+   through a shuffle buffer, both drawn from (seed, stream, epoch). A shorter stream begins its next
+   epoch sooner.
+3. Resuming at step n reads again, without decoding, the first epoch, which tells the length of the
+   others, and the epoch that holds step n. So it is exact for any number of processes.
 """
 
 import math
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from .batches import StepBatches, step_seed
-from .images import (
-    MODES,
-    ImageSet,
-    _columns_of,
-    _decode_as,
-    _digest,
-    _load_table,
-    _optional,
-    _pixels_of,
-    _Transform,
-    _transform,
-    load_images,
-)
+from .decoding import bad_image, check_size, crop, decode
+from .image_set import ImageSet
+from .images import load_images
+from .sources import digest
+from .tables import Table, open_table
 
-MOST_STREAMS = 16  # read at once by a single process
+MAX_STREAMS = 16  # read at once by a single process
+MAX_WARNINGS = 5  # about bad images of a stream
 
 
 @dataclass(frozen=True, eq=False)
 class ImageStream:
-    """Images that are read while training. Made by `open_stream`; for `StreamedBatches`.
+    """Images that are read while training. Made by `open_stream`, for `StreamedBatches`.
 
     Attributes:
-        first: the first images, decoded; name, license, channels, size and mode are theirs.
-        split: what is read.
-        rows: the `datasets.IterableDataset`, images as they are stored.
-        image_column, label_column: of `rows`.
-        class_names: the classes' names; None without a label column.
-        max_samples: only so many rows, the first, are read. None: all.
-        buffer_size: rows that the shuffle buffers hold together, as they are stored.
-        fingerprint: hex digest of where the images come from and what is made of them, not of the images themselves.
+        first: the first images, decoded.
+        name, split, license, num_files, channels, size, class_names, num_classes, transform: those
+            of `first`.
+        table: the split as `datasets` streams it.
+        max_samples: only the first `max_samples` rows are read; None for all.
+        buffer_size: rows in all shuffle buffers together, as they are stored.
+        fingerprint: hex digest of where the images come from and how they are decoded.
+        skipped: bad images left out; those of `first`, until training has counted more.
+        num_images: None, as it is unknown.
     """
 
     first: ImageSet
-    split: str
-    rows: Any
-    image_column: str
-    label_column: str | None
-    class_names: list[str] | None
+    table: Table
     max_samples: int | None
     buffer_size: int
     fingerprint: str
-    transform: _Transform
-    skipped: int = 0  # bad images left out; as `first` knows them, the batches count on
-    num_images: None = None  # nobody knows
-    num_files: int | None = None  # image files in the folder's split; None where it is no folder of image files
+    skipped: int
+    num_images: None = None
 
-    @property
-    def name(self) -> str:
-        return self.first.name
-
-    @property
-    def license(self) -> str | None:
-        return self.first.license
-
-    @property
-    def channels(self) -> int:
-        return self.first.channels
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.first.size
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.class_names is None else len(self.class_names)
+    name = property(attrgetter("first.name"))
+    split = property(attrgetter("first.split"))
+    license = property(attrgetter("first.license"))
+    num_files = property(attrgetter("first.num_files"))
+    channels = property(attrgetter("first.channels"))
+    size = property(attrgetter("first.size"))
+    class_names = property(attrgetter("first.class_names"))
+    num_classes = property(attrgetter("first.num_classes"))
+    transform = property(attrgetter("first.source.transform"))
 
     @property
     def needs_crop(self) -> bool:
+        """Whether decoded images may be larger than an image of a batch."""
         return self.transform.target is not None and not self.transform.center_crop
 
     @property
     def num_shards(self) -> int:
-        """Files, or parts of them, that are read apart; 1 where only the first rows are read."""
-        return self.rows.num_shards if self.max_samples is None else 1
+        """Files, or parts of them, that can be read apart; 1 with `max_samples`."""
+        return self.table.rows.num_shards if self.max_samples is None else 1
 
     def shard(self, index: int) -> Any:
-        """An iterable of the rows of a shard."""
+        """An iterable of the rows of a shard, images as they are stored."""
+        rows = self.table.encoded
         if self.max_samples is not None:
-            return self.rows.take(self.max_samples)
-        return self.rows.shard(self.num_shards, index) if self.num_shards > 1 else self.rows
+            return rows.take(self.max_samples)
+        return rows.shard(self.num_shards, index) if self.num_shards > 1 else rows
 
     def num_streams(self, batch_size: int) -> int:
-        """V: the largest number, 16 at most, that divides both the batch and the shards."""
+        """V: the largest number up to MAX_STREAMS that divides the batch and the shards."""
         common = math.gcd(batch_size, self.num_shards)
-        return max(v for v in range(1, MOST_STREAMS + 1) if common % v == 0)
+        return max(v for v in range(1, MAX_STREAMS + 1) if common % v == 0)
 
 
 def open_stream(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
-    train_data_dir: str | os.PathLike[str] | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    resolution: int | Sequence[int] | None = None,
-    center_crop: bool = False,
-    image_mode: str | None = None,
+    *,
     max_samples: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    on_bad_image: str = "error",
-    show_progress: bool = True,
     buffer_size: int = 1000,
     first_images: int = 64,
+    **arguments: Any,
 ) -> ImageStream:
-    """A split to be read while training; the arguments are those of `load_images`, but for these.
+    """Open a split that is read while training.
 
     Args:
-        dataset_name, train_data_dir: a data set on the Hub, a folder that `datasets` reads (parquet, webdataset, images...) or wrote; not
-            the embedded ones.
-        label_column: a ClassLabel column: its number of classes has to be known before all rows are.
-        max_samples: the first so many rows.
-        buffer_size: rows in the shuffle buffers, which stay as they are stored until they are used.
-        first_images: decoded at once, into `cache_dir`: they tell channels and size, and what is wrong with the arguments.
+        dataset_name, dataset_config_name, arguments: as for `load_images`. Embedded sets cannot be
+            streamed, and a label_column must be a ClassLabel, whose classes are known before all
+            rows are read.
+        max_samples: read only the first rows.
+        buffer_size: rows in the shuffle buffers, which stay encoded until they are used.
+        first_images: images that are decoded at once, into `cache_dir`: they tell channels and
+            size, and what is wrong with the arguments.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as `load_images`.
     """
     if buffer_size < 1:
-        raise ValueError(f"buffer_size is {buffer_size}; allowed: at least 1")
-    datasets = _optional("datasets", "train")
-    rows, folder = _load_table(dataset_name, dataset_config_name, train_data_dir, split, streaming=True)
-    if rows.features is None:
-        raise ValueError(
-            f"the columns of split {split!r} are not known before it is read; allowed: a set that states them"
-        )
-    image_column = _columns_of(rows.features, image_column, label_column, folder)
-    class_names = None
-    if label_column is not None:
-        class_names = getattr(rows.features[label_column], "names", None)
-        if class_names is None:
-            raise ValueError(
-                f"label_column {label_column!r} is {rows.features[label_column]}; allowed for streaming: a ClassLabel, "
-                "whose classes are known before all rows are read"
-            )
-    first = load_images(
-        dataset_name=dataset_name,
-        dataset_config_name=dataset_config_name,
-        train_data_dir=train_data_dir,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        resolution=resolution,
-        center_crop=center_crop,
-        image_mode=image_mode,
-        max_samples=min(first_images, max_samples or first_images),
-        cache_dir=cache_dir,
-        on_bad_image=on_bad_image,
-        show_progress=show_progress,
-        streaming=True,
-    )
-    rows = rows.select_columns([image_column, *([label_column] if label_column else [])])
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    transform = _transform(resolution, center_crop, image_mode, on_bad_image)
-    source = [dataset_config_name, first.name, first.fingerprint, split, image_column, label_column, class_names]
-    fingerprint = _digest([*source, max_samples, buffer_size, rows.num_shards, *transform])
-    return ImageStream(
-        first=first,
-        split=split,
-        rows=rows,
-        image_column=image_column,
-        label_column=label_column,
-        class_names=class_names,
-        max_samples=max_samples,
-        buffer_size=buffer_size,
-        fingerprint=fingerprint,
-        transform=transform,
-        skipped=first.skipped,
-        num_files=None if folder is None else folder.files_of(split),
-    )
+        raise ValueError(f"buffer_size is {buffer_size}; it must be at least 1")
+    number = min(first_images, max_samples or first_images)
+    first = load_images(dataset_name, dataset_config_name, max_samples=number, streaming=True, **arguments)
+    table = open_table(first.source, streaming=True)
+    label = table.label_column
+    if label is not None and table.class_names is None:
+        raise ValueError(f"label_column {label!r} is {table.rows.features[label]}; a stream needs a ClassLabel")
+    images = [dataset_config_name, first.name, first.fingerprint, first.split, table.image_column, label]
+    settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *first.source.transform]
+    fingerprint = digest([*images, *settings])
+    return ImageStream(first, table, max_samples, buffer_size, fingerprint, first.skipped)
 
 
 class StreamedBatches(StepBatches):
-    """`StepBatches` of an `ImageStream`: items of the same form, and "bad_images", how many were left out so far (of this process's streams).
+    """`StepBatches` of an `ImageStream`.
 
-    Steps are cheap in their order only: asking for one before the last reads everything before it again. Not for several workers of a
-    DataLoader: `datasets` would give each a part of the rows.
+    Items also have "bad_images": how many were left out so far, of this process's streams. Ask for
+    steps in increasing order: an earlier one reads everything before it again. A DataLoader may
+    have at most one worker: `datasets` would give each of several a part of the rows.
     """
 
     images: Any
 
     def __init__(self, images: ImageStream, batch_size: int, seed: int, *args: Any, **settings: Any) -> None:
         super().__init__(cast(Any, images), batch_size, seed, *args, **settings)
-        parts = images.num_streams(batch_size)
-        self.part = batch_size // parts  # images of a step that are of one stream
-        self.numbers = range(self.share.start // self.part, (self.share.stop - 1) // self.part + 1)
-        self._readers: dict[int, _Reader] = {}
+        self.num_streams = images.num_streams(batch_size)
+        self._readers: dict[int, StreamReader] = {}
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         item = super().__getitem__(step)
-        # each stream is counted by the process that has the first of its images
-        own = [reader for v, reader in self._readers.items() if v * self.part >= self.share.start]
-        item["bad_images"] = torch.tensor(sum(reader.bad for reader in own))
+        # Each stream is counted by the process that has the first of its images.
+        part = self.batch_size // self.num_streams
+        counted = [reader for v, reader in self._readers.items() if v * part >= self.share.start]
+        item["bad_images"] = torch.tensor(sum(reader.bad for reader in counted))
         return item
 
-    def _take(self, step: int, crop_at: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, step: int, crop_at: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This process's images and labels of a step."""
         info = torch.utils.data.get_worker_info()
         if info is not None and info.num_workers > 1:
-            raise ValueError(
-                f"a stream is read by {info.num_workers} workers (--dataloader_num_workers); allowed: 0 or 1"
-            )
+            raise ValueError(f"{info.num_workers} workers read a stream; --dataloader_num_workers must be 0 or 1")
+        part = self.batch_size // self.num_streams  # images of a step from one stream
         images: list[np.ndarray] = []
         labels: list[int] = []
-        for v in self.numbers:
+        for v in range(self.share.start // part, (self.share.stop - 1) // part + 1):
             reader = self._readers.get(v)
-            if reader is None or reader.position > step * self.part:
-                reader = self._readers[v] = _Reader(self.images, v, self.batch_size // self.part, self.seed)
-            reader.skip(step * self.part - reader.position)
-            for position in range(v * self.part, (v + 1) * self.part):
-                found = reader.next(self.share.start <= position < self.share.stop)
-                if found is not None:
+            if reader is None or reader.position > step * part:
+                reader = self._readers[v] = StreamReader(self.images, v, self.num_streams, self.seed)
+            reader.skip(step * part - reader.position)
+            for position in range(v * part, (v + 1) * part):
+                image = reader.read(decoded=self.share.start <= position < self.share.stop)
+                if image is not None:
                     at = None if crop_at is None else crop_at[len(images)]
-                    images.append(_crop(found[0], self.images.size, at))
-                    labels.append(found[1])
+                    images.append(crop(image[0], self.images.size, at))
+                    labels.append(image[1])
         pixels = torch.from_numpy(np.stack(images))
-        return pixels, None if self.images.label_column is None else torch.tensor(labels)
+        return pixels, None if self.images.class_names is None else torch.tensor(labels)
 
 
-class _Reader:
-    """The images of stream v of V, epoch after epoch."""
+class StreamReader:
+    """The images of stream v of `num_streams`, epoch after epoch.
 
-    def __init__(self, images: ImageStream, v: int, parts: int, seed: int) -> None:
-        self.images, self.name = images, f"stream {v}"
-        self.skips = images.transform.on_bad_image == "skip"
-        self.shards = range(v, images.num_shards, parts)
-        self.seed, self.buffer_size = step_seed(seed, v, "stream"), max(1, images.buffer_size // parts)
+    Attributes:
+        position: images read so far.
+        epoch, within: the current epoch, and how many of its images were read.
+        length: images in every epoch, once the first has been read; else None.
+        bad: bad images in the first epoch.
+    """
+
+    def __init__(self, images: ImageStream, v: int, num_streams: int, seed: int) -> None:
+        self.images, self.v = images, v
+        self.shards = range(v, images.num_shards, num_streams)
+        self.seed = step_seed(seed, v, "stream")
+        self.buffer_size = max(1, images.buffer_size // num_streams)
         self.rows: Iterator[Any] = iter(())
-        self.epoch, self.within = -1, 0  # good images of this epoch so far
-        self.position = 0  # ... and of all of them
-        self.length: int | None = None  # good images of any epoch, once the first has been read
-        self.bad = 0  # in the first epoch
+        self.epoch, self.within, self.position = -1, 0, 0
+        self.length: int | None = None
+        self.bad = 0
 
     def skip(self, count: int) -> None:
-        """Pass over so many images, whole epochs without reading them once the first has told their length."""
+        """Pass over `count` images: once the length of an epoch is known, whole epochs unread."""
         while count and self.length is None:
-            self.next(False)
+            self.read(decoded=False)
             count -= 1
         if count and self.length is not None:
             epoch, within = divmod(self.epoch * self.length + self.within + count, self.length)
@@ -262,38 +202,31 @@ class _Reader:
                 self.position += count - within
                 self.epoch, self.within, self.rows, count = epoch - 1, self.length, iter(()), within
             for _ in range(count):
-                self.next(False)
+                self.read(decoded=False)
 
-    def next(self, decode: bool) -> tuple[np.ndarray, int] | None:
-        """The pixels (C, H, W) and label of the next image; None if it was not to be decoded."""
-        # whether an image counts is known when it is decoded; after an epoch without bad ones, all do
-        decode_all = self.skips and (self.length is None or self.bad > 0)
+    def read(self, decoded: bool) -> tuple[np.ndarray, int] | None:
+        """The pixels, uint8 (C, h, w), and label of the next image; None if not `decoded`."""
+        # Bad images do not count, and only decoding finds them. All epochs have the same ones.
+        skips = self.images.transform.on_bad_image == "skip"
+        needed = decoded or (skips and (self.length is None or self.bad > 0))
         while True:
             row = next(self.rows, None)
             if row is None:
-                self._next_epoch()
+                self._start_epoch()
                 continue
-            found = None
-            if decode or decode_all:
-                try:
-                    found = self._decoded(row)
-                except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for a broken file
-                    self._refuse(row, error)
-                    continue
+            image = self._decode(row) if needed else None
+            if needed and image is None:
+                continue
             self.within += 1
             self.position += 1
-            return found if decode else None
+            return image if decoded else None
 
-    def _next_epoch(self) -> None:
-        if self.epoch >= 0 and self.within == 0:
-            raise ValueError(f"{self.images.name}: no image of {self.name} could be read, of {self.bad}")
-        if self.epoch == 0:
-            self.length = self.within
-        self.epoch, self.within = self.epoch + 1, 0
-        self.rows = self._shuffled(np.random.default_rng([self.seed, self.epoch]))
+    def shuffled_rows(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The rows of an epoch, shuffled.
 
-    def _shuffled(self, random: np.random.Generator) -> Iterator[dict[str, Any]]:
-        """The rows of an epoch. Not by `datasets`: its order is one of its version, and its threads may wait for each other."""
+        Not by `datasets`: its order may change with its version, and its threads can deadlock.
+        """
+        random = np.random.default_rng([self.seed, epoch])
         buffer: list[dict[str, Any]] = []
         for shard in random.permutation(self.shards):
             for row in self.images.shard(int(shard)):
@@ -306,40 +239,34 @@ class _Reader:
         random.shuffle(buffer)  # type: ignore[arg-type]
         yield from buffer
 
-    def _decoded(self, row: dict[str, Any]) -> tuple[np.ndarray, int]:
-        images, label = self.images, 0
-        if images.label_column is not None:
-            label, classes = row[images.label_column], images.num_classes
-            if label is None or not 0 <= label < (classes or 0):
-                raise ValueError(f"its label is {label}; allowed: 0 to {(classes or 0) - 1}")
-        mode = next(name for name, channels in MODES.items() if channels == images.channels)
-        image = _decode_as(row[images.image_column], images.transform, mode).image
-        if images.transform.target is None and (image.height, image.width) != images.size:
-            raise WrongSize(
-                f"it is {image.height}x{image.width} (height x width), the first one {images.size[0]}x{images.size[1]}; "
-                "give a resolution (--resolution) to bring them to one size"
-            )
-        return _pixels_of(image), label
-
-    def _refuse(self, row: dict[str, Any], error: Exception) -> None:
-        path = (row[self.images.image_column] or {}).get("path")
-        name = f"{self.images.name}, image {self.within} of epoch {self.epoch} of {self.name}" + (
-            f" ({path})" if path else ""
-        )
-        if isinstance(error, WrongSize) or not self.skips:
-            raise ValueError(f"bad image, {name}: {error} (--on_bad_image skip leaves such out)") from error
+    def _start_epoch(self) -> None:
+        if self.epoch >= 0 and self.within == 0:
+            raise ValueError(f"{self.images.name}: no image of stream {self.v} could be read, of {self.bad}")
         if self.epoch == 0:
-            self.bad += 1
-            if self.bad <= 5:
-                warnings.warn(f"image left out, {name}: {error}", stacklevel=2)
+            self.length = self.within
+        self.epoch, self.within = self.epoch + 1, 0
+        self.rows = self.shuffled_rows(self.epoch)
 
-
-class WrongSize(ValueError):
-    """An image of another size: no fault of the image's, and so no reason to leave it out."""
-
-
-def _crop(image: np.ndarray, size: tuple[int, int], at: np.ndarray | None) -> np.ndarray:
-    """The part of (C, h, w) that a batch holds, placed as `ImageSet.take` does."""
-    room = np.array(image.shape[1:]) - np.array(size)
-    top, left = room // 2 if at is None else (at * (room + 1)).astype(np.int64)
-    return image[:, top : top + size[0], left : left + size[1]]
+    def _decode(self, row: dict[str, Any]) -> tuple[np.ndarray, int] | None:
+        """Pixels and label of a row; None for a bad image that is left out."""
+        images, table, transform = self.images, self.images.table, self.images.transform
+        column, classes = table.label_column, images.num_classes
+        path = (row[table.image_column] or {}).get("path")
+        name = f"{images.name}, image {self.within} of epoch {self.epoch} of stream {self.v}"
+        name += f" ({path})" if path else ""
+        try:
+            label = 0 if column is None else row[column]
+            if column is not None and (label is None or not 0 <= label < classes):
+                raise ValueError(f"its label is {label}; it must be in 0..{classes - 1}")
+            image = decode(row[table.image_column], transform, images.first.file.mode)
+        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more
+            if transform.on_bad_image == "error":
+                raise bad_image(name, error) from error
+            if self.epoch == 0:
+                self.bad += 1
+                if self.bad <= MAX_WARNINGS:
+                    warnings.warn(f"image left out, {name}: {error}", stacklevel=2)
+            return None
+        if transform.target is None:
+            check_size(name, image.pixels, images.size)
+        return image.pixels, label

@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.images import ImageSet
+from ..data import ImageSet
 from .features import OFFLINE_NETWORK, FeatureFile, FeatureNetwork, feature_file, import_eval, load_feature_network
 
 NEIGHBORS = 3  # k of precision and recall, as published

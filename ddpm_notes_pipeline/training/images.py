@@ -42,6 +42,7 @@ class TrainingImages:
 
     def with_skipped(self, count: int) -> "TrainingImages":
         """The same, with the number of bad images that streaming has met."""
+        assert isinstance(self.train, ImageStream)
         return dataclasses.replace(self, train=dataclasses.replace(self.train, skipped=count))
 
 

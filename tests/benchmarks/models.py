@@ -1,6 +1,6 @@
-"""What is trained and sampled here: two UNets, S and L, and the images that fit them.
+"""The benchmarks' two UNets, S and L, and images that fit them.
 
-S: 8x8x1, 1.6 M weights. L: 32x32x3, 6.5 M weights. Both are trained with 16 images a step.
+S: 8x8x1, 1.6 M weights. L: 32x32x3, 6.5 M weights. Both are trained with 16 images per step.
 """
 
 import io
@@ -41,9 +41,9 @@ CONFIGS = {
 
 @lru_cache
 def fast_precision(size: str) -> str:
-    """ "bf16" or "no", whichever the larger network's forward and backward pass is faster in: bf16 where the processor multiplies it.
+    """The faster precision for forward and backward passes, "bf16" or "no".
 
-    The smaller one is too small to gain. Both are compiled where speed is wanted.
+    bf16 is faster if the processor has a unit for it. S is too small to gain.
     """
     if size == "S":
         return "no"
@@ -60,7 +60,7 @@ def fast_precision(size: str) -> str:
 
 
 def describe_fast(size: str) -> str:
-    """The settings where speed is wanted, in words."""
+    """The fastest settings, in words."""
     if size == "L":
         return "bf16 + compile" if fast_precision(size) == "bf16" else "compile (bf16 is slower here)"
     return "compile"
@@ -77,7 +77,7 @@ def describe(size: str) -> str:
 
 
 def make_images(size: str, folder: Path, count: int = 1024) -> Path:
-    """A data set as `datasets` saves it, of PNG files: the embedded digits, for L in three colours and 32x32."""
+    """A saved data set of PNG files: the digits; for L, enlarged to 32x32 in three channels."""
     import datasets
     from sklearn.datasets import load_digits
 

@@ -1,8 +1,9 @@
-"""The two loops that training is measured against, as a program: a line with a number on stdin runs so many steps.
+"""The loops that training is compared with, as a program: a number on stdin runs so many steps.
 
-python training_loops.py peer SIZE FOLDER     the loop of diffusers' train_unconditional.py, re-enacted from its description
-python training_loops.py bare SIZE no|bf16     forward, backward and optimizer step on resident data, as fast as the project runs it
-python training_loops.py update SIZE no|bf16   the same with what a run of the project does to every update: clipping and averaging
+python training_loops.py peer SIZE FOLDER      the loop of diffusers' train_unconditional.py,
+re-enacted python training_loops.py bare SIZE no|bf16     forward, backward, optimizer step, on
+resident data, compiled python training_loops.py update SIZE no|bf16   the same with gradient
+clipping and averaged weights
 """
 
 import sys
@@ -26,7 +27,7 @@ OPTIMIZER: dict[str, Any] = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay":
 
 
 def peer_loop(size: str, folder: str) -> Iterator[None]:
-    """Everything at that script's defaults: float32, plain AdamW, EMAModel one weight at a time, the loss read at every step."""
+    """The script's defaults: float32, plain AdamW, EMAModel, the loss read at every step."""
     accelerator = Accelerator(mixed_precision="no")
     unet = make_unet(size)
     ema = EMAModel(
@@ -86,7 +87,7 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
 
 
 def bare_loop(size: str, precision: str, clip_and_average: bool = False) -> Iterator[None]:
-    """The three calls nobody can do without, on one batch that lies in memory; no log, and unless asked for no clipping and no average."""
+    """Forward, backward and optimizer step on one resident batch; no log."""
     unet = make_unet(size).train()
     optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER, fused=True)
     shape = (BATCH, CONFIGS[size]["in_channels"], *[CONFIGS[size]["sample_size"]] * 2)

@@ -1,4 +1,4 @@
-"""Sets that are read while training: what a step holds, for any number of processes, after any stop, in every form users have them in."""
+"""Sets that are read while training, in every form: what a step holds, after any stop."""
 
 import io
 import json
@@ -13,44 +13,30 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ddpm_notes_pipeline.data import images as data
-from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.data.streaming import ImageStream, StreamedBatches, open_stream
+from ddpm_notes_pipeline.data import ImageStream, StreamedBatches, decoding, load_images, open_stream, step_seed
+from ddpm_notes_pipeline.data.streaming import StreamReader
+from tests.data.making import encoded, random_pixels, table_of, write_images, write_parquet
 from tests.support.comparing import assert_same, weights
 from tests.support.launching import TINY, error_lines, launch
 
-COUNT = 24  # images; the value of every pixel of image n is n
-
-
-def png(n: int, side: int = 4) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.new("L", (side, side), n).save(file, "PNG")
-    return file.getvalue()
+COUNT = 24  # images of 4x4; the value of every pixel of image n is n
 
 
 def rows_of(numbers: list[int], bad: int | None = None) -> datasets.Dataset:
-    features = datasets.Features(
-        image=datasets.Image(), animal=datasets.ClassLabel(names=["cat", "dog"]), count=datasets.Value("int32")
-    )
-    images = [{"bytes": png(n) if n != bad else b"no image", "path": f"{n}.png"} for n in numbers]
-    columns = {"image": images, "animal": [n % 2 for n in numbers], "count": numbers}
-    return datasets.Dataset.from_dict(columns, features=features)
+    files = [encoded(n, side=4) if n != bad else b"no image" for n in numbers]
+    images = [{"bytes": file, "path": f"{n}.png"} for n, file in zip(numbers, files, strict=True)]
+    return table_of(images, animal=[n % 2 for n in numbers], count=numbers)
 
 
-def parquet(path: Path, shards: int, bad: int | None = None, count: int = COUNT) -> Path:
+def parquet(path: Path, shards: int, bad: int | None = None) -> Path:
     """Shard k holds the images k, k + shards, ..."""
-    path.mkdir(parents=True)
     for k in range(shards):
-        rows_of([*range(k, count, shards)], bad).to_parquet(path / f"train-{k:05d}-of-{shards:05d}.parquet")
+        write_parquet(path, rows_of([*range(k, COUNT, shards)], bad), f"train-{k:05d}-of-{shards:05d}")
     return path
 
 
 def folder(path: Path, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    for n in range(COUNT):
-        file = path / classes[n % len(classes)] / f"{n}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png(n))
-    return path
+    return write_images(path, [f"{classes[n % len(classes)]}/{n}.png" for n in range(COUNT)], side=4)
 
 
 def webdataset(path: Path) -> Path:
@@ -58,7 +44,7 @@ def webdataset(path: Path) -> Path:
     for k in range(2):
         with tarfile.open(path / f"train-{k}.tar", "w") as archive:
             for n in range(k, COUNT, 2):
-                for suffix, content in (("png", png(n)), ("json", json.dumps({"n": n}).encode())):
+                for suffix, content in (("png", encoded(n, side=4)), ("json", json.dumps({"n": n}).encode())):
                     info = tarfile.TarInfo(f"{n:03d}.{suffix}")
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
@@ -94,9 +80,6 @@ def joined(items: list[dict]) -> dict:
     return {name: torch.cat([item[name] for item in items]) for name in items[0] if name != "bad_images"}
 
 
-# ------------------------------------------------------------------------------------------------ what a step holds
-
-
 @pytest.mark.parametrize("form", ["parquet", "folder", "webdataset", "save_to_disk", "zip"])
 def test_an_epoch_holds_every_image_once_in_an_order_of_its_own(stream, tmp_path, form):
     arguments = {}
@@ -130,17 +113,10 @@ EVERYTHING = {"random_flip": True, "label_dropout": 0.3, "null_label": 2}
 def test_any_number_of_processes_sees_the_same_batches(stream, tmp_path, count, streams):
     """Of images of many sizes, cropped and flipped at random."""
     source = tmp_path / "set"
-    source.mkdir()
-    random = np.random.default_rng(0)
     for k in range(count):
-        images = []
-        for n in range(7):
-            pixels = random.integers(0, 256, (8 + n, 13 - n, 3), dtype=np.uint8)
-            images.append(PIL.Image.fromarray(pixels))
-        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
-        table = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 3 + [0]}, features=features)
-        table.to_parquet(source / f"train-{k}-of-{count}.parquet")
-    images = stream(source, label_column="label", resolution=8)
+        table = table_of([random_pixels(8 + n, 13 - n, 3, seed=7 * k + n) for n in range(7)], animal=[0, 1] * 3 + [0])
+        write_parquet(source, table, f"train-{k}-of-{count}")
+    images = stream(source, label_column="animal", resolution=8)
     assert images.num_streams(8) == streams and images.needs_crop
     whole = StreamedBatches(images, 8, 5, **EVERYTHING)
     for processes in (2, 4, 8):
@@ -161,7 +137,7 @@ def test_a_process_reads_the_shards_of_its_share_alone(stream, shards):
 @pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("bad", [None, 5])
-def test_going_on_from_any_step_is_exact(stream, tmp_path, count, bad):
+def test_resuming_from_any_step_is_exact(stream, tmp_path, count, bad):
     """Of epochs of 23 or 24 images in batches of 8, up to the fifth one; with a bad image too."""
     images = stream(parquet(tmp_path / "set", count, bad), on_bad_image="skip", label_column="animal", resolution=4)
     straight = StreamedBatches(images, 8, 3, **EVERYTHING)
@@ -173,8 +149,8 @@ def test_going_on_from_any_step_is_exact(stream, tmp_path, count, bad):
 
 def test_what_was_read_before_is_not_decoded_again(stream, shards, monkeypatch):
     images, calls = stream(shards), []
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda *given: calls.append(1) or decode(*given))
+    open_image = decoding.open_image
+    monkeypatch.setattr(decoding, "open_image", lambda *given: calls.append(1) or open_image(*given))
     StreamedBatches(images, 8, 0)[50]
     assert len(calls) == 8
 
@@ -183,24 +159,23 @@ def test_epochs_that_are_passed_over_are_not_read(stream, shards, monkeypatch):
     images = stream(shards)
     straight = StreamedBatches(images, 8, 0)
     expected = [numbers(straight[step]) for step in range(40)][-1]
-    jumped = StreamedBatches(images, 8, 0)
-    jumped[0]
-    for reader in jumped._readers.values():
-        epochs, shuffled = [], reader._shuffled
-        monkeypatch.setattr(reader, "_shuffled", lambda random, to=shuffled, seen=epochs: seen.append(1) or to(random))
-        reader.skip(39 * 2 - 2)  # 6 images an epoch
-        # of the second epoch the start, which tells the first one's length; the next image is the first of the 14th
-        assert reader.epoch == 12 and len(epochs) == 1 and reader.position == 39 * 2
-    assert numbers(jumped[39]) == expected
+    found, epochs, shuffled_rows = [], [], StreamReader.shuffled_rows
+    monkeypatch.setattr(
+        StreamReader, "shuffled_rows", lambda self, epoch: epochs.append(epoch) or shuffled_rows(self, epoch)
+    )
+    for v in range(4):
+        reader = StreamReader(images, v, 4, seed=0)
+        epochs.clear()
+        reader.skip(39 * 2)  # 6 images an epoch
+        # The start of the second epoch tells the length of the first; the next one is in the 14th.
+        assert epochs == [0, 1] and (reader.epoch, reader.position) == (12, 39 * 2)
+        found += [int(reader.read(decoded=True)[0][0, 0, 0]) for _ in range(2)]
+        assert epochs == [0, 1, 13]
+    assert found == expected
 
 
 def test_pixels_are_those_of_the_decoded_set(stream, tmp_path):
-    source = tmp_path / "f"
-    source.mkdir()
-    random = np.random.default_rng(0)
-    for n in range(6):
-        pixels = random.integers(0, 256, (20 + n, 15, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(source / f"{n}.jpg")
+    source = write_images(tmp_path / "f", {f"{n}.jpg": random_pixels(20 + n, 15, 3, seed=n) for n in range(6)})
     arguments = {"train_data_dir": source, "resolution": (10, 8), "center_crop": True, "cache_dir": tmp_path / "c"}
     decoded = load_images(**arguments, show_progress=False).take(range(6))
     images = stream(source, dataset_name=None, **arguments)
@@ -208,6 +183,25 @@ def test_pixels_are_those_of_the_decoded_set(stream, tmp_path):
     key = lambda batch: sorted(image.flatten().tolist() for image in batch)  # noqa: E731
     assert key(streamed) == key(decoded)
     assert torch.equal(images.first.take(range(6)), decoded)
+
+
+def test_order_of_a_stream_is_that_of_every_version(stream, shards):
+    """Of the algorithm, written out: another version resumes a run with the same images."""
+    images = stream(shards)
+    batches = StreamedBatches(images, 4, seed=9)
+    found = [numbers(batches[step]) for step in range(12)]  # two epochs, an image of each stream a step
+    for v in range(4):  # stream v has shard v, and its 6 rows go through a buffer of 8/4 = 2
+        for epoch in range(2):
+            random = np.random.default_rng([step_seed(9, v, "stream"), epoch])
+            random.permutation(1)
+            rows = [*range(v, COUNT, 4)]
+            buffer, order = rows[:2], []
+            for row in rows[2:]:
+                i = int(random.integers(2))
+                order.append(buffer[i])
+                buffer[i] = row
+            random.shuffle(buffer)
+            assert [item[v] for item in found[6 * epoch : 6 * epoch + 6]] == order + buffer
 
 
 def test_max_samples_are_the_first(stream, shards):
@@ -226,9 +220,6 @@ def test_a_worker_prepares_the_same_batches(stream, shards):
     )
     for ours, theirs in zip(loader, straight[2:], strict=True):
         assert_same(ours, theirs)
-
-
-# ------------------------------------------------------------------------------------------------ bad images
 
 
 def test_a_bad_image_is_named(stream, tmp_path):
@@ -257,32 +248,25 @@ def test_skipped_images_are_counted_once_whatever_the_number_of_processes(stream
 
 
 def test_a_wrong_mode_label_or_size_is_refused_as_in_a_decoded_set(stream, tmp_path):
-    features = datasets.Features(image=datasets.Image(), animal=datasets.ClassLabel(names=["cat", "dog"]))
-
     def refused(name: str, image: PIL.Image.Image, label: int | None, message: str, **arguments) -> None:
-        images = [PIL.Image.new("L", (4, 4))] * 6 + [image]
-        table = datasets.Dataset.from_dict({"image": images, "animal": [0] * 6 + [label]}, features=features)
-        (tmp_path / name).mkdir()
-        table.to_parquet(tmp_path / name / "train.parquet")
+        grey = PIL.Image.new("L", (4, 4))
+        write_parquet(tmp_path / name, table_of([grey] * 6 + [image], animal=[0] * 6 + [label]))
         opened = stream(tmp_path / name, label_column="animal", first_images=3, **arguments)
         with pytest.raises(ValueError, match=message):
             StreamedBatches(opened, 7, 0)[0]
 
     refused("mode", PIL.Image.new("RGB", (4, 4)), 0, "its mode is RGB, that of the first image is L")
-    refused("label", PIL.Image.new("L", (4, 4)), None, "its label is None; allowed: 0 to 1")
-    refused("size", PIL.Image.new("L", (5, 4)), 0, "it is 4x5 .* give a resolution", on_bad_image="skip")
+    refused("label", PIL.Image.new("L", (4, 4)), None, r"its label is None; it must be in 0\.\.1")
+    refused("size", PIL.Image.new("L", (5, 4)), 0, "is 4x5 .* set a resolution", on_bad_image="skip")
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
-
-
-def test_what_cannot_be_streamed_is_said(stream, shards, tmp_path):
+def test_what_cannot_be_streamed_is_refused_by_name(stream, shards, tmp_path):
     for arguments, message in [
         ({"dataset_name": "digits"}, "'digits' is embedded"),
         ({"split": "test"}, "split 'test' is not in"),
         ({"image_column": "picture"}, "image_column 'picture' has no images.*columns: image, animal, count"),
         ({"label_column": "kind"}, "'kind' is not a column"),
-        ({"label_column": "count"}, "'count' is .*allowed for streaming: a ClassLabel"),
+        ({"label_column": "count"}, "'count' is .*a stream needs a ClassLabel"),
         ({"buffer_size": 0}, "buffer_size is 0"),
         ({"resolution": 0}, "resolution is 0"),
     ]:
@@ -292,11 +276,8 @@ def test_what_cannot_be_streamed_is_said(stream, shards, tmp_path):
         (tmp_path / "empty").mkdir()
         stream(tmp_path / "empty")
     loader = DataLoader(StreamedBatches(stream(shards), 8, 0), batch_size=None, sampler=range(4), num_workers=2)
-    with pytest.raises(ValueError, match="allowed: 0 or 1"):
+    with pytest.raises(ValueError, match="must be 0 or 1"):
         next(iter(loader))
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 STREAMED = "--streaming --label_column animal --resolution 8 --shuffle_buffer_size 4 --checkpointing_steps 6".split()
@@ -310,7 +291,7 @@ def streamed(train, shards, tmp_path_factory):
     return folder, flags, train(*flags, "--output_dir", folder)
 
 
-def test_a_run_on_a_stream_says_so(streamed):
+def test_a_run_on_a_stream_reports_no_number_of_images(streamed):
     folder, _, result = streamed
     assert result.stdout.startswith("a stream of images of 1x8x8 from set, ")
     assert (
@@ -321,7 +302,7 @@ def test_a_run_on_a_stream_says_so(streamed):
     assert "a stream of images of set" in card and "saw a stream of images, 96 in all: samples" in card
 
 
-def test_a_run_on_a_stream_that_was_killed_goes_on_exactly(streamed, train, tmp_path):
+def test_a_killed_run_on_a_stream_resumes_exactly(streamed, train, tmp_path):
     folder, flags, _ = streamed
     flags = [*flags, "--output_dir", tmp_path / "run"]
     train(*flags, stop_at=8, expect=-9)

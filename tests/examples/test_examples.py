@@ -1,6 +1,6 @@
-"""The walk-through of the notes: the script runs whole, and the notebook beside it is that script, run.
+"""The walk-through of the notes: the script runs, and the notebook is that script, executed.
 
-The script is the source. After a change to it, from the root of the repository:
+The script is the source. After changing it, from the root of the repository:
 
     jupytext --to ipynb examples/notes_walkthrough.py
     jupyter execute --inplace examples/notes_walkthrough.ipynb
@@ -23,7 +23,7 @@ from tests.support.launching import ROOT
 
 SCRIPT = ROOT / "examples" / "notes_walkthrough.py"
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
-# /usr/lib, ~/x, C:\x and file:// tell where things lie on one machine; 8/255 and and/or do not.
+# /usr/lib, ~/x, C:\x and file:// are places on one machine; 8/255 and and/or are not.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.\-/:])~?/[\w.\-]+/|\b[A-Za-z]:\\|file://")
 
 
@@ -38,9 +38,9 @@ def outputs(notebook: Any) -> list[Any]:
 
 
 def texts(notebook: Any) -> list[str]:
-    """What the outputs say in words."""
-    said = [output.get("text", "") for output in outputs(notebook)]
-    return said + [output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
+    """The text of the outputs."""
+    printed = [output.get("text", "") for output in outputs(notebook)]
+    return printed + [output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
 
 
 def sources(notebook: Any) -> list[tuple[str, str]]:
@@ -56,7 +56,7 @@ def test_the_notebook_is_the_script(committed):
     assert sources(committed) == sources(jupytext.read(SCRIPT)), f"they differ; how to pair them: {Path(__file__).name}"
 
 
-def test_the_notebook_was_run_from_top_to_bottom(committed):
+def test_the_notebook_was_executed_from_top_to_bottom(committed):
     counts = [cell.execution_count for cell in committed.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
     assert not [
@@ -83,11 +83,11 @@ def test_the_notebook_names_no_place_on_the_machine_that_ran_it(committed):
 def test_the_script_runs_whole_from_another_folder_and_draws_what_the_notebook_shows(committed, tmp_path, monkeypatch):
     """Its own assertions hold the library to the closed forms. Two minutes: it trains."""
     monkeypatch.delenv("MPLBACKEND", raising=False)  # conftest's would draw nowhere
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads on cores that others use as well wait for one another
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads on busy cores wait for each other
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     notebook = jupytext.read(SCRIPT)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert len(pictures(notebook)) == len(pictures(committed))
-    assert not list(tmp_path.iterdir())  # it leaves nothing behind
+    assert not list(tmp_path.iterdir())  # nothing is left behind
     found = [match.group() for text in texts(notebook) for match in ABSOLUTE_PATH.finditer(text)]
     assert not found

@@ -1,6 +1,6 @@
-"""examples/ddpm-mnist: a repository as the project pushes it, kept as it was made. What was published once must keep loading.
+"""examples/ddpm-mnist: a published repository, kept unchanged, must keep loading.
 
-Its pipeline.py is the code of the day it was made; its numbers were measured then. Both are tried with the code of today.
+Its pipeline.py and its numbers are of version 0.1.0; both are compared with the current code.
 """
 
 import json
@@ -51,14 +51,14 @@ def test_it_loads_and_draws(how, caplog):
     assert not caplog.records
     images = pipe(2, num_inference_steps=20, generator=torch.Generator().manual_seed(0), output_type="np").images
     assert images.shape[:3] == (2, 28, 28) and np.isfinite(images).all()
-    # digits: dark at the rim, with strokes near white inside
+    # Digits: dark at the border, with nearly white strokes inside.
     rim = np.concatenate([images[:, :2].ravel(), images[:, -2:].ravel(), images[:, :, :2].ravel()])
     assert rim.mean() < 0.05 and (images.max(axis=(1, 2)) > 0.7).all()
 
 
 @pytest.mark.parametrize("how", ["package", "its own code"])
 def test_its_bits_per_dim_are_those_on_its_card(how):
-    """Ten steps on the images that were measured: all terms, from the same noise, to the accuracy of float32."""
+    """Ten steps on the same images: all terms, from the same noise, to float32 accuracy."""
     row = next(
         row
         for row in EVALUATION["results"]

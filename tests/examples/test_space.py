@@ -1,6 +1,7 @@
-"""The demo in a real browser: Debian's Chromium goes through every control of the real app, for models that a real run published.
+"""The demo in a real browser: Chromium uses every control of the app, for models of a real run.
 
-What it shows is compared with what the pipeline says in this process. The app runs where this package cannot be imported, as on the Hub.
+What the page shows is compared with the pipeline in this process. The app runs without this
+package, as on the Hub.
 """
 
 import base64
@@ -41,7 +42,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 
 
 class App:
-    """The app as a process of its own, for one model's folder."""
+    """The app as a separate process, for one model's folder."""
 
     def __init__(self, folder, home):
         self.folder, self.port, self.log = folder, free_port(), home / "app.log"
@@ -64,7 +65,7 @@ class App:
         raise AssertionError(self.log.read_text())
 
     def made(self, seeds, variance=None, **settings):
-        """What the pipeline makes of the seeds, uint8 (N, H, W)."""
+        """The pipeline's images for the seeds, (N, H, W), levels 0 to 255."""
         changes = {} if variance is None else {"variance_type": variance}
         pipe = DDPMNotesPipeline(self.pipe.unet, DDPMNotesScheduler.from_config(self.pipe.scheduler.config, **changes))
         pipe.set_progress_bar_config(disable=True)
@@ -111,7 +112,7 @@ def browser():
 
 @pytest.fixture
 def visit(apps, browser):
-    """Opens a page of an app; in the end nothing may have gone wrong in it, and nobody else been asked."""
+    """Opens a page of an app; it must log no error and send no request elsewhere."""
     seen, contexts = [], []
 
     def visit(name, width=1280, tab=None):
@@ -139,7 +140,7 @@ def visit(apps, browser):
 
 
 def put(page, label, value):
-    """Type into a field of the tab that is open."""
+    """Type into a field of the open tab."""
     field = page.get_by_label(label, exact=True).locator("visible=true")
     field.fill(str(value))
     field.press("Tab")
@@ -155,18 +156,18 @@ def press(page, name):
 
 
 def drawn(page):
-    """Wait until what has arrived is on the page."""
+    """Wait until received data are rendered."""
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
 
 
 def pictures(page, place, n, size=8):
-    """The n images shown at a place, as the numbers they are enlarged from, (n, size, size)."""
+    """The n images shown at a place, in their original size: (n, size, size)."""
     source = page.locator(f"{place} img").get_attribute("src")
     shown = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGBA"))
     columns = int(np.ceil(np.sqrt(n)))
     gap = 0 if n == 1 else 4
     scale = (shown.shape[1] + gap) // columns - gap
-    assert scale % size == 0 and scale >= 128  # by whole pixels, and large enough to see
+    assert scale % size == 0 and scale >= 128  # a whole factor, and large enough to see
     found = []
     for i in range(n):
         top, left = i // columns * (scale + gap), i % columns * (scale + gap)
@@ -179,7 +180,10 @@ def pictures(page, place, n, size=8):
 
 
 def generate(page, seed, steps=10, images=2):
-    """Press Generate and wait for the last step, of other seeds, steps or images than the last time; the images."""
+    """Press Generate and wait for the last step; returns the images.
+
+    Seeds, steps or images must differ from the previous call's.
+    """
     for label, value in (
         ("Seed", seed),
         ("number input for Steps", steps),
@@ -196,10 +200,10 @@ def generate(page, seed, steps=10, images=2):
 
 
 def close(shown, expected):
-    return np.abs(shown - expected).max() <= 1  # half a level may be rounded either way
+    return np.abs(shown - expected).max() <= 1  # rounding of half levels may differ
 
 
-# ---------------------------------------------------------------------------------------------- generate
+# --- generate
 
 
 def test_the_images_are_the_pipeline_s_and_follow_the_controls(apps, visit):
@@ -211,7 +215,7 @@ def test_the_images_are_the_pipeline_s_and_follow_the_controls(apps, visit):
     )
     first = generate(page, 0, steps=20)
     assert close(first, app.made([0, 1], num_inference_steps=20))
-    assert page.evaluate("window.frames_seen.size") > 5  # they came while they formed
+    assert page.evaluate("window.frames_seen.size") > 5  # frames arrived during sampling
     other = generate(page, 7, steps=20)
     assert not close(first, other) and close(other, app.made([7, 8], num_inference_steps=20))
     assert (generate(page, 0, steps=20) == first).all()
@@ -245,16 +249,16 @@ def test_stop_ends_a_run_and_the_next_one_begins(visit):
     generate(page, 0)
 
 
-def test_an_empty_or_wild_field_is_told(visit):
+def test_an_empty_or_negative_field_is_reported(visit):
     page = visit("plain")
     for value in ("", "-3"):
         put(page, "Seed", value)
         press(page, "Generate")
-        expect(page.get_by_test_id("toast-body").first).to_contain_text("Seed: a whole number from 0")
+        expect(page.get_by_test_id("toast-body").first).to_contain_text("Seed must be a whole number from 0")
         page.get_by_test_id("toast-close").first.click()
 
 
-def test_labels_are_asked_for_where_there_are_any(apps, visit):
+def test_a_class_conditional_model_has_a_label_menu(apps, visit):
     page, app = visit("labelled"), apps["labelled"]
     in_turn = generate(page, 0)
     assert close(in_turn, app.made([0, 1], num_inference_steps=10, class_labels=[0, 1]))
@@ -270,7 +274,7 @@ def test_labels_are_asked_for_where_there_are_any(apps, visit):
     assert close(generate(page, 3), app.made([3, 4], "optimal", num_inference_steps=10))
 
 
-# ---------------------------------------------------------------------------------------------- measure
+# --- measure
 
 
 def png(image, **options):
@@ -350,7 +354,7 @@ def test_a_sample_of_the_model_can_be_measured_with_its_label(apps, visit):
 
 
 def uploads():
-    """Kind: what is uploaded, under which name, and what the answer has in it."""
+    """Kind: the uploaded bytes, the file's name, and a part of the message."""
     grey = PIL.Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64))
     colour = PIL.Image.merge("RGB", [grey, grey.rotate(90), grey])
     frames = [grey.rotate(i) for i in range(3)]
@@ -382,7 +386,7 @@ def uploads():
 UPLOADS = uploads()
 
 
-def test_an_upload_gets_a_plain_answer(visit):
+def test_an_upload_gets_a_plain_message(visit):
     page = visit("plain", tab="Measure")
     for kind in ("colour", "no image", "transparent", "animated", "tiny"):
         data, name, answer = UPLOADS[kind]
@@ -395,7 +399,7 @@ def test_an_upload_gets_a_plain_answer(visit):
     assert "Traceback" not in page.inner_text("body")
 
 
-# ---------------------------------------------------------------------------------------------- compare
+# --- compare
 
 
 def test_one_seed_under_three_variances(apps, visit):
@@ -419,7 +423,7 @@ def test_one_seed_under_three_variances(apps, visit):
             assert close(pictures(page, f"#panel-{i}", 2), expected), (name, i)
 
 
-# ---------------------------------------------------------------------------------------------- for everybody
+# --- accessibility
 
 NAMELESS = re.compile(
     r"^\s*- (button|textbox|spinbutton|slider|combobox|listbox|checkbox|radio|tab|link)(?! \")(?! ')(:|$| \[)", re.M
@@ -438,7 +442,7 @@ def test_every_control_has_a_name_and_the_page_fits(visit, width):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-# ---------------------------------------------------------------------------------------------- without a browser
+# --- without a browser
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +454,7 @@ def app_module():
 
 
 @pytest.mark.parametrize("kind", UPLOADS)
-def test_every_kind_of_file_is_read_or_refused_with_a_reason(app_module, tmp_path, kind):
+def test_a_file_is_read_or_refused_with_a_reason(app_module, tmp_path, kind):
     data, name, answer = UPLOADS[kind]
     (tmp_path / name).write_bytes(data)
     model = SimpleNamespace(height=8, width=8, channels=1)
@@ -462,7 +466,7 @@ def test_every_kind_of_file_is_read_or_refused_with_a_reason(app_module, tmp_pat
     assert answer in done and image.shape == (8, 8, 1) and image.dtype == np.uint8 and image.std() > 0
 
 
-def test_who_closes_a_trajectory_ends_the_sampling(app_module):
+def test_closing_a_trajectory_ends_the_sampling(app_module):
     model = app_module.Model(str(publish("plain")[0] / "hub"))
     evaluations = []
     model.pipe.unet.register_forward_hook(lambda *_: evaluations.append(1))
@@ -476,13 +480,13 @@ def test_who_closes_a_trajectory_ends_the_sampling(app_module):
     assert len(evaluations) == ended
 
 
-def test_a_run_has_an_end(app_module, monkeypatch):
+def test_a_run_ends_after_max_seconds(app_module, monkeypatch):
     model = app_module.Model(str(publish("plain")[0] / "hub"))
     monkeypatch.setattr(app_module, "MAX_SECONDS", 0)
     assert [step for step, _ in model.trajectory([0], T)] == [1]
 
 
-def test_the_model_is_the_one_of_the_environment_or_of_the_readme(app_module, monkeypatch, tmp_path):
+def test_the_model_comes_from_the_environment_or_the_readme(app_module, monkeypatch, tmp_path):
     monkeypatch.setenv("MODEL_ID", "ada/digits")
     assert app_module.model_id() == "ada/digits"
     monkeypatch.setenv("MODEL_ID", str(tmp_path / "nowhere"))
@@ -495,7 +499,7 @@ def test_the_model_is_the_one_of_the_environment_or_of_the_readme(app_module, mo
     assert app_module.model_id() == "user/plain"
 
 
-def test_without_a_name_a_clone_shows_the_model_that_comes_with_it(app_module, monkeypatch, tmp_path, capsys):
+def test_without_a_name_a_clone_shows_its_own_model(app_module, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("MODEL_ID", raising=False)
     assert app_module.model_id() == str(ROOT / "examples" / "ddpm-mnist")
     assert "No MODEL_ID: showing" in capsys.readouterr().out
@@ -505,7 +509,7 @@ def test_without_a_name_a_clone_shows_the_model_that_comes_with_it(app_module, m
         app_module.model_id()
 
 
-def test_the_requirements_are_of_the_tested_environment():
+def test_the_requirements_are_pinned_in_the_tested_environment():
     pinned = re.findall(r"^([\w-]+)==", Path(ROOT / "constraints.txt").read_text(), re.M)
     asked = re.findall(r"^([a-z][\w-]*)", (SPACE / "requirements.txt").read_text(), re.M)
     assert asked and set(asked) <= set(pinned) and "ddpm_notes_pipeline" not in asked

@@ -106,7 +106,7 @@ def put(hub, repo_id, folder):
     blobs = {
         name: Blob(data, lfs=name.endswith(".safetensors")) for name, data in files.items() if name != ".gitattributes"
     }
-    return repo.commit("main", "files", "", "somebody", blobs).oid
+    return repo.commit("files", "", "somebody", blobs).oid
 
 
 STRANGER = """
@@ -340,7 +340,7 @@ SUPPORT = """
 """
 
 
-def test_the_readme_s_table_of_what_loads_what_is_what_happens(hub, tmp_path):
+def test_the_documented_table_of_what_loads_what_is_what_happens(hub, tmp_path):
     for kind in KINDS:
         put(hub, f"user/{kind}", publish(kind)[0] / "hub")
     arguments = [json.dumps(SCHEDULERS), json.dumps(list(KINDS))]
@@ -365,7 +365,7 @@ def test_the_readme_s_table_of_what_loads_what_is_what_happens(hub, tmp_path):
         bits = "yes" if found[f"{kind} {way} its own"][1] else "no"
         lines.append(f"| {row} | {words} | {' | '.join(cells)} | {bits} |")
     table = "\n".join(lines)
-    assert table in (ROOT / "README.md").read_text(), f"README.md should have this table:\n{table}"
+    assert table in (ROOT / "examples" / "README.md").read_text(), f"examples/README.md must have this table:\n{table}"
 
 
 # ---------------------------------------------------------------------------------------------- when it cannot be published
@@ -414,7 +414,7 @@ def test_two_processes_that_push_at_once_leave_one_whole_repository(hub, tmp_pat
     hub.fail("commit", delay=4, times=2)  # each has seen the empty repository before the other one's commit
     pushes = []
     for folder in folders:
-        command = [sys.executable, "-m", "ddpm_notes_pipeline.hub.publishing", folder, "--hub_model_id", "user/both"]
+        command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--hub_model_id", "user/both"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         pushes.append(subprocess.Popen(command, cwd=ROOT, env=hub.env(TOKEN), **pipes))
     for push in pushes:

