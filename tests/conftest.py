@@ -100,5 +100,32 @@ def hub() -> Iterator[Any]:
         assert not hub.errors, hub.errors[0]
 
 
+@pytest.fixture(scope="session")
+def train() -> Iterator[Any]:
+    """Runs `python training/train.py FLAGS` in a forked process: a `launching.Trainer`."""
+    from tests.support.launching import Trainer
+
+    trainer = Trainer()
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture(scope="session")
+def launch() -> Any:
+    """Runs `accelerate launch training/train.py FLAGS`: the function `launching.launch`."""
+    from tests.support.launching import launch
+
+    return launch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes through the two fixtures above."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        own_train = hasattr(getattr(item, "module", None), "train")  # a fixture of another meaning
+        if "launch" in names or ("train" in names and not own_train):
+            item.add_marker("launch")
+
+
 def pytest_report_header() -> str:
     return f"ddpm_notes: {'the joined file pipeline.py' if JOINED else 'the package'}; HF_HOME={HF_HOME}"

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from tests.support.hub_content import User
-from tests.support.launching import ROOT, Trainer, once
+from tests.support.launching import ROOT, once
 
 DOCUMENTS = (
     "README.md",
@@ -86,13 +86,6 @@ def anchors(path: Path) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
-from tests.support.launching import Trainer
 
 REFERENCE = Path(__file__).parent / "reference"
 SEEDS = range(60)
@@ -190,15 +189,11 @@ def test_samples_are_those_of_before(before, unet):
     assert_same(images[1], images[0], 2e-6)
 
 
-def test_a_checkpoint_of_before_is_resumed(tmp_path):
+def test_a_checkpoint_of_before_is_resumed(train, tmp_path):
     """Its six steps, then six more: the losses and the weights of the run that went on at once."""
     shutil.copytree(REFERENCE / "run", tmp_path / "run")
-    trainer = Trainer()
-    try:
-        flags = (REFERENCE / "flags.txt").read_text().split()
-        trainer(*flags, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
-    finally:
-        trainer.close()
+    flags = (REFERENCE / "flags.txt").read_text().split()
+    train(*flags, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
     found, expected = (
         [json.loads(line)["loss"] for line in path.read_text().splitlines()]
         for path in (tmp_path / "run" / "loss.jsonl", REFERENCE / "loss.jsonl")

@@ -13,8 +13,8 @@ the data is measured on --variance_split, never on the images that are reported 
 import sys
 import warnings
 
-from ddpm_notes_pipeline.training.arguments import one_line, parse_evaluation_arguments
 from ddpm_notes_pipeline.training.evaluate import main
+from ddpm_notes_pipeline.training.parser import one_line, parse_evaluation_arguments
 
 if __name__ == "__main__":
     warnings.formatwarning = one_line

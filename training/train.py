@@ -1,11 +1,12 @@
 """Train a DDPM on any image data set.
 
     accelerate launch training/train.py --config training/configs/digits.yaml
-    accelerate launch training/train.py --config training/configs/digits.yaml --train_data_dir my_pngs --output_dir outputs/mine
+    accelerate launch training/train.py --train_data_dir pngs --resolution 64 --output_dir outputs/a
 
-The run is a pure function of (config, seed, step): the batch, flips, timesteps and noise of optimizer step n follow from the seed and
-n alone, so the number of processes and accumulation steps changes nothing, and a resumed run goes on as if it had not stopped.
-`--output_dir` becomes the Hub folder of the model; checkpoints are in `checkpoint-N/` beside its files.
+A run is a pure function of (config, seed, step): the batch, flips, timesteps and noise of optimizer
+step n follow from the seed and n alone. So neither the number of processes nor accumulation changes
+the result, and a resumed run continues as if it had not stopped. `--output_dir` becomes the Hub
+folder of the model; its checkpoints are in `checkpoint-N/`.
 """
 
 import logging
@@ -13,42 +14,66 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm.auto import tqdm
 
 from ddpm_notes_pipeline.hub.publishing import PublishingError
-from ddpm_notes_pipeline.training.arguments import one_line, parse_arguments
+from ddpm_notes_pipeline.training.arguments import RunArguments
 from ddpm_notes_pipeline.training.checkpoints import CheckpointError, list_checkpoints
-from ddpm_notes_pipeline.training.run import main
-from ddpm_notes_pipeline.training.stops import FailedElsewhere, Stopped, resume_command
+from ddpm_notes_pipeline.training.commands import resume_command
+from ddpm_notes_pipeline.training.parser import one_line, parse_arguments
+from ddpm_notes_pipeline.training.results import NotPublishedError
+from ddpm_notes_pipeline.training.run import TrainingRun
+from ddpm_notes_pipeline.training.stops import FailedElsewhere, Stopped, Stops
+
+DISTRIBUTED = int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def leave(status: int, text: str, together: bool = False) -> None:
-    """End this process, with one line on stderr. `together`: all processes come here with the same line, and one of them writes it."""
-    if text and (not together or os.environ.get("RANK", "0") == "0"):
-        tqdm.write(text, file=sys.stderr)  # clear of a progress bar
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.formatwarning = one_line
+    data, model, run = parse_arguments()
+    stops = Stops()
+    stops.install()
+    try:
+        TrainingRun(data, model, run, stops).train()
+    except Stopped as stop:
+        exit_now(stop.status, f"train.py: {stop}", once=stop.together)
+    except FailedElsewhere:
+        exit_now(1)
+    except NotPublishedError as fault:  # its last line is a command to copy
+        sys.exit(f"train.py: error: {fault}")
+    except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
+        text = describe(fault, run)
+        if DISTRIBUTED:
+            exit_now(1, text, once=isinstance(fault, FloatingPointError))
+        tqdm.write(text, file=sys.stderr)
+        sys.exit(1)
+
+
+def describe(fault: Exception, run: RunArguments) -> str:
+    """The failure in one line, with the command that resumes if there is a checkpoint."""
+    text = f"train.py: error: {' '.join(str(fault).split())}".rstrip(".")
+    checkpoints = list_checkpoints(Path(run.output_dir))
+    if not checkpoints or isinstance(fault, ValueError):  # a mistake in the settings ends no run
+        return text
+    return f"{text}. {checkpoints[0]} is left. Resume: {resume_command(run.command)}"
+
+
+def exit_now(status: int, text: str = "", once: bool = False) -> NoReturn:
+    """End this process with a line on stderr.
+
+    The interpreter's own exit would wait for pushes in flight and, maybe for ever, for other ranks.
+
+    Args:
+        once: all ranks exit with the same line, and rank 0 writes it.
+    """
+    if text and (not once or os.environ.get("RANK", "0") == "0"):
+        tqdm.write(text, file=sys.stderr)  # above a progress bar
     sys.stdout.flush(), sys.stderr.flush()
-    # Not by the interpreter's own end: it waits for pushes on their way, and for the other processes, which may be for ever.
     os._exit(status)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    warnings.formatwarning = one_line
-    settings = parse_arguments()
-    try:
-        not_published = main(*settings)
-    except Stopped as stop:
-        leave(stop.status, f"train.py: {stop}", stop.together)
-    except FailedElsewhere:
-        leave(1, "")
-    except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
-        text = f"train.py: error: {' '.join(str(fault).split())}".rstrip(".")
-        left = list_checkpoints(Path(settings[2].output_dir))
-        if left and not isinstance(fault, ValueError):  # a mistake in the settings is not the run's end
-            text += f". {left[0]} is left. Resume: {resume_command()}"
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            tqdm.write(text, file=sys.stderr)
-            sys.exit(1)
-        leave(1, text, isinstance(fault, FloatingPointError))
-    sys.exit(not_published)
+    main()

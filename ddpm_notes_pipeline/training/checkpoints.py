@@ -1,19 +1,22 @@
 """Checkpoints that are whole or not there.
 
-A run is a pure function of (config, seed, step), so a checkpoint is: the weights, their average, the optimizer, the step number, and
-the few things with a history (timestep sampler, loss scale, counts of updates left out). It is written aside by every process, flushed, listed file by file with
-digests, and only then renamed to `checkpoint-N`. What carries that name and agrees with its list is whole.
+A run is a pure function of (config, seed, step), so a checkpoint is the weights, their average, the
+optimizer, the step number and the little that has a history: the timestep sampler, the loss scale,
+the counts of skipped updates. All processes write it to a temporary folder, where it is flushed and
+listed file by file with digests; only then is the folder renamed to `checkpoint-N`. A folder of
+that name whose files match its list is whole.
 """
 
 import hashlib
 import json
-import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
@@ -21,61 +24,97 @@ from ..objectives import TimestepSampler
 from .stops import FailedElsewhere, failing_together
 from .updates import UpdateGuard
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # speaks on the main process alone
 MANIFEST = "manifest.json"
+WINDOWS = os.name == "nt"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; those written before are as they were."""
+    """A checkpoint could not be written; older ones are unchanged."""
+
+
+@dataclass
+class CheckpointState:
+    """What a checkpoint holds besides what accelerate saves (network, optimizer, loss scale).
+
+    Attributes:
+        average: averaged weights; None without.
+        identity: what must be equal for a run to resume from it: seed, batch, data set, ...
+    """
+
+    average: EMAModel | None
+    timestep_sampler: TimestepSampler
+    guard: UpdateGuard
+    identity: dict[str, Any]
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write these to `folder`, flush all its files, and list them in the manifest."""
+        average_step = None
+        if self.average is not None:
+            average_step = self.average.optimization_step
+            averages = {f"{i:05d}": p.contiguous() for i, p in enumerate(self.average.shadow_params)}
+            save_file(averages, folder / "ema.safetensors", {"optimization_step": str(average_step)})
+        save_file(self.timestep_sampler.state_dict(), folder / "timestep_sampler.safetensors")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            flush(path)
+        listed = {
+            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest(path)} for path in files
+        }
+        state = {"step": step, "ema_step": average_step, "updates": self.guard.state_dict(), "run": self.identity}
+        (folder / MANIFEST).write_text(json.dumps(state | {"files": listed}, indent=2), encoding="utf-8")
+        flush(folder / MANIFEST)
+
+    def load(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Restore these from `folder`."""
+        if self.average is not None:
+            averages = load_file(folder / "ema.safetensors")
+            for i, parameter in enumerate(self.average.shadow_params):
+                parameter.data.copy_(averages[f"{i:05d}"])
+            self.average.optimization_step = manifest["ema_step"]
+        self.timestep_sampler.load_state_dict(load_file(folder / "timestep_sampler.safetensors"))
+        self.guard.load_state_dict(manifest["updates"])
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    step: int,
-    ema: EMAModel | None,
-    sampler: TimestepSampler,
-    guard: UpdateGuard,
-    run: dict[str, Any],
-    total_limit: int | None = None,
+    accelerator: Accelerator, output_dir: Path, step: int, state: CheckpointState, total_limit: int | None = None
 ) -> Path:
-    """Write `checkpoint-{step}`; called by every process.
+    """Write `checkpoint-{step}`. Collective: every rank must call it.
 
     Args:
-        step: optimizer steps done. run: what the run is (seed, batch, data): kept to compare with when it goes on.
-        total_limit: keep only the newest so many checkpoints, this one among them.
+        step: optimizer steps done.
+        total_limit: number of checkpoints to keep: this one and the newest others.
 
     Raises:
-        CheckpointError: the disk is full or the like; older checkpoints are as they were.
-        FailedElsewhere: so it is for another process.
+        CheckpointError: it could not be written (disk full, ...); older checkpoints are unchanged.
+        FailedElsewhere: the same on another rank.
     """
     final = output_dir / f"checkpoint-{step}"
-    aside, replaced = output_dir / f".checkpoint-{step}.partial", output_dir / f".checkpoint-{step}.replaced"
+    partial, replaced = output_dir / f".checkpoint-{step}.partial", output_dir / f".checkpoint-{step}.replaced"
     try:
         with failing_together(accelerator):
             if accelerator.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
         with failing_together(accelerator):
-            accelerator.save_state(str(aside))
+            accelerator.save_state(str(partial))
         with failing_together(accelerator):
             if accelerator.is_main_process:
-                state = {"step": step, "ema_step": ema.optimization_step if ema else None}
-                _complete(aside, ema, sampler, state | {"updates": guard.state_dict(), "run": run})
-                if final.exists():  # the same step of an earlier try: kept until this one stands in its place
+                state.save(partial, step)
+                if final.exists():  # of an earlier try: kept until this one is in place
                     os.rename(final, replaced)
-                os.replace(aside, final)
-                _flush(output_dir)
+                os.replace(partial, final)
+                flush(output_dir)
                 shutil.rmtree(replaced, ignore_errors=True)
-    except Exception as error:  # torch and safetensors have exceptions of their own for a full disk
+    except Exception as error:  # torch and safetensors raise their own types for a full disk
         if accelerator.is_main_process:
             if replaced.exists() and not final.exists():
                 os.rename(replaced, final)
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, FailedElsewhere):
             raise
         raise CheckpointError(
-            f"could not write {final}: {error}. Older checkpoints in {output_dir} are as they were."
+            f"could not write {final}: {error}. Older checkpoints in {output_dir} are unchanged."
         ) from error
     if accelerator.is_main_process and total_limit is not None:
         others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != final]
@@ -85,49 +124,23 @@ def save_checkpoint(
     return final
 
 
-def _complete(aside: Path, ema: EMAModel | None, sampler: TimestepSampler, state: dict[str, Any]) -> None:
-    """Add what only one process writes, flush all files, and list them with `state` in the manifest."""
-    if ema is not None:
-        averages = {f"{i:05d}": p.contiguous() for i, p in enumerate(ema.shadow_params)}
-        save_file(averages, aside / "ema.safetensors", {"optimization_step": str(ema.optimization_step)})
-    save_file(sampler.state_dict(), aside / "timestep_sampler.safetensors")
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    for path in files:
-        _flush(path)
-    listed = {str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}
-    (aside / MANIFEST).write_text(json.dumps(state | {"files": listed}, indent=2), encoding="utf-8")
-    _flush(aside / MANIFEST)
-
-
-def load_checkpoint(
-    accelerator: Accelerator,
-    checkpoint: Path,
-    ema: EMAModel | None,
-    sampler: TimestepSampler,
-    guard: UpdateGuard,
-    run: dict[str, Any],
-) -> int:
-    """Put everything back as it was; returns the number of steps done. Called by every process.
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: CheckpointState) -> int:
+    """Restore a run; returns the number of steps done. Collective: every rank must call it.
 
     Raises:
-        ValueError: the checkpoint belongs to another run (another seed, batch size, data set...), or has no average to go on with.
+        ValueError: the checkpoint belongs to another run (seed, batch size, data set, ...).
     """
-    state = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    changed = {name: (state["run"].get(name), value) for name, value in run.items() if state["run"].get(name) != value}
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    saved = manifest["run"]
+    changed = [name for name, value in state.identity.items() if saved.get(name) != value]
     if changed:
-        differences = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items())
+        differences = "; ".join(f"{name} was {saved.get(name)!r} and is {state.identity[name]!r}" for name in changed)
         raise ValueError(
             f"{checkpoint} belongs to another run: {differences}. Resume with its settings, or train into another folder"
         )
     accelerator.load_state(str(checkpoint))
-    if ema is not None:
-        averages = load_file(checkpoint / "ema.safetensors")
-        for i, parameter in enumerate(ema.shadow_params):
-            parameter.data.copy_(averages[f"{i:05d}"])
-        ema.optimization_step = state["ema_step"]
-    sampler.load_state_dict(load_file(checkpoint / "timestep_sampler.safetensors"))
-    guard.load_state_dict(state["updates"])
-    return state["step"]
+    state.load(checkpoint, manifest)
+    return manifest["step"]
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -137,30 +150,31 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files; None for a whole one."""
     try:
-        state = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        listed = state["files"]
-        if checkpoint.name != f"checkpoint-{state['step']}":
-            return f"{MANIFEST} is that of step {state['step']}"
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        listed = manifest["files"]
+        if checkpoint.name != f"checkpoint-{manifest['step']}":
+            return f"{MANIFEST} is that of step {manifest['step']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     for name, expected in listed.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != expected["size"]:
             return f"{name} is missing or not {expected['size']} bytes long"
-        if _digest(path) != expected["sha256"]:
+        if digest(path) != expected["sha256"]:
             return f"{name} has changed since it was written"
     return None
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a path, or "latest", the newest whole one.
+    """The checkpoint that `--resume_from_checkpoint` means: a path, a name, or "latest".
 
-    None where "latest" finds no checkpoint at all: a machine that is started again with one and the same command begins at the beginning.
+    "latest" is the newest whole one. None if "latest" finds no checkpoint at all, so that one and
+    the same command both starts and resumes a run.
 
     Raises:
-        ValueError: all are damaged, or the one named is.
+        ValueError: the named one is damaged, or all are.
     """
     if wanted != "latest":
         checkpoint = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
@@ -168,24 +182,29 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         if fault is not None:
             raise ValueError(f"--resume_from_checkpoint is {wanted}, and {checkpoint} is no whole checkpoint: {fault}")
         return checkpoint
-    for checkpoint in list_checkpoints(output_dir):
+    checkpoints = list_checkpoints(output_dir)
+    for checkpoint in checkpoints:
         fault = damage(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning("passing over %s: %s", checkpoint, fault)
-    if list_checkpoints(output_dir):
+        logger.warning("skipping %s: %s", checkpoint, fault)
+    if checkpoints:
         raise ValueError(f"--resume_from_checkpoint is latest, and {output_dir} has no whole checkpoint")
     return None
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder's entries, to disk."""
+    # Windows opens no folders, and syncs only what is open for writing.
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,7 +1,9 @@
-"""The network of a run and the scheduler that is its math: new ones that fit the images, or those of a repository to go on from."""
+"""The network and scheduler of a run: new ones that fit the images, or those of a repository."""
 
 import math
 import warnings
+from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DModel
 
@@ -9,36 +11,17 @@ from ..data import ImageSet
 from ..data.streaming import ImageStream
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
-from .arguments import ModelArguments
+from .arguments import ModelArguments, is_local
 
 
 def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
-    """A new UNet and scheduler, or those of a repository to go on from.
-
-    What was measured on the repository's network is left out of its scheduler.
+    """A new UNet and scheduler, or those of a repository without what was measured on its network.
 
     Raises:
-        ValueError: a network that does not fit the images.
+        ValueError: the network does not fit the images, or a local path does not exist.
     """
     if model.pretrained_model_name_or_path:
-        pipeline = DDPMNotesPipeline.from_pretrained(model.pretrained_model_name_or_path, revision=model.revision)
-        unet, scheduler = pipeline.unet, pipeline.scheduler
-        if not isinstance(scheduler, DDPMNotesScheduler):
-            scheduler = DDPMNotesScheduler.from_config(scheduler.config)
-        if unet.config.in_channels != images.channels:
-            raise ValueError(
-                f"{model.pretrained_model_name_or_path} takes {unet.config.in_channels} channels and the images have {images.channels}; "
-                "allowed: the same (see --image_mode)"
-            )
-        check_size(images.size, len(unet.config.block_out_channels))
-        embeddings = unet.config.num_class_embeds
-        if (embeddings is None) != (images.num_classes is None) or (images.num_classes or 0) > (embeddings or 0):
-            raise ValueError(
-                f"{model.pretrained_model_name_or_path} has {embeddings or 0} class embeddings and the images have "
-                f"{images.num_classes or 0} classes; allowed: an embedding for each class, or neither (see --label_column)"
-            )
-        unet.register_to_config(sample_size=list(images.size))
-        return unet.float(), without_measured_variances(scheduler)
+        return load_pretrained(model, images)
     scheduler = DDPMNotesScheduler(
         num_train_timesteps=model.ddpm_num_steps,
         beta_schedule=model.ddpm_beta_schedule,
@@ -48,74 +31,109 @@ def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[U
     )
     out_channels = images.channels * (2 if model.variance_type in LEARNED_VARIANCES else 1)
     if model.model_config_name_or_path:
+        check_path("--model_config_name_or_path", model.model_config_name_or_path)
         config = dict(UNet2DModel.load_config(model.model_config_name_or_path))
         config.update(sample_size=list(images.size), in_channels=images.channels, out_channels=out_channels)
         check_size(images.size, len(config["block_out_channels"]))
         return UNet2DModel.from_config(config), scheduler
+    return new_unet(model, images, out_channels), scheduler
 
-    # as Ho et al. 2020 four levels at 32x32, and more for larger images, but with attention below 16x16 too
-    channels = model.block_out_channels
-    if channels is None:
-        levels = max(
-            (n for n in range(1, 7) if all(side % 2 ** (n - 1) == 0 and side >> (n - 1) >= 4 for side in images.size)),
-            default=1,
+
+def load_pretrained(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
+    """UNet, in float32, and scheduler of a repository or folder, at the size of the images."""
+    name = str(model.pretrained_model_name_or_path)
+    check_path("--pretrained_model_name_or_path", name)
+    pipeline = DDPMNotesPipeline.from_pretrained(name, revision=model.revision)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    if not isinstance(scheduler, DDPMNotesScheduler):
+        scheduler = DDPMNotesScheduler.from_config(scheduler.config)
+    if unet.config.in_channels != images.channels:
+        raise ValueError(
+            f"{name} takes {unet.config.in_channels} channels and the images have {images.channels}; they must be equal (see --image_mode)"
         )
-        channels = [128, 128, 256, 256, 512, 512][:levels] if levels > 4 else [128, 256, 256, 256][:levels]
+    check_size(images.size, len(unet.config.block_out_channels))
+    embeddings, classes = unet.config.num_class_embeds, images.num_classes
+    if (embeddings is None) != (classes is None) or (classes or 0) > (embeddings or 0):
+        raise ValueError(
+            f"{name} has {embeddings or 0} class embeddings and the images have {classes or 0} classes; "
+            "there must be an embedding for each class, or neither (see --label_column)"
+        )
+    unet.register_to_config(sample_size=list(images.size))
+    return unet.float(), without_measured_variances(scheduler)
+
+
+def new_unet(model: ModelArguments, images: ImageSet | ImageStream, out_channels: int) -> UNet2DModel:
+    """A UNet by the flags, or of the default shape for the size of the images."""
+    channels = model.block_out_channels or default_channels(images.size)
     check_size(images.size, len(channels))
+    levels = range(len(channels))
     attention = model.attention_levels
     if attention is None:
-        attention = [level for level in range(1, len(channels)) if max(images.size) >> level <= 16]
-    if any(not 0 <= level < len(channels) for level in attention):
+        attention = [level for level in levels[1:] if max(images.size) >> level <= 16]
+    if any(level not in levels for level in attention):
         raise ValueError(
-            f"--attention_levels is {attention}; allowed: 0 to {len(channels) - 1}, the levels of --block_out_channels"
+            f"--attention_levels is {attention}; each must be from 0 to {levels[-1]}, the levels of --block_out_channels"
         )
+    height, width = images.size
     unet = UNet2DModel(
-        sample_size=images.size[0] if images.size[0] == images.size[1] else images.size,
+        sample_size=height if height == width else images.size,
         in_channels=images.channels,
         out_channels=out_channels,
         block_out_channels=tuple(channels),
         layers_per_block=model.layers_per_block,
-        # a group of one channel would normalise away the time embedding, a number added to each channel
+        # groups of one channel would normalize away the time embedding, which adds a number to each
         norm_num_groups=max(1, min(math.gcd(32, *channels), min(channels) // 2)),
-        down_block_types=tuple(
-            "AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(channels))
-        ),
-        up_block_types=tuple(
-            "AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(len(channels)))
-        ),
+        down_block_types=tuple("AttnDownBlock2D" if level in attention else "DownBlock2D" for level in levels),
+        up_block_types=tuple("AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(levels)),
         dropout=model.dropout,
         num_class_embeds=None if images.num_classes is None else images.num_classes + 1,
     )
     if images.num_classes is not None:
-        unet.register_to_config(
-            **{PRIVATE_ENTRY: {"null_label": images.num_classes, "class_names": images.class_names}}
-        )
-    return unet, scheduler
+        classes: dict[str, Any] = {"null_label": images.num_classes, "class_names": images.class_names}
+        unet.register_to_config(**{PRIVATE_ENTRY: classes})
+    return unet
+
+
+def default_channels(size: tuple[int, int]) -> list[int]:
+    """Four levels at 32x32, as Ho et al. 2020, and up to six for larger images.
+
+    A level needs sides that halve evenly and keep at least 4 pixels.
+    """
+    fitting = (n for n in range(1, 7) if all(side % 2 ** (n - 1) == 0 and side >> (n - 1) >= 4 for side in size))
+    levels = max(fitting, default=1)
+    return ([128, 128, 256, 256, 512, 512] if levels > 4 else [128, 256, 256, 256])[:levels]
 
 
 def without_measured_variances(scheduler: DDPMNotesScheduler) -> DDPMNotesScheduler:
-    """The scheduler without V_t and the decoder's variance, which belong to the network as it was.
+    """The scheduler without V_t and decoder variance, which belong to the network before training.
 
-    "optimal" becomes the type that fits the network's outputs, its stock fallback. Warns.
+    "optimal" becomes its stock fallback, the type that fits the network's outputs.
     """
     if scheduler.original_sample_mse is None and scheduler.decoder_variance is None:
         return scheduler
-    own = scheduler.config.variance_type
+    fallback = scheduler.config.variance_type
     warnings.warn(
-        "the repository's original_sample_mse and decoder_variance belong to its network as it was and are left out: "
-        f"variance_type is {own} (was {scheduler.variance_type}); evaluate.py --save_variances measures them again",
+        "original_sample_mse and decoder_variance were measured on the repository's network and are dropped: "
+        f"variance_type is {fallback} (was {scheduler.variance_type}); evaluate.py --save_variances measures "
+        "them again",
         stacklevel=3,
     )
     return DDPMNotesScheduler.from_config(
-        scheduler.config, variance_type=own, original_sample_mse=None, decoder_variance=None
+        scheduler.config, variance_type=fallback, original_sample_mse=None, decoder_variance=None
     )
 
 
+def check_path(flag: str, name: str) -> None:
+    """Raise ValueError for a missing local path: diffusers would take it for a repository id."""
+    if is_local(name) and not Path(name).exists():
+        raise ValueError(f"{flag} is {name}, and there is no such file or folder in {Path.cwd()}")
+
+
 def check_size(size: tuple[int, int], levels: int) -> None:
-    """A UNet halves the size levels - 1 times."""
+    """Raise ValueError unless both sides can be halved levels - 1 times."""
     divisor = 2 ** (levels - 1)
     if size[0] % divisor or size[1] % divisor:
         raise ValueError(
-            f"the images are {size[0]}x{size[1]} and the UNet has {levels} levels; allowed: sides that divide by {divisor} "
-            "(give --resolution), or fewer levels (--block_out_channels)"
+            f"the images are {size[0]}x{size[1]} and the UNet has {levels} levels; sides must divide by {divisor} "
+            "(give --resolution), or levels be fewer (--block_out_channels)"
         )

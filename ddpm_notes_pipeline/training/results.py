@@ -1,6 +1,6 @@
-"""What a run leaves in its folder: the model as a Hub folder with its card, and what was learned, where, on what, in how long.
+"""What a run leaves in its folder: the model as a Hub folder, and a record of the training.
 
-Nothing here names the machine, its user or a path on it: the folder may be published as it stands.
+Nothing here names the machine, its user or a path on it: the folder may be published as it is.
 """
 
 import importlib.metadata
@@ -9,8 +9,7 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,75 +22,77 @@ from diffusers import UNet2DModel
 
 import ddpm_notes_pipeline
 
-from ..data import EMBEDDED, ImageSet
-from ..data.streaming import ImageStream
+from ..data import EMBEDDED
 from ..hub.publishing import BackgroundPushes, PublishingError, prepare_repo, push_command, push_folder
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
-from .arguments import DataArguments, ModelArguments, RunArguments, as_config
+from .arguments import Arguments, RunArguments, as_config, is_local
+from .commands import own_images_command, resume_command
+from .images import TrainingImages, count_of
+from .logs import RunLogs
 
-# Settings that are about one machine or one owner: a stranger who repeats the run has his own.
+# Settings of one machine or one owner, which whoever repeats the run has his own of.
 OWN_SETTINGS = ("output_dir", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "license")
 PATH_SETTINGS = ("dataset_name", "train_data_dir", "pretrained_model_name_or_path", "model_config_name_or_path")
-PACKAGES = ("ddpm_notes_pipeline", "torch", "diffusers", "accelerate", "datasets", "huggingface_hub")
+PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface_hub")
+
+
+class NotPublishedError(PublishingError):
+    """The run is complete on disk, but its last push failed."""
 
 
 def save_model(
-    folder: Path,
-    unet: UNet2DModel,
-    scheduler: DDPMNotesScheduler,
-    settings: tuple[DataArguments, ModelArguments, RunArguments],
-    record: dict[str, Any],
+    folder: Path, unet: UNet2DModel, scheduler: DDPMNotesScheduler, settings: Arguments, record: dict[str, Any]
 ) -> None:
-    """The pipeline with its code, training_config.yaml and training_run.json."""
+    """Write the pipeline with its code, training_config.yaml and training_run.json."""
     DDPMNotesPipeline(unet, scheduler).save_pretrained(folder)
-    save_settings(folder / "training_config.yaml", *settings, fingerprint=record["fingerprint"])
+    save_settings(folder / "training_config.yaml", settings, fingerprint=record["fingerprint"])
     (folder / "training_run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def save_settings(
-    path: Path, data: DataArguments, model: ModelArguments, run: RunArguments, fingerprint: str | None = None
-) -> None:
-    """training_config.yaml: with it, and an --output_dir, `--config` repeats the run on images of that fingerprint.
+def save_settings(path: Path, settings: Arguments, fingerprint: str) -> None:
+    """Write training_config.yaml: as --config, with an --output_dir, it repeats the run.
 
-    Of a path here only the last name is kept, as "./name": it names no embedded set and no repository.
+    On the same images: it holds their fingerprint. Of a local path only the last name is kept, as
+    "./name", which is neither an embedded set nor a repository.
     """
-    config = {name: value for name, value in as_config(data, model, run).items() if name not in OWN_SETTINGS}
+    config = {name: value for name, value in as_config(*settings).items() if name not in OWN_SETTINGS}
     for name in PATH_SETTINGS:
         embedded = name == "dataset_name" and config.get(name) in EMBEDDED
         if not embedded and is_local(config.get(name)):
             config[name] = f"./{Path(config[name]).expanduser().resolve().name}"
-    if fingerprint is not None:
-        config["data_fingerprint"] = fingerprint
+    config["data_fingerprint"] = fingerprint
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def run_record(
     accelerator: Accelerator,
-    images: ImageSet | ImageStream,
-    data: DataArguments,
-    model: ModelArguments,
-    run: RunArguments,
-    losses: list[float],
+    images: TrainingImages,
+    settings: Arguments,
+    losses: Sequence[float],
     first_step: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """training_run.json, which the card is filled from. `losses` of every step so far; this launch began after `first_step`."""
-    steps = len(losses)
-    tail = [loss for loss in losses[-max(1, steps // 20) :] if math.isfinite(loss)]
-    name = Path(run.output_dir).resolve().name
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES[1:]}
+    """training_run.json, from which the card is filled.
+
+    Args:
+        losses: of every step so far.
+        first_step: the step that this launch resumed from, after `seconds` ago.
+    """
+    data, model, run = settings
+    train, steps = images.train, len(losses)
+    tail = last_finite(losses)
+    hub_dataset = "/" in (data.dataset_name or "") and not is_local(data.dataset_name)
+    output_name = Path(run.output_dir).resolve().name
     return {
-        "data": images.name,
-        "split": images.split,
-        "images": images.num_images,
-        "images_skipped": images.skipped,
-        "dims": [images.channels, *images.size],
-        "fingerprint": images.fingerprint,
-        "data_license": images.license,
-        "hub_dataset": data.dataset_name
-        if "/" in (data.dataset_name or "") and not is_local(data.dataset_name)
-        else None,
+        "data": train.name,
+        "split": train.split,
+        "images": train.num_images,
+        "images_skipped": train.skipped,
+        "dims": [train.channels, *train.size],
+        "fingerprint": train.fingerprint,
+        "data_license": train.license,
+        "hub_dataset": data.dataset_name if hub_dataset else None,
         "base_model": None if is_local(model.pretrained_model_name_or_path) else model.pretrained_model_name_or_path,
         "objective": run.objective,
         "loss": sum(tail) / len(tail) if tail else None,
@@ -110,11 +111,15 @@ def run_record(
         "versions": {
             "ddpm_notes_pipeline": ddpm_notes_pipeline.__version__,
             "python": platform.python_version(),
-            **versions,
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
-        "command": "accelerate launch training/train.py --config training_config.yaml "
-        f"--output_dir {shlex.quote(f'outputs/{name}')}",
+        "command": f"accelerate launch training/train.py --config training_config.yaml --output_dir {shlex.quote(f'outputs/{output_name}')}",
     }
+
+
+def last_finite(losses: Sequence[float]) -> list[float]:
+    """The finite losses of the last twentieth of the steps, one step at least."""
+    return [loss for loss in losses[-max(1, len(losses) // 20) :] if math.isfinite(loss)]
 
 
 def hardware(device: torch.device) -> str:
@@ -125,49 +130,81 @@ def hardware(device: torch.device) -> str:
     return f"{cores} cores of {platform.machine()} {device.type.upper()}"
 
 
-def is_local(name: str | None) -> bool:
-    """Whether a setting that may be a repository's name is a path here."""
-    return name is not None and (name.startswith(("/", ".", "~")) or Path(name).expanduser().exists())
+def summary(
+    settings: Arguments, images: TrainingImages, logs: RunLogs, skipped: int, rate: float, seconds: float
+) -> str:
+    """Five lines: what was learned, where it is, how to load it, train longer, use other images."""
+    data, _, run = settings
+    _, losses = logs.loss.history()
+    steps, tail = len(losses), last_finite(losses) or [math.nan]
+    bad_images = f" ({images.train.skipped} left out)" if images.train.skipped else ""
+    skipped_updates = f"updates skipped, not finite: {skipped}; " if skipped else ""
+    weights = "averaged (EMA)" if run.use_ema else "raw"
+    validated = "" if images.validation is None else ", validation.jsonl"
+    folder, output_dir = ("ANOTHER_FOLDER", "another") if data.train_data_dir else ("FOLDER_OF_IMAGES", "mine")
+    longer = resume_command(run.command, "--max_train_steps", more=f"--max_train_steps {2 * steps}")
+    return "\n".join(
+        [
+            f"Learned:   {steps} steps on {count_of(images.train)}{bad_images}, {run.objective} loss "
+            f"{sum(tail) / len(tail):.4f} over the last {len(tail)} steps; {validation_words(images, logs)}"
+            f"{skipped_updates}{rate:.0f} images/s, {seconds / 60:.1f} min.",
+            f"Where:     {run.output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, "
+            f"loss.jsonl{validated} and checkpoint-{steps}/.",
+            f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
+            f"P.from_pretrained({run.output_dir!r})().images[0].save('one.png')\"",
+            f"Longer:    {longer}",
+            f"Your own:  {own_images_command(run.command, folder, f'outputs/{output_dir}')}",
+        ]
+    )
 
 
-@contextmanager
-def told_to_all(accelerator: Accelerator) -> Iterator[list[Any]]:
-    """A list whose first entry, set by the main process alone, is on every process afterwards; so is the main process's failure."""
-    value: list[Any] = [None, None]
-    try:
-        yield value
-    except PublishingError as fault:
-        value[1] = str(fault)
-    broadcast_object_list(value)
-    if value[1] is not None:
-        raise PublishingError(value[1])
+def validation_words(images: TrainingImages, logs: RunLogs) -> str:
+    """The newest bits/dim in words, or how to measure some."""
+    if images.validation is None:
+        return "nothing was held out (--validation_share 0.04 measures bits/dim on images not trained on); "
+    row = logs.validation.rows[-1] if logs.validation.rows else {"bits_per_dim": None}
+    if row["bits_per_dim"] is None:
+        return ""
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
+    return f"{row['bits_per_dim']:.3f}{error} bits/dim on {row['images']} images of {images.validation.split!r}; "
 
 
 def open_repo(accelerator: Accelerator, run: RunArguments) -> str | None:
-    """The full name of the repository to push to, made or found writable before anything is trained; None without --push_to_hub.
+    """The full name of the repository to push to, found or made; None without --push_to_hub.
+
+    Collective: every rank must call it.
 
     Raises:
-        PublishingError: on every process, so that none waits for the others.
+        PublishingError: the repository cannot be written to; raised on every rank.
     """
     if not run.push_to_hub:
         return None
-    with told_to_all(accelerator) as repo_id:
-        if accelerator.is_main_process:
-            repo_id[0] = prepare_repo(
-                run.hub_model_id or Path(run.output_dir).resolve().name, run.hub_private_repo, run.license
-            )
-    return repo_id[0]
+    answer: list[str | None] = [None, None]  # name, fault
+    if accelerator.is_main_process:
+        name = run.hub_model_id or Path(run.output_dir).resolve().name
+        try:
+            answer[0] = prepare_repo(name, run.hub_private_repo, run.license)
+        except PublishingError as fault:
+            answer[1] = str(fault)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise PublishingError(answer[1])
+    return answer[0]
 
 
-def publish(output_dir: Path, repo_id: str, run: RunArguments, pushes: BackgroundPushes | None) -> str | None:
-    """The last push; returns what to tell the user if it fails: everything is on the disk, and how to push it later."""
+def publish(output_dir: Path, repo_id: str, run: RunArguments, pushes: BackgroundPushes | None) -> None:
+    """The last push.
+
+    Raises:
+        NotPublishedError: it failed. All is on disk; the message says how to push it later.
+    """
     if pushes is not None:
         pushes.close()
     try:
-        print(f"Published: {push_folder(output_dir, repo_id, 'End of training', run.license)}", flush=True)
+        address = push_folder(output_dir, repo_id, "End of training", run.license)
     except (PublishingError, ValueError) as fault:
-        return (
-            f"train.py: error: {' '.join(str(fault).split())}\nNothing is lost: weights, card and pictures are in {output_dir}/. "
+        raise NotPublishedError(
+            f"{' '.join(str(fault).split())}\nNothing is lost: weights, card and pictures are in {output_dir}/. "
             f"Push them later by:\n{push_command(output_dir, repo_id, run.hub_private_repo)}"
-        )
-    return None
+        ) from fault
+    print(f"Published: {address}", flush=True)

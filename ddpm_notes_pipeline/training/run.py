@@ -1,395 +1,426 @@
-"""A training run: images -> batches -> objective -> scheduler -> network -> step, and what it leaves in its folder."""
+"""A training run: images -> batches -> objective -> scheduler -> network -> step -> results.
 
-import argparse
-import contextlib
-import dataclasses
-import json
-import logging
+    run = TrainingRun(DataArguments("digits"), ModelArguments(), RunArguments(max_train_steps=500))
+    run.train()
+
+It works from a script, a notebook or pytest: it takes no signals and never ends the process.
+"""
+
 import math
 import os
-import shlex
 import shutil
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState, is_initialized
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import ImageSet, hold_out, load_images, to_model_range
-from ..data.batches import StepBatches, step_seed
-from ..data.streaming import ImageStream, StreamedBatches, open_stream
+from ..data.batches import StepBatches
+from ..data.streaming import StreamedBatches
 from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samples
-from ..evaluation.samples import SampleTable, figures_of
 from ..evaluation.validation import Row, decoder_of, save_evaluation
 from ..hub.model_card import weights_digest, write_card
 from ..hub.publishing import BackgroundPushes
-from ..objectives import Objective, TimestepSampler
-from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
-from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
-from .arguments import DataArguments, ModelArguments, RunArguments, as_config, warmup_steps
+from ..pipeline_ddpm_notes import BitsPerDimOutput
+from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, as_config, check_arguments, warmup_steps
 from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from .logs import LOGS, LossLog, StepLog, Tracker, bits_per_dim_figures, find_tracker
+from .commands import resume_command
+from .images import count_of, dims, load_training_images
+from .learner import Learner
+from .logs import LOGS, RunLogs, warning_once
+from .measurements import VALIDATION_EVALUATIONS, Measurements
 from .networks import make_model
-from .results import open_repo, publish, run_record, save_model
-from .sampling import VALIDATION_EVALUATIONS, averaged_weights, bits_per_dim, sample_grid, show
-from .stops import Stopped, Stops, failing_together, launcher, resume_command
-from .updates import AveragedWeights, UpdateGuard, poisoned
+from .results import open_repo, publish, run_record, save_model, summary
+from .stops import Stopped, Stops, failing_together
+from .trackers import Tracker, find_tracker
 
-logger = logging.getLogger("train")
-LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")  # folders that a stop left half-written
+# Half-written folders that a stop may leave.
+LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")
 
 
-def main(data: DataArguments, model: ModelArguments, run: RunArguments) -> str | None:
-    """Train, save and publish; returns what went wrong in publishing."""
-    settings = (data, model, run)
-    stops = Stops()
-    accelerator = Accelerator(
-        mixed_precision=run.mixed_precision,
-        log_with=find_tracker(run.report_to),
-        project_dir=run.output_dir,
-    )
-    check_processes(accelerator)
-    set_seed(run.seed)
-    output_dir = Path(run.output_dir)
-    prepare_output_dir(accelerator, output_dir, run)
-    repo_id = open_repo(accelerator, run)
+@dataclass
+class Progress:
+    """Where a run is.
 
-    # images
-    with accelerator.local_main_process_first():
-        images = load_split(accelerator, data, data.train_split, data.max_train_samples, training=True)
-        validation = None
-        if data.validation_split is not None:
-            validation = load_split(accelerator, data, data.validation_split, data.max_validation_images)
-        elif data.validation_share is not None:
-            images, held_out = hold_out(images, data.validation_share, run.seed)
-            validation = held_out.at_most(data.max_validation_images)
-    check_fingerprint(data, images)
-    check_validation(accelerator, images, validation)
-    shown = images.first if data.streaming else images
-    steps = run.max_train_steps or math.ceil(run.num_epochs * len(images) / run.train_batch_size)
-    share = share_of_batch(run, accelerator)
-    warmup = warmup_steps(run, steps)
-    if run.lr_warmup_steps is not None and warmup < run.lr_warmup_steps:
-        say(accelerator, f"warm-up: {warmup} steps instead of {run.lr_warmup_steps}, since training ends after {steps}")
+    Attributes:
+        first: steps done before this launch. steps: all of the run.
+        signal: number of the signal that stops it; 0: none.
+        bad_images: unreadable images that this rank's stream has met; None without a stream.
+    """
 
-    # network and math
-    unet, scheduler = make_model(model, images)
-    objective = Objective(scheduler, run.objective, run.loss_weighting, snr_gamma=run.snr_gamma)
-    timestep_sampler = TimestepSampler(len(scheduler), run.timestep_sampling)
-    if run.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    ema = None
-    if run.use_ema:
-        ema = AveragedWeights(unet.parameters(), run.ema_max_decay, run.ema_schedule, run.ema_inv_gamma, run.ema_power)
-        ema.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=run.learning_rate,
-        betas=(run.adam_beta1, run.adam_beta2),
-        weight_decay=run.adam_weight_decay,
-        eps=run.adam_epsilon,
-        fused=accelerator.device.type in ("cpu", "cuda"),
-    )
-    network, optimizer = accelerator.prepare(unet, optimizer)
-    parameters = list(network.parameters())
-    has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
-    guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
-    if run.torch_compile:
-        unet.compile()
-    table = None
-    if run.metric_interval is not None:
-        n, seed, cache = run.metric_images, run.seed, data.cache_dir
-        table = SampleTable(
-            accelerator, images, validation, run.metric_network, n, run.eval_batch_size, seed, cache_dir=cache
+    first: int
+    steps: int
+    started: float = field(default_factory=time.monotonic)
+    bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
+    signal: int = 0
+    bad_images: torch.Tensor | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class TrainingRun:
+    """Trains, saves and publishes a DDPM. One at a time in a process.
+
+        for step, batch in run.batches():
+            run.update(step, batch)
+            run.after(step)
+            if run.stopped:
+                break
+        run.finish()
+
+    All methods are collective: every rank must call them.
+
+    Args:
+        stops: where to learn of signals. Default: nowhere; ctrl-C is a KeyboardInterrupt.
+
+    Attributes:
+        learner: what is trained; `learner.unet` has the averaged weights after `finish`.
+        logs: what is written at each step.
+        measurements: bits/dim, sample metrics and samples on the way.
+
+    Raises:
+        ValueError: settings that contradict each other, the images or the folder.
+        PublishingError: with `push_to_hub`, a repository that cannot be written to.
+    """
+
+    def __init__(
+        self, data: DataArguments, model: ModelArguments, run: RunArguments, stops: Stops | None = None
+    ) -> None:
+        check_arguments(data, model, run)
+        self.settings = Arguments(data, model, run)
+        self.stops = stops or Stops()
+        self.accelerator = start_accelerate(run)
+        self.output_dir = Path(run.output_dir)
+        set_seed(run.seed)
+        prepare_output_dir(self.accelerator, self.output_dir, run)
+        self.repo_id = open_repo(self.accelerator, run)
+        with warning_once(self.accelerator):
+            self.images = load_training_images(self.accelerator, data, run.seed)
+        check_batch_size(run, self.accelerator.num_processes)
+        steps = run.max_train_steps or math.ceil(run.num_epochs * len(self.images.stored) / run.train_batch_size)
+        warmup = warmup_steps(run, steps)
+        if warmup < (run.lr_warmup_steps or 0):
+            self._print(f"warm-up: {warmup} steps instead of {run.lr_warmup_steps}, since training ends after {steps}")
+        with warning_once(self.accelerator):
+            unet, scheduler = make_model(model, self.images.train)
+        self.learner = Learner(self.accelerator, unet, scheduler, run)
+        self.measurements = Measurements(self.learner, self.images, self.stops, data.cache_dir)
+        self.progress = Progress(self._resume(steps), steps)
+        self.learner.schedule(self.progress.first, steps, warmup)
+        self.loader = self._make_loader()
+        self._print(self._description())
+        clear_leftovers(self.accelerator, self.output_dir, run)
+        self.stops.hold(self.accelerator)
+        self.logs = RunLogs.open(
+            self.accelerator, self.output_dir, self.progress.first, run.train_batch_size, self._open_tracker()
         )
-    # where the run is
-    identity = {
-        "seed": run.seed,
-        "train_batch_size": run.train_batch_size,
-        "images": images.fingerprint,
-        "use_ema": run.use_ema,
-    }
-    for owner, config in (("unet", unet.config), ("scheduler", scheduler.config)):
-        identity |= {f"{owner}.{name}": value for name, value in config.items() if not name.startswith("_")}
-    identity = json.loads(json.dumps(identity))  # as a checkpoint gives it back
-    done = 0
-    checkpoint = find_checkpoint(output_dir, run.resume_from_checkpoint) if run.resume_from_checkpoint else None
-    if checkpoint is not None:
-        done = load_checkpoint(accelerator, checkpoint, ema, timestep_sampler, guard, identity)
+        self.pushes = None
+        if self.repo_id is not None and run.hub_strategy == "every_save":
+            self.pushes = BackgroundPushes(self.repo_id, run.license)
+        unet.train()
+
+    def train(self) -> None:
+        """The whole run, to its end or to a signal.
+
+        Raises:
+            Stopped: a signal ended it; a checkpoint holds the last step.
+            NotPublishedError: the last push failed; all is on disk.
+            CheckpointError, OSError, FloatingPointError, FailedElsewhere: it cannot continue.
+        """
+        for step, batch in self.batches():
+            self.update(step, batch)
+            self.after(step)
+            if self.stopped:
+                break
+        self.finish()
+
+    # ----------------------------------------------------------------- the loop
+
+    def batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Each remaining step, counted from 0, with this rank's share of its batch."""
+        first, steps = self.progress.first, self.progress.steps
+        self.progress.started = time.monotonic()
+        learned = first > 0 or self.settings.model.pretrained_model_name_or_path is not None
+        if learned and first < steps:
+            self._validate(first)
+        disable = not self.accelerator.is_main_process
+        self.progress.bar = tqdm(total=steps, initial=first, desc="train", unit="step", disable=disable)
+        yield from enumerate(self.loader, start=first)
+
+    def update(self, step: int, batch: dict[str, torch.Tensor]) -> None:
+        """One optimizer step."""
+        self.logs.loss.add(*self.learner.update(step, batch))
+        self.progress.bad_images = batch.get("bad_images")
+        self.progress.bar.update()
+
+    def after(self, step: int) -> None:
+        """What is due after a step: log, checkpoint, push, validation, samples."""
+        run, done, is_last = self.settings.run, step + 1, step + 1 == self.progress.steps
+        self.progress.signal = self.stops.agreed()
+        checkpoint_due = self.stopped or done % run.checkpointing_steps == 0
+        if checkpoint_due or is_last or done % run.logging_steps == 0:
+            self.logs.loss.write(self.progress.bar)
+            self.learner.guard.check()
+        if checkpoint_due and not is_last:
+            with self.logs.loss.paused():
+                self._save_checkpoint(done)
+            self.progress.signal = self.stops.agreed()  # one may have come meanwhile
+            if not self.stopped:
+                self._push_snapshot(done)
+        if self.stopped or is_last:
+            return
+        self._validate(done)
+        if run.metric_interval and done % run.metric_interval == 0 and not self.logs.metrics.has(done):
+            self.measurements.measure_samples(done, self.logs)
+        if run.sample_steps and done % run.sample_steps == 0:
+            self._save_samples(done)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal asks the run to stop; the same on every rank."""
+        return self.progress.signal != 0
+
+    def finish(self) -> None:
+        """Save model, samples and card, print a summary, publish; free the process group."""
+        progress, logs, run = self.progress, self.logs, self.settings.run
+        progress.bar.close()
+        if logs.loss.step < progress.steps:
+            self._stop()
+        if progress.bad_images is not None:
+            bad = self.accelerator.reduce(progress.bad_images.to(self.accelerator.device), "sum")
+            self.images = self.images.with_skipped(int(bad))
+        seconds = progress.seconds
+        training = seconds - logs.loss.pauses
+        rate = (progress.steps - progress.first) * run.train_batch_size / training if training > 0 else 0.0
+        self._save_checkpoint(progress.steps)
+        bits_per_dim = self._validate(progress.steps)
+        self.measurements.measure_samples(progress.steps, logs)
+        self.learner.keep_average()
+        with failing_together(self.accelerator, f"could not write the model to {self.output_dir}"):
+            if self.accelerator.is_main_process:
+                self._write_model(bits_per_dim)
+        self._write_samples()
+        try:
+            if self.accelerator.is_main_process:
+                print(summary(self.settings, self.images, logs, self.learner.guard.skipped, rate, seconds), flush=True)
+                if self.repo_id is not None:
+                    publish(self.output_dir, self.repo_id, run, self.pushes)
+        finally:
+            # DDP before the process group, or its destructor may hang.
+            self.learner.unwrap()
+            self.accelerator.free_memory()
+            self.accelerator.end_training()
+
+    # ----------------------------------------------------------------- its parts
+
+    def _resume(self, steps: int) -> int:
+        """Restore the checkpoint that was asked for; returns the number of steps done."""
+        wanted = self.settings.run.resume_from_checkpoint
+        checkpoint = find_checkpoint(self.output_dir, wanted) if wanted else None
+        if checkpoint is None:
+            if wanted:
+                self._print(f"{self.output_dir} has no checkpoint yet: starting at the beginning")
+            return 0
+        done = load_checkpoint(self.accelerator, checkpoint, self._checkpoint_state())
         if done > steps:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; give more steps"
             )
-        say(accelerator, f"going on from {checkpoint} at step {done}")
-    elif run.resume_from_checkpoint:
-        say(accelerator, f"{output_dir} has no checkpoint yet: starting at the beginning")
-    # Not prepared: accelerate would step it once a process; here it is stepped once an optimizer step.
-    for group in optimizer.param_groups:
-        group["initial_lr"] = run.learning_rate
-    lr_scheduler = get_scheduler(
-        run.lr_scheduler,
-        optimizer.optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=steps,
-        last_epoch=done - 1,
-    )
-    null_label = (unet.config.get(PRIVATE_ENTRY) or {}).get("null_label")
-    batches = (StreamedBatches if data.streaming else StepBatches)(
-        images,
-        run.train_batch_size,
-        run.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        random_flip=data.random_flip,
-        label_dropout=0.0 if null_label is None else data.label_dropout,
-        null_label=null_label,
-    )
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(done, steps),
-        num_workers=data.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=False,
-    )
+        self._print(f"resuming from {checkpoint} at step {done}")
+        return done
 
-    def save(step: int) -> None:
-        limit = run.checkpoints_total_limit
-        save_checkpoint(accelerator, output_dir, step, ema, timestep_sampler, guard, identity, limit)
-
-    positions = torch.arange(share) + accelerator.process_index * share
-    say(
-        accelerator,
-        f"{many(images)} of {'x'.join(map(str, (images.channels, *images.size)))} from {images.name}, "
-        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M weights in levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {done} to {steps} of {run.train_batch_size} images in all, "
-        f"{share} a process in {run.gradient_accumulation_steps} accumulation step(s) of {share // run.gradient_accumulation_steps}, on "
-        f"{accelerator.num_processes} process(es) of {accelerator.device.type}, {run.mixed_precision} mixed precision",
-    )
-
-    # train
-    clear_leftovers(accelerator, output_dir, run)
-    stops.hold(accelerator)
-    stop = 0
-    tracker, name = None, find_tracker(run.report_to)
-    if name is not None and accelerator.is_main_process:
-        tracker = Tracker(accelerator, name, as_config(*settings), output_dir, resume=done > 0)
-    with failing_together(accelerator, f"could not write {output_dir}/loss.jsonl"):
-        log = LossLog(accelerator, output_dir / "loss.jsonl", done, run.train_batch_size, tracker)
-        validation_log = StepLog(accelerator, output_dir, "validation", done, tracker)
-        metric_log = StepLog(accelerator, output_dir, "metrics", done, tracker)
-    pushes = BackgroundPushes(repo_id, run.license) if repo_id and run.hub_strategy == "every_save" else None
-    unet.train()
-    started = time.monotonic()
-
-    def record() -> dict[str, Any]:
-        return run_record(accelerator, images, *settings, log.history()[1], done, time.monotonic() - started)
-
-    def validate(step: int) -> BitsPerDimOutput | None:
-        """bits/dim of the averaged weights behind `step`, if they are due; on the same noise each time.
-
-        Those of the last step are measured again where an earlier launch did so: it may have ended before it kept more than the total.
-        """
-        due = step % run.validation_steps == 0 or step == steps
-        if validation is None or not due or (validation_log.has(step) and step < steps):
-            return None
-        with log.paused(), averaged_weights(unet, ema):
-            result = bits_per_dim(accelerator, unet, scheduler, validation, stops)
-        with failing_together(accelerator, f"could not write {validation_log.path}"):
-            if result is not None and not validation_log.has(step):
-                validation_log.add(step, bits_per_dim_figures(result))
-        return result
-
-    def measure_samples(step: int) -> None:
-        """How far samples of the averaged weights behind `step` are from images, if that is due; from the same seeds each time."""
-        due = step == steps or (run.metric_interval and step % run.metric_interval == 0)
-        if table is None or not due or (metric_log.has(step) and step < steps):
-            return
-        pipeline = DDPMNotesPipeline(unet, DDPMNotesScheduler.from_config(scheduler.config))
-        n = run.ddpm_num_inference_steps or len(scheduler)
-        row = {
-            "variance_type": scheduler.variance_type,
-            "path": scheduler.config.timestep_spacing,
-            "num_inference_steps": n,
-        }
-        with log.paused(), averaged_weights(unet, ema):
-            unet.eval()
-            result = table.add(pipeline, row, stops, num_inference_steps=n)
-            unet.train()
-        with failing_together(accelerator, f"could not write {metric_log.path}"):
-            if result is not None and not metric_log.has(step):
-                metric_log.add(step, figures_of(result))
-
-    # weights that were learned: where this run starts from
-    if (done or model.pretrained_model_name_or_path) and done < steps:
-        validate(done)
-    bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
-    for step, batch in enumerate(loader, start=done):
-        if has_dropout:
-            torch.manual_seed(step_seed(run.seed, step, f"dropout of process {accelerator.process_index}"))
-        t, weight = timestep_sampler.sample(batch["u"], positions, run.train_batch_size)
-        x_0 = to_model_range(batch["pixel_values"].to(accelerator.device, non_blocking=True))
-        noise = batch["noise"].to(accelerator.device, non_blocking=True)
-        labels = batch["class_labels"].to(accelerator.device, non_blocking=True) if "class_labels" in batch else None
-        weight = weight.to(accelerator.device, torch.float32, non_blocking=True)
-
-        losses = []
-        parts = [
-            slice(i, i + share // run.gradient_accumulation_steps)
-            for i in range(0, share, share // run.gradient_accumulation_steps)
-        ]
-        for part in parts:
-            last = part is parts[-1]
-            with (
-                contextlib.nullcontext() if last else accelerator.no_sync(network)
-            ):  # gradients are averaged over processes once
-                loss = objective(network, x_0[part], noise[part], t[part], None if labels is None else labels[part])
-                accelerator.backward(poisoned((loss * weight[part]).mean() / len(parts)))
-            losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
-        taken = guard.update(optimizer, grad_norm)
-        optimizer.zero_grad(set_to_none=True)
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        if ema is not None:
-            ema.step(parameters, taken)
-
-        unweighted = torch.cat(losses)
-        if run.timestep_sampling == "loss_second_moment":
-            timestep_sampler.update(
-                accelerator.gather(t.to(accelerator.device)).cpu(), accelerator.gather(unweighted).cpu()
-            )
-        log.add((unweighted * weight).mean(), grad_norm, learning_rate)
-        guard.watch(step + 1, t, unweighted, grad_norm)
-        bar.update()
-        stop = stops.agreed()
-        checkpoint_due = stop or (step + 1) % run.checkpointing_steps == 0
-        if (step + 1) % run.logging_steps == 0 or step + 1 == steps or checkpoint_due:
-            with failing_together(accelerator, f"could not write {log.path}"):
-                log.write(bar)
-            guard.check()
-        if checkpoint_due and step + 1 < steps:
-            with log.paused():
-                save(step + 1)
-            stop = stops.agreed()  # it may have come while that was written
-            if pushes is not None and accelerator.is_main_process and not stop:
-                snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=output_dir))
-                with averaged_weights(unet, ema):
-                    save_model(snapshot, unet, scheduler, settings, record())
-                pushes.push(snapshot, f"Step {step + 1} of {steps}")
-        if stop:
-            break
-        if step + 1 < steps:
-            validate(step + 1)
-            measure_samples(step + 1)
-        if run.sample_steps and (step + 1) % run.sample_steps == 0 and step + 1 < steps:
-            with log.paused(), averaged_weights(unet, ema):
-                samples = sample_grid(accelerator, unet, scheduler, run, stops)
-            picture = output_dir / f"samples-{step + 1}.png"
-            with failing_together(accelerator, f"could not write {picture}"):
-                if accelerator.is_main_process and samples is not None:
-                    save_samples(picture, show(shown, run), samples, f"step {step + 1}")
-            if tracker is not None and samples is not None:
-                tracker.log_image(step + 1, "samples", image_grid(samples))
-    bar.close()
-    if data.streaming and log.step > done:
-        bad = int(accelerator.reduce(batch["bad_images"].to(accelerator.device), "sum"))
-        images = dataclasses.replace(images, skipped=bad)
-    seconds = time.monotonic() - started
-    training = seconds - log.pauses
-    rate = (steps - done) * run.train_batch_size / training if training > 0 else 0.0
-    if stop and log.step < steps:
-        if pushes is not None:
-            pushes.abandon()
-        if tracker is not None:
-            tracker.close()
-        where = f"behind step {log.step} of {steps}, which {output_dir}/checkpoint-{log.step} holds"
-        raise Stopped(stop, f"{where}. Resume: {resume_command()}")
-
-    # what comes out
-    fault = None
-    save(steps)
-    measured = validate(steps)
-    measure_samples(steps)
-    if ema is not None:
-        ema.copy_to(unet.parameters())
-    with failing_together(accelerator, f"could not write the model to {output_dir}"):
-        if accelerator.is_main_process:
-            save_model(output_dir, unet, scheduler, settings, record())
-            if validation is not None and measured is not None:
-                T = len(scheduler)
-                row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, [*range(T)][::-1]), measured)
-                weights = weights_digest(output_dir)
-                save_evaluation(
-                    output_dir,
-                    validation,
-                    [row],
-                    weights,
-                    evaluations_per_image=VALIDATION_EVALUATIONS,
-                    metrics=table.as_list(last=True) if table else None,
-                )
-            title = f"{run.objective} loss on {images.name}"
-            save_losses(output_dir / "loss.png", *log.history(), title, validation_log.rows)
-            write_card(output_dir, repo_id, run.license)  # samples may take a while; what is there is complete
-    trajectory = Trajectory()
-    samples = sample_grid(accelerator, unet, scheduler, run, stops, trajectory)
-    if tracker is not None:
-        if samples is not None:
-            tracker.log_image(steps, "samples", image_grid(samples))
-        tracker.close()
-    if samples is None:
-        where = f"with training done and the model in {output_dir}, but no samples"
-        raise Stopped(stops.agreed(), f"{where}. Resume: {resume_command()}")
-    stops.release(f"with training done and the model in {output_dir}")
-    if accelerator.is_main_process:
-        n = run.ddpm_num_inference_steps or len(scheduler)
-        save_samples(
-            output_dir / "samples.png", show(shown, run), samples, f"samples: {n} steps, {scheduler.variance_type}"
+    def _make_loader(self) -> DataLoader:
+        data, _, run = self.settings
+        null_label = self.learner.null_label
+        kind: Any = StreamedBatches if data.streaming else StepBatches
+        batches = kind(
+            self.images.train,
+            run.train_batch_size,
+            run.seed,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            random_flip=data.random_flip,
+            label_dropout=0.0 if null_label is None else data.label_dropout,
+            null_label=null_label,
         )
-        trajectory.save(output_dir / "trajectory.gif")
-        write_card(output_dir, repo_id, run.license)
-        told = summary(data, images, validation, run, log, validation_log, guard, steps, rate, seconds, output_dir)
-        print(told, flush=True)
-        if repo_id is not None:
-            fault = publish(output_dir, repo_id, run, pushes)
-    # The wrapper for several processes goes before the processes' connection does: its destructor may wait on that for ever.
-    del network
-    accelerator.free_memory()
-    accelerator.end_training()
-    return fault
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(self.progress.first, self.progress.steps),
+            num_workers=data.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _open_tracker(self) -> Tracker | None:
+        """The tracker, on the main process alone."""
+        name = find_tracker(self.settings.run.report_to)
+        if name is None or not self.accelerator.is_main_process:
+            return None
+        config = as_config(*self.settings)
+        return Tracker(self.accelerator, name, config, self.output_dir, resume=self.progress.first > 0)
+
+    def _checkpoint_state(self) -> Any:
+        return self.learner.checkpoint_state(self.images.train.fingerprint)
+
+    def _save_checkpoint(self, done: int) -> None:
+        limit = self.settings.run.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, done, self._checkpoint_state(), limit)
+
+    def _validate(self, done: int) -> BitsPerDimOutput | None:
+        """bits/dim, if they are due.
+
+        Those of the last step are measured even if they are logged: an earlier launch may have been
+        killed before it wrote evaluation.json.
+        """
+        is_last = done == self.progress.steps
+        due = done % self.settings.run.validation_steps == 0 and not self.logs.validation.has(done)
+        return self.measurements.validate(done, self.logs) if is_last or due else None
+
+    def _save_samples(self, done: int) -> None:
+        """A grid of samples of the averaged weights, beside real images."""
+        with self.logs.loss.paused():
+            samples = self.measurements.sample_grid()
+        picture = self.output_dir / f"samples-{done}.png"
+        with failing_together(self.accelerator, f"could not write {picture}"):
+            if self.accelerator.is_main_process and samples is not None:
+                save_samples(picture, self._real_images(), samples, f"step {done}")
+                self.logs.log_image(done, "samples", image_grid(samples))
+
+    def _push_snapshot(self, done: int) -> None:
+        """Push the averaged weights in the background."""
+        if self.pushes is None or not self.accelerator.is_main_process:
+            return
+        snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
+        with self.learner.averaged():
+            self._save_model(snapshot)
+        self.pushes.push(snapshot, f"Step {done} of {self.progress.steps}")
+
+    def _save_model(self, folder: Path) -> None:
+        """The weights that the network has, as a Hub folder."""
+        first, seconds, losses = self.progress.first, self.progress.seconds, self.logs.loss.history()[1]
+        record = run_record(self.accelerator, self.images, self.settings, losses, first, seconds)
+        save_model(folder, self.learner.unet, self.learner.scheduler, self.settings, record)
+
+    def _write_model(self, bits_per_dim: BitsPerDimOutput | None) -> None:
+        """The finished model with its figures and its card; its samples will take a while."""
+        run, scheduler, table = self.settings.run, self.learner.scheduler, self.measurements.table
+        self._save_model(self.output_dir)
+        if bits_per_dim is not None and self.images.validation is not None:
+            T = len(scheduler)
+            row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, list(reversed(range(T)))), bits_per_dim)
+            save_evaluation(
+                self.output_dir,
+                self.images.validation,
+                [row],
+                weights_digest(self.output_dir),
+                evaluations_per_image=VALIDATION_EVALUATIONS,
+                metrics=table.as_list(last=True) if table else None,
+            )
+        title = f"{run.objective} loss on {self.images.train.name}"
+        save_losses(self.output_dir / "loss.png", *self.logs.loss.history(), title, self.logs.validation.rows)
+        write_card(self.output_dir, self.repo_id, run.license)
+
+    def _write_samples(self) -> None:
+        """samples.png and trajectory.gif of the finished model, and a card that shows them."""
+        run, scheduler, trajectory = self.settings.run, self.learner.scheduler, Trajectory()
+        samples = self.measurements.sample_grid(averaged=False, watch=trajectory)
+        if samples is not None:
+            self.logs.log_image(self.progress.steps, "samples", image_grid(samples))
+        self.logs.close()
+        where = f"with training done and the model in {self.output_dir}"
+        if samples is None:
+            resume = resume_command(run.command)
+            raise Stopped(self.stops.agreed(), f"{where}, but no samples. Resume: {resume}")
+        self.stops.release(where)
+        if self.accelerator.is_main_process:
+            title = f"samples: {run.ddpm_num_inference_steps or len(scheduler)} steps, {scheduler.variance_type}"
+            save_samples(self.output_dir / "samples.png", self._real_images(), samples, title)
+            trajectory.save(self.output_dir / "trajectory.gif")
+            write_card(self.output_dir, self.repo_id, run.license)
+
+    def _stop(self) -> None:
+        """End a run before its last step."""
+        if self.pushes is not None:
+            self.pushes.abandon()
+        self.logs.close()
+        done = self.logs.loss.step
+        if not self.stopped:
+            raise RuntimeError(f"finish was called before step {self.progress.steps}, and no signal stopped the run")
+        where = f"after step {done} of {self.progress.steps}, which {self.output_dir}/checkpoint-{done} holds"
+        raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
+
+    def _real_images(self) -> Any:
+        return self.images.evenly_spaced(self.settings.run.num_samples)
+
+    def _description(self) -> str:
+        """The first line: images, network, steps, batch, processes."""
+        run, unet, images, progress = self.settings.run, self.learner.unet, self.images.train, self.progress
+        processes, parts = self.accelerator.num_processes, run.gradient_accumulation_steps
+        share = run.train_batch_size // processes
+        return (
+            f"{count_of(images)} of {dims(images)} from {images.name}, {unet.num_parameters() / 1e6:.2f} M weights in "
+            f"levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {progress.first} to "
+            f"{progress.steps} of {run.train_batch_size} images in all, {share} per process in {parts} accumulation "
+            f"step(s) of {share // parts}, on {processes} process(es) of {self.accelerator.device.type}, "
+            f"{run.mixed_precision} mixed precision"
+        )
+
+    def _print(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
 
 
-def check_processes(accelerator: Accelerator) -> None:
-    """Refuse a launch that looks distributed and is not: each process would train alone on the whole batch."""
+def reset_accelerate() -> None:
+    """Forget accelerate's state, which is the process's and would bind the next accelerator."""
+    if is_initialized():
+        for state in (AcceleratorState(), GradientState(), PartialState()):
+            vars(state).clear()
+
+
+def start_accelerate(run: RunArguments) -> Accelerator:
+    """An accelerator for this run, whatever an earlier one in this process used.
+
+    Raises:
+        ValueError: a launch that looks distributed and is not: each process would train alone.
+    """
+    tracker = find_tracker(run.report_to)
+    reset_accelerate()
+    accelerator = Accelerator(mixed_precision=run.mixed_precision, log_with=tracker, project_dir=run.output_dir)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
-        sys.exit(
-            f"train.py: error: WORLD_SIZE is {world_size} and accelerate runs {accelerator.num_processes} process(es). On CPUs, start "
-            "several processes by: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N training/train.py ..."
+        raise ValueError(
+            f"WORLD_SIZE is {world_size} and accelerate runs {accelerator.num_processes} process(es). On CPUs, start "
+            "several processes by: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N "
+            "training/train.py ..."
         )
+    return accelerator
 
 
 def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
-    """Refuse to write over somebody's files."""
+    """Make the folder, or raise ValueError rather than write over somebody's files. Collective."""
     if output_dir.exists() and not output_dir.is_dir():
-        sys.exit(f"train.py: error: --output_dir {output_dir} is a file; name a folder")
-    there = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    if run.resume_from_checkpoint and not list_checkpoints(output_dir):  # a run that was stopped before its first one
+        raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
+    present = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    checkpoints, wanted = list_checkpoints(output_dir), run.resume_from_checkpoint
+    if wanted and not checkpoints:  # a run that was stopped before its first one
         ours = (".checkpoint-", ".push-", ".loss.", ".validation.", ".metrics.", "samples-")
-        there = {name for name in there if name not in LOGS and not name.startswith(ours)}
-    going_on = run.resume_from_checkpoint and (list_checkpoints(output_dir) or run.resume_from_checkpoint != "latest")
-    accelerator.wait_for_everyone()  # before anybody writes
-    if there and not (run.overwrite_output_dir or going_on):
-        sys.exit(
-            f"train.py: error: --output_dir {output_dir} is not empty. Go on with it by --resume_from_checkpoint latest, write over it by "
-            "--overwrite_output_dir, or name another"
-            + (" (it holds no checkpoint to go on from)" if run.resume_from_checkpoint else "")
+        present = {name for name in present if name not in LOGS and not name.startswith(ours)}
+    resuming = wanted and (checkpoints or wanted != "latest")
+    accelerator.wait_for_everyone()  # before any rank writes
+    if present and not (run.overwrite_output_dir or resuming):
+        raise ValueError(
+            f"--output_dir {output_dir} is not empty. Resume with --resume_from_checkpoint latest, write over it with "
+            "--overwrite_output_dir, or name another" + (" (it holds no checkpoint to resume from)" if wanted else "")
         )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -397,9 +428,10 @@ def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArgum
 
 
 def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
-    """Take away what a stop left half-written and, in a folder that is written over, the old run's checkpoints.
+    """Remove what a stop left half-written, and the old checkpoints of a folder to write over.
 
-    Those would be the "latest" of the new one. Not before training starts: nothing is lost to a mistake in the settings.
+    Those would be the "latest" of the new run. Called only once training is about to start, so that
+    a mistake in the settings loses nothing. Collective.
     """
     if accelerator.is_main_process:
         old = [] if run.resume_from_checkpoint else list_checkpoints(output_dir)
@@ -408,123 +440,11 @@ def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArgument
     accelerator.wait_for_everyone()
 
 
-def load_split(
-    accelerator: Accelerator, data: DataArguments, split: str, max_samples: int | None, training: bool = False
-) -> Any:
-    """Images of a split: an ImageSet, or an ImageStream to train on. Those to train on are kept larger than a batch holds, to be cropped anew."""
-    settings: dict[str, Any] = {
-        "dataset_name": data.dataset_name,
-        "dataset_config_name": data.dataset_config_name,
-        "train_data_dir": data.train_data_dir,
-        "split": split,
-        "image_column": data.image_column,
-        "label_column": data.label_column,
-        "resolution": data.resolution,
-        "center_crop": data.center_crop or not training,
-        "image_mode": data.image_mode,
-        "max_samples": max_samples,
-        "cache_dir": data.cache_dir,
-        "on_bad_image": data.on_bad_image,
-        "show_progress": accelerator.is_local_main_process,
-    }
-    if data.streaming and training:
-        return open_stream(**settings, buffer_size=data.shuffle_buffer_size)
-    return load_images(**settings, streaming=data.streaming)
-
-
-def check_fingerprint(data: DataArguments, images: ImageSet | ImageStream) -> None:
-    """Refuse other images than those that a training_config.yaml was written for."""
-    if data.data_fingerprint not in (None, images.fingerprint):
-        raise ValueError(
-            f"the configuration was written for images of the fingerprint {data.data_fingerprint} and {images.name} (split {images.split}) has "
-            f"{images.fingerprint}: they are not the same images. To train on these, take the line data_fingerprint out of the file"
-        )
-
-
-def check_validation(accelerator: Accelerator, images: ImageSet | ImageStream, validation: ImageSet | None) -> None:
-    """Refuse validation images that the network trained on `images` does not fit, and too few of them."""
-    if validation is None:
-        return
-    split = f"--validation_split {validation.split}"
-    ours, theirs = ((one.channels, *one.size) for one in (images, validation))
-    if ours != theirs or (validation.num_classes or 0) > (images.num_classes or 0):
-        raise ValueError(
-            f"{split} has images of {'x'.join(map(str, theirs))} and {validation.num_classes or 0} classes; allowed: "
-            f"those of the training images, {'x'.join(map(str, ours))} and {images.num_classes or 0}"
-        )
-    if images.class_names != validation.class_names:
-        differ = sorted(set(images.class_names or ()) ^ set(validation.class_names or ()))
-        what = f"differ in {', '.join(differ)}" if differ else "are the same in another order"
-        raise ValueError(f"{split} and the training images must have the same classes; they {what}")
-    if len(validation) < accelerator.num_processes:
-        raise ValueError(f"{split} has {len(validation)} images; allowed: at least one for each process")
-
-
-def share_of_batch(run: RunArguments, accelerator: Accelerator) -> int:
-    """Images of a step that are this process's."""
-    parts = accelerator.num_processes * run.gradient_accumulation_steps
+def check_batch_size(run: RunArguments, num_processes: int) -> None:
+    """Raise ValueError unless the batch splits evenly over processes and accumulation steps."""
+    parts = num_processes * run.gradient_accumulation_steps
     if run.train_batch_size % parts:
-        sys.exit(
-            f"train.py: error: --train_batch_size is {run.train_batch_size} on {accelerator.num_processes} process(es) with "
-            f"--gradient_accumulation_steps {run.gradient_accumulation_steps}; allowed: a multiple of {parts}"
+        raise ValueError(
+            f"--train_batch_size is {run.train_batch_size} on {num_processes} process(es) with "
+            f"--gradient_accumulation_steps {run.gradient_accumulation_steps}; it must be a multiple of {parts}"
         )
-    return run.train_batch_size // accelerator.num_processes
-
-
-def many(images: ImageSet | ImageStream) -> str:
-    """How many images, of how many files, as far as that is known."""
-    number = "a stream of images" if images.num_images is None else f"{images.num_images} images"
-    return number if images.num_files is None else f"{number} of {images.num_files} files"
-
-
-def say(accelerator: Accelerator, text: str) -> None:
-    if accelerator.is_main_process:
-        tqdm.write(text)
-
-
-def config_words() -> list[str]:
-    """The value of --config on the command line, if it is there."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", default=[])
-    return parser.parse_known_args()[0].config
-
-
-def summary(
-    data: DataArguments,
-    images: ImageSet | ImageStream,
-    validation: ImageSet | None,
-    run: RunArguments,
-    log: LossLog,
-    validation_log: StepLog,
-    guard: UpdateGuard,
-    steps: int,
-    rate: float,
-    seconds: float,
-    output_dir: Path,
-) -> str:
-    """Five lines: what was learned, where it is, how to load it, how to go on, how to train on other images."""
-    _, losses = log.history()
-    tail = [loss for loss in losses[-max(1, len(losses) // 20) :] if math.isfinite(loss)] or [math.nan]
-    weights = "averaged (EMA)" if run.use_ema else "raw"
-    skipped = f" ({images.skipped} left out)" if images.skipped else ""
-    left_out = f"updates left out, not finite: {guard.skipped}; " if guard.skipped else ""
-    measured, validated = "", "" if validation is None else ", validation.jsonl"
-    if validation is not None and validation_log.rows and validation_log.rows[-1]["bits_per_dim"] is not None:
-        row = validation_log.rows[-1]
-        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
-        measured = f"{row['bits_per_dim']:.3f}{error} bits/dim on {row['images']} images of {validation.split!r}; "
-    elif validation is None:
-        measured = "nothing was held out (--validation_share 0.04 measures bits/dim on images not trained on); "
-    folder, where = ("ANOTHER_FOLDER", "another") if data.train_data_dir else ("FOLDER_OF_IMAGES", "mine")
-    config = next((f" --config {shlex.quote(word)}" for word in config_words()), "")
-    return "\n".join(
-        [
-            f"Learned:   {steps} steps on {many(images)}{skipped}, {run.objective} loss {sum(tail) / len(tail):.4f} over the last "
-            f"{len(tail)} steps; {measured}{left_out}{rate:.0f} images/s, {seconds / 60:.1f} min.",
-            f"Where:     {output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, loss.jsonl{validated} and checkpoint-{steps}/.",
-            f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
-            f"P.from_pretrained({str(output_dir)!r})().images[0].save('one.png')\"",
-            f"Longer:    {resume_command('--max_train_steps')} --max_train_steps {2 * steps}",
-            f"Your own:  {launcher()} {shlex.quote(sys.argv[0])}{config} --train_data_dir {folder} --resolution 32 --output_dir outputs/{where}",
-        ]
-    )

@@ -1,16 +1,14 @@
-"""Stopping together: on a signal, as a spot machine, a Slurm time limit or ctrl-C sends it, or by a failure of one of several processes.
+"""Stopping together: on a signal (spot machine, Slurm, ctrl-C), or when one process fails.
 
-The handler only remembers the signal. Training looks at it once a step, together with all other processes, so that they all stop behind the
-same step, with one whole checkpoint, whichever of them was told. Before training starts there is nothing to save, and the signal ends the
-process where it is. A second signal, later than launchers repeat the first one, ends it at once.
+The handler only remembers the signal. Training asks for it once per step, together with all other
+processes, so that all of them stop after the same step, with one whole checkpoint. Before training
+starts there is nothing to save, and the signal ends the process at once. So does a second signal,
+unless it is one of the repetitions that launchers send.
 """
 
 import contextlib
 import os
-import re
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,16 +17,17 @@ import torch
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Launchers and Slurm each send a signal to the same processes, and the handler runs only when a long operation has returned: seconds apart.
+# A launcher and Slurm may both send the same signal, and a handler only runs once a long operation
+# has returned: repetitions arrive seconds apart.
 REPEATED = 5.0  # seconds
 
 
 class Stopped(BaseException):
-    """The run ends because of a signal. Not an `Exception`: nobody is to catch it on the way and go on.
+    """The run ends because of a signal. Not an `Exception`, so that nothing catches it on the way.
 
     Attributes:
-        status: exit status as shells know it, 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT.
-        together: whether all processes stop so, having agreed on it.
+        status: exit status, 128 + signal number as in shells: 143 for SIGTERM, 130 for SIGINT.
+        together: whether all processes agreed to stop here.
     """
 
     def __init__(self, number: int, where: str, together: bool = True) -> None:
@@ -37,27 +36,38 @@ class Stopped(BaseException):
 
 
 class Stops:
-    """SIGTERM and SIGINT of this process, and of the others that train with it. Made in the main thread."""
+    """Whether this process, or one that trains with it, has been told to stop.
+
+    It takes no signals before `install`, which a script calls. In a notebook, or under pytest, the
+    caller's own handlers stay in place, and ctrl-C raises KeyboardInterrupt as usual.
+
+    Attributes:
+        received: number of the first signal; 0: none.
+    """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the first signal
-        self.first = 0.0  # when it came
+        self.received = 0
+        self.first = 0.0  # when it came, by time.monotonic
+        # How to describe a stop that takes effect at once; None: it waits for `agreed`.
         self.where: str | None = "before training started; start it again by the same command"
         self.group: Any = None
+
+    def install(self) -> None:
+        """Handle SIGTERM and SIGINT from now on. Main thread only."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def hold(self, accelerator: Accelerator) -> None:
-        """From now on a signal waits for `agreed`. Called by every process, when there is something to save."""
+        """From now on a signal waits for `agreed`. Collective: every rank must call it."""
         self.where = None
         if accelerator.num_processes > 1:
-            # Of CPU tensors, beside the one for gradients: asking whether to stop waits for no accelerator.
+            # A second group, for CPU tensors: asking on the device would force a sync.
             self.group = torch.distributed.new_group(backend="gloo")
 
     def agreed(self) -> int:
-        """The number of a signal that any of the processes has received, the same on all of them; 0: none has.
+        """The signal that any rank has received, the same on all ranks; 0: none.
 
-        Called by every process as often. On one process it looks at a number; several exchange one through their CPUs.
+        Collective: every rank must call it.
         """
         if self.group is None:
             return self.received
@@ -66,8 +76,12 @@ class Stops:
         return int(number)
 
     def release(self, where: str) -> None:
-        """From now on a signal ends the process where it is again: there is nothing left to save. `where`, in words."""
-        self.where = where
+        """From now on a signal takes effect at once again: nothing is left to save.
+
+        Raises:
+            Stopped: a signal came before.
+        """
+        self.where, self.group = where, None
         if self.received:
             raise Stopped(self.received, where, together=False)
 
@@ -77,25 +91,29 @@ class Stops:
         now = time.monotonic()
         if not self.received:
             self.received, self.first = number, now
-            if os.environ.get("RANK", "0") == "0":  # not by print: the signal may have come in the midst of one
+            if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: stopping behind this step; a second one ends the run at once\n".encode())
+                # not print: the signal may have interrupted one
+                os.write(2, f"\n{name}: stopping after this step; a second one ends the run at once\n".encode())
         elif now - self.first > REPEATED:
             os._exit(128 + number)
 
 
 class FailedElsewhere(Exception):
-    """Another process failed, and says why."""
+    """Another process failed, and reports why."""
 
 
 @contextlib.contextmanager
 def failing_together(accelerator: Accelerator, what: str | None = None) -> Iterator[None]:
-    """A block that each process runs, with as many exchanges between them in it: if it fails in one, it fails in all.
+    """A block that fails on every rank if it fails on one: the others would wait for it otherwise.
 
-    Else the others would wait for that one. `what` goes before its message, and makes an OSError of it.
+    Collective: every rank must enter it, and reach the same collectives inside.
+
+    Args:
+        what: put before the message of the failure, which becomes an OSError.
 
     Raises:
-        FailedElsewhere: in the processes in which it did not fail.
+        FailedElsewhere: on the ranks that did not fail themselves.
     """
     fault: Exception | None = None
     try:
@@ -107,26 +125,3 @@ def failing_together(accelerator: Accelerator, what: str | None = None) -> Itera
         raise fault if what is None else OSError(f"{what}: {fault}") from fault
     if float(failures) > 0:
         raise FailedElsewhere
-
-
-def resume_command(*without: str) -> str:
-    """The command that goes on with this process's run from its newest whole checkpoint; `without` some flags that have one value."""
-    given = "\0".join(sys.argv[1:])
-    for name in ("--resume_from_checkpoint", *without):
-        given = re.sub(rf"(^|\0){name.replace('_', '[-_]')}[=\0][^\0]*", "", given)
-    script = shlex.join([sys.argv[0], *filter(None, given.split("\0"))])
-    return f"{launcher()} {script} --resume_from_checkpoint latest"
-
-
-def launcher() -> str:
-    """How this process was started, before the script's name: by `accelerate launch`, with its number of processes, or by `python`."""
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return "python"  # the launcher sets that for what it starts
-    launch = "accelerate launch"
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        launch += " OPTIONS_AS_BEFORE"  # of each machine: its rank, the first one's address
-    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        launch += f" --multi_gpu --num_processes {os.environ['WORLD_SIZE']}"
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "--multi_gpu" in launch:
-        launch = f"ACCELERATE_USE_CPU=true {launch}"
-    return launch

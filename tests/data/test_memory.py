@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.making import random_pixels, table_of, write_parquet
-from tests.support.launching import TINY, TRAIN, Trainer
+from tests.support.launching import TINY, TRAIN
 
 FEW, MANY = 2_000, 50_000
 SIDE, A_FILE = 32, 1_000
@@ -31,13 +31,6 @@ finally:
     ended.set()
     print(f"RssAnon: {max(found)} kB at most of {len(found)} times")
 """
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 def write_shards(folder: Path, count: int) -> Path:

@@ -17,7 +17,7 @@ from ddpm_notes_pipeline.data import ImageStream, StreamedBatches, decoding, loa
 from ddpm_notes_pipeline.data.streaming import StreamReader
 from tests.data.making import encoded, random_pixels, table_of, write_images, write_parquet
 from tests.support.comparing import assert_same, weights
-from tests.support.launching import TINY, Trainer, error_lines, launch
+from tests.support.launching import TINY, error_lines, launch
 
 COUNT = 24  # images of 4x4; the value of every pixel of image n is n
 
@@ -280,13 +280,6 @@ def test_what_cannot_be_streamed_is_refused_by_name(stream, shards, tmp_path):
         next(iter(loader))
 
 
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
-
-
 STREAMED = "--streaming --label_column animal --resolution 8 --shuffle_buffer_size 4 --checkpointing_steps 6".split()
 
 
@@ -350,4 +343,4 @@ def test_bad_settings_of_a_stream_are_one_line(train, tmp_path, flags, named):
 def test_a_stream_wants_a_number_of_steps(train, tmp_path):
     flags = ["--dataset_name", "some/set", "--streaming", "--output_dir", tmp_path / "run"]
     line, *_ = error_lines(train(*flags, expect=2))
-    assert "--streaming wants --max_train_steps" in line
+    assert "--streaming needs --max_train_steps" in line

@@ -12,8 +12,8 @@ from transformers import ViTConfig, ViTModel
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.training.arguments import parse_evaluation_arguments
 from ddpm_notes_pipeline.training.evaluate import main
+from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
 from tests.support.launching import ROOT, describe, launch, once
 
 EVALUATE = ROOT / "training" / "evaluate.py"
@@ -272,7 +272,7 @@ def test_max_images_takes_the_images_that_its_help_says(capsys):
     with pytest.raises(SystemExit):
         parse_evaluation_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Measure on so many images, evenly spaced over the split (--streaming: the first)." in text
+    assert "Measure on this many images, evenly spaced over the split (--streaming: the first)." in text
     images, few = (load_images("digits", split="test", max_samples=n, show_progress=False) for n in (None, 3))
     assert torch.equal(few.take(range(3)), images.take([i * len(images) // 3 for i in range(3)]))
 

@@ -12,20 +12,13 @@ from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
 from ddpm_notes_pipeline.evaluation.samples import figures_of, mean_of
 from tests.evaluation.test_evaluate import save_network
-from tests.support.launching import TINY, Trainer, error_lines, once
+from tests.support.launching import TINY, error_lines, once
 
 N = 12
 VALIDATED = "--validation_split test --validation_steps 12 --max_validation_images 10".split()
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:frechet_distance of")  # few images are enough here
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 def flags_of(folder: Path) -> list:

@@ -1,8 +1,9 @@
-"""Runs of training/train.py as users start them, and cheap ones.
+"""Runs of training/train.py, as users start them and cheap ones.
 
-`launch` is a real `accelerate launch`, in one or several processes: 10 to 20 s each, nearly all of it imports.
-`Trainer` pays for the imports once: a server process that forks one process a run, each with its own exit status,
-output and accelerate state. `once` keeps what an expensive run left for every test and every pytest-xdist worker.
+`launch` is a real `accelerate launch`, in one or several processes: 10 to 20 s each, nearly all of
+it imports. `Trainer` imports once, in a server process that forks a process per run, with its own
+exit status, output and accelerate state. `once` shares the result of an expensive run between tests
+and pytest-xdist workers.
 """
 
 import contextlib
@@ -34,8 +35,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "training" / "train.py"
 
-# A run of a second or two: flags given after these win. Some weights have no gradient but rounding (biases that a norm
-# or a softmax takes out again); Adam would walk them at full speed if its epsilon were not above that.
+# A run of a second or two; flags given after these win. The gradient of some weights is rounding
+# alone (biases before a norm or a softmax): Adam would move them at full speed without a larger
+# epsilon.
 TINY = (
     "--dataset_name digits --block_out_channels 32 32 --layers_per_block 1 --max_train_steps 12 --train_batch_size 8 "
     "--lr_warmup_steps 4 --adam_epsilon 1e-5 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2 "
@@ -43,7 +45,7 @@ TINY = (
 ).split()
 
 
-# ------------------------------------------------------------------------------------------------ accelerate launch
+# -------------------------------------------------------------------- accelerate launch
 
 
 def launch(
@@ -56,12 +58,16 @@ def launch(
     expect: int | None = 0,
     timeout: float = 150,
 ) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch training/train.py *flags` on CPUs; what the first launcher returned and wrote.
+    """`accelerate launch training/train.py *flags` on CPUs.
 
     Args:
-        processes: of all machines together. `--cpu --num_processes 2` would start ONE: the flags here start them all.
-        machines: so many launchers on this machine, joined as several nodes would be.
-        expect: the exit status asserted of every launcher; None: any.
+        processes: over all machines. (`--cpu --num_processes 2` would start ONE; the flags here
+            start them all.)
+        machines: launchers on this machine, joined like several nodes.
+        expect: exit status that is asserted of every launcher; None: any.
+
+    Returns:
+        Exit status and output of the first launcher.
     """
     one = processes == 1
     options = f"--num_processes {processes} --num_machines {machines} --mixed_precision no --dynamo_backend no".split()
@@ -89,7 +95,8 @@ def launch(
             stack.callback(kill_tree, process)
             started.append((process, out, err))
             if machines > 1 and rank == 0:
-                wait_for_listener(process, port)  # the second launcher would take the port, and the first one mind
+                # Otherwise the second launcher may take the port.
+                wait_for_listener(process, port)
         finished = []
         end = time.monotonic() + timeout
         for process, out, err in started:
@@ -102,11 +109,11 @@ def launch(
 
 
 def environment_of_runs(**more: str) -> dict[str, str]:
-    """One thread, this checkout's code wherever the installed package points, and nothing of a launcher around pytest."""
+    """One thread, the code of this checkout, and nothing of a launcher around pytest."""
     names = r"ACCELERATE_.*|WORLD_SIZE|LOCAL_.*|RANK|GROUP_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
-    own = {name: value for name, value in os.environ.items() if not re.fullmatch(names, name)}
+    inherited = {name: value for name, value in os.environ.items() if not re.fullmatch(names, name)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return own | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path} | more
+    return inherited | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
 def free_port() -> int:
@@ -116,7 +123,7 @@ def free_port() -> int:
 
 
 def wait_for_listener(process: subprocess.Popen, port: int, timeout: float = 60) -> None:
-    """Until a process listens on a port, has ended, or takes too long."""
+    """Wait until a process listens on a port, has ended, or takes too long."""
     end = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < end:
         if any(
@@ -127,7 +134,7 @@ def wait_for_listener(process: subprocess.Popen, port: int, timeout: float = 60)
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """End a process and all that it started: a launcher that is stopped alone leaves its children running."""
+    """End a process and its descendants, which a launcher leaves running."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)
         for member in [psutil.Process(process.pid), *family]:
@@ -150,14 +157,15 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ one process a run
+# -------------------------------------------------------------------- one process a run
 
 
 class Trainer:
-    """`python training/train.py *flags` without `accelerate launch`, and without paying for imports each time."""
+    """`python training/train.py *flags`, without paying for imports each time."""
 
     def __init__(self) -> None:
-        # The server's own output goes to this process's stderr; its stdin and stdout carry the requests and answers.
+        # The server's own output goes to this process's stderr; its stdin and stdout carry the
+        # requests and answers.
         self.server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -180,11 +188,16 @@ class Trainer:
         expect: int | None = 0,
         timeout: int = 100,
     ) -> subprocess.CompletedProcess[str]:
-        """Args: `stop_at`: when the process asks for the batch of this step, or calls ("module:function", n) for the n-th time,
-        it sends itself the signal `by`: the default is death on the spot. `kill_after`: another process kills it so many seconds after a file of
-        that pattern is there. `file_size`: no file may grow beyond so many bytes,
-        that of stderr neither.
-        `script`: a file, or "-c" to run the code in the first flag. `expect`: as in `launch`."""
+        """Run the script to its end.
+
+        Args:
+            script: a file, or "-c" to run the code in the first flag.
+            stop_at: the process sends itself the signal `by` when it asks for the batch of this
+                step, or calls ("module:function", n) for the n-th time.
+            kill_after: (seconds, pattern): kill it that long after a matching file appears.
+            file_size: limit in bytes on every file that it writes, its stderr too.
+            expect: exit status that is asserted; None: any.
+        """
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             argv = [str(script), *map(str, flags)]
@@ -207,8 +220,9 @@ class Trainer:
 
 
 def serve() -> None:
-    """Answer each request, a line on stdin, by the exit status of a forked process that ran it."""
+    """Answer each request, a line on stdin, with the exit status of a fork that ran it."""
     for name in (
+        "ddpm_notes_pipeline.training.parser",
         "ddpm_notes_pipeline.training.run",
         "datasets",
         "sklearn.datasets",
@@ -216,11 +230,11 @@ def serve() -> None:
         "torch.distributed",
     ):
         __import__(name)
-    gc.freeze()  # nor is it gone through while a child runs
+    gc.freeze()  # so that the children's collector does not copy it all
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            # Not by the interpreter's own end: it goes through, and so copies, all that was imported, which takes 3 s.
+            # The interpreter's own exit would touch, and so copy, all that was imported: 3 s.
             os._exit(run_request(json.loads(line)))
         print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
 
@@ -231,7 +245,7 @@ def run_request(request: dict[str, Any]) -> int:
         opened = os.open(name, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, descriptor)
         os.close(opened)
-    signal.alarm(request["timeout"])  # nobody handles it: it ends the process
+    signal.alarm(request["timeout"])  # unhandled: it ends the process
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     if request["stop_at"] is not None:
@@ -262,7 +276,7 @@ def run_request(request: dict[str, Any]) -> int:
 
 
 def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None:
-    """Make the process send itself a signal: see `Trainer.__call__`. By SIGKILL there is no chance to tidy up."""
+    """Make this process send itself a signal: `stop_at` as in `Trainer.__call__`."""
     where, count = (
         ("ddpm_notes_pipeline.data.batches:StepBatches.__getitem__", None) if isinstance(stop_at, int) else stop_at
     )
@@ -280,34 +294,35 @@ def signal_at(stop_at: int | list | tuple, number: int = signal.SIGKILL) -> None
 
 
 def start_killer(seconds: float, pattern: str) -> None:
-    """Have this process killed from outside, so many seconds after a file of the pattern is there."""
+    """Have this process killed that many seconds after a file that matches appears."""
     victim = os.getpid()
     if os.fork():
         return
     while not glob.glob(pattern) and os.getppid() == victim:
         time.sleep(0.0005)
     time.sleep(seconds)
-    if os.getppid() == victim:  # not ended by itself
+    if os.getppid() == victim:  # still running
         os.kill(victim, signal.SIGKILL)
     os._exit(0)
 
 
-# ------------------------------------------------------------------------------------------------ shared by workers
+# -------------------------------------------------------------------- shared by workers
 
 
 def once(
     name: str, make: Callable[[Path], subprocess.CompletedProcess[str]]
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder that `make(folder)` filled and what it returned: made by the first to ask in this test session.
+    """The folder that `make(folder)` filled and what it returned; made once per test session.
 
-    pytest-xdist gives each worker module-scoped fixtures of its own; this makes a launch cost its time once.
+    Fixtures of pytest-xdist are made once per worker.
     """
     home = Path(os.environ["DDPM_NOTES_TESTS_HOME"], "once")
     home.mkdir(exist_ok=True)
     folder, record = home / name, home / f"{name}.json"
     with locked(home / f"{name}.lock"):
         if not record.exists():
-            folder = home / f"{name}-{uuid.uuid4().hex[:6]}" if folder.exists() else folder  # an earlier try failed
+            if folder.exists():  # an earlier try failed
+                folder = home / f"{name}-{uuid.uuid4().hex[:6]}"
             result = make(folder)
             record.write_text(json.dumps([str(folder), result.args, result.returncode, result.stdout, result.stderr]))
     path, *parts = json.loads(record.read_text())

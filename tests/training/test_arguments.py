@@ -1,4 +1,4 @@
-"""Flags and YAML files: one set of checks, whichever a value comes from."""
+"""Flags and YAML files: the same checks, wherever a value comes from."""
 
 import dataclasses
 import re
@@ -9,14 +9,13 @@ import pytest
 import yaml
 
 from ddpm_notes_pipeline.training.arguments import (
-    OF_TRAIN_UNCONDITIONAL,
     DataArguments,
     ModelArguments,
     RunArguments,
     as_config,
-    parse_arguments,
     warmup_steps,
 )
+from ddpm_notes_pipeline.training.parser import OF_TRAIN_UNCONDITIONAL, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = (DataArguments, ModelArguments, RunArguments)
@@ -27,7 +26,7 @@ TYPES = {field.name: TYPES[field.name] for field in FIELDS}
 
 @pytest.fixture
 def parse(tmp_path):
-    """Parse flags, under a file of `config` if given; all settings in one namespace."""
+    """Parse flags, over a file of `config` if given; all settings in one dict."""
 
     def parse(*flags: object, config: object = None) -> dict:
         line = [str(flag) for flag in flags]
@@ -45,7 +44,7 @@ def parse(tmp_path):
 
 @pytest.fixture
 def refused(parse, capsys):
-    """The one line that a refused set of flags gets."""
+    """The one line that refuses a set of flags."""
 
     def refused(*flags: object, config: object = None) -> str:
         with pytest.raises(SystemExit) as exit:
@@ -65,7 +64,7 @@ DIGITS = {"dataset_name": "digits"}
 
 
 def another(name: str, kind: object) -> object:
-    """A value that is allowed and not the default, of each type in use."""
+    """A valid value that is not the default."""
     default = next(field.default for field in FIELDS if field.name == name)
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     kind = parts[0] if type(None) in typing.get_args(kind) else kind
@@ -92,11 +91,11 @@ EVERYTHING = {
 } | {"lr_warmup_steps": 3, "train_batch_size": 24, "gradient_accumulation_steps": 3, "dataloader_num_workers": 1}
 
 
-NOT_STREAMED = {"metric_interval": 7, "validation_share": 0.04}  # these contradict others of them
+NOT_STREAMED = {"metric_interval": 7, "validation_share": 0.04}  # not together with --streaming
 
 OF_ONE_LAUNCH = ("overwrite_output_dir", "resume_from_checkpoint")
 
-# ------------------------------------------------------------------------------------------------ where a value is from
+# --------------------------------------------------------------------- where a value is from
 
 
 def test_a_value_means_the_same_on_the_line_and_in_a_file(parse):
@@ -120,8 +119,8 @@ def test_settings_written_as_yaml_are_read_back_unchanged(parse, tmp_path):
 
 
 @pytest.mark.parametrize("name", OF_ONE_LAUNCH)
-def test_what_was_asked_of_one_launch_is_not_written_as_a_setting_of_the_run(name):
-    """Who trains again by the file that is published with a model would write over, or resume in, a folder of theirs."""
+def test_settings_of_one_launch_are_not_written_as_settings_of_the_run(name):
+    """Whoever trains by a published file would otherwise overwrite a folder of theirs."""
     parts = parse_arguments(
         ["--dataset_name", "digits", "--overwrite_output_dir", "--resume_from_checkpoint", "latest"]
     )
@@ -156,8 +155,8 @@ def test_the_line_wins_wherever_config_stands(tmp_path, place):
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--train-data-dir"])
 @pytest.mark.parametrize("key", ["dataset_name", "dataset-name"])
-def test_a_folder_on_the_line_takes_the_place_of_the_data_set_of_the_file(parse, flag, key):
-    """With all that belongs to it; what is done to images stays."""
+def test_a_folder_on_the_line_replaces_the_data_set_of_the_file(parse, flag, key):
+    """With all that belongs to it; what is done to the images stays."""
     of_set = {
         key: "me/set",
         "dataset_config_name": "big",
@@ -171,7 +170,7 @@ def test_a_folder_on_the_line_takes_the_place_of_the_data_set_of_the_file(parse,
     assert (found["resolution"], found["random_flip"], found["seed"]) == ([32], True, 3)
 
 
-def test_a_data_set_on_the_line_takes_the_place_of_the_folder_of_the_file(parse):
+def test_a_data_set_on_the_line_replaces_the_folder_of_the_file(parse):
     found = parse("--dataset_name=mnist", "--label_column", "label", config={"train_data_dir": "pngs"})
     assert (found["dataset_name"], found["train_data_dir"], found["label_column"]) == ("mnist", None, "label")
 
@@ -181,12 +180,12 @@ def test_another_column_of_the_same_data_set_may_be_named_on_the_line(parse):
     assert (found["dataset_name"], found["train_split"], found["label_column"]) == ("digits", "test", "label")
 
 
-# ------------------------------------------------------------------------------------------------ how values are written
+# -------------------------------------------------------------------- how values are written
 
 
 @pytest.mark.parametrize("text", ["1e-3", "0.001", ".001", "1.0e-3", "'1e-3'"])
-def test_floats_as_people_write_them_in_yaml(parse, text):
-    """YAML 1.1 takes 1e-3 for a string."""
+def test_every_spelling_of_a_float_in_yaml_is_read(parse, text):
+    """YAML 1.1 reads 1e-3 as a string."""
     assert parse(config=f"dataset_name: digits\nlearning_rate: {text}\n")["learning_rate"] == 1e-3
 
 
@@ -242,12 +241,12 @@ def test_null_is_the_default(parse, text):
     assert found["max_train_steps"] is None and found["learning_rate"] == 1e-4
 
 
-def test_a_mixed_precision_of_no_is_no_switch(parse):
-    """YAML 1.1 takes a bare `no` for false; it is how accelerate's own files and flags say it."""
+def test_a_mixed_precision_of_no_stays_a_string(parse):
+    """YAML 1.1 reads a bare `no` as false; accelerate's files and flags use it as a string."""
     assert parse(config="dataset_name: digits\nmixed_precision: no\n")["mixed_precision"] == "no"
 
 
-def test_dashes_serve_for_underscores(parse):
+def test_dashes_work_like_underscores(parse):
     assert parse("--dataset-name", "digits", config={"learning-rate": 1e-3})["learning_rate"] == 1e-3
 
 
@@ -257,7 +256,7 @@ def test_shipped_files_are_read(path):
     assert (data.dataset_name or data.train_data_dir) and run.output_dir != RunArguments.output_dir
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
@@ -277,15 +276,15 @@ def test_a_typo_is_refused_with_the_nearest_name(refused, typo, meant):
     assert re.search(rf"'{typo}'.*did you mean '{meant}'\?", refused(config=DIGITS | {typo: 1}))
 
 
-def test_a_name_like_no_other_is_refused_without_a_guess(refused):
+def test_a_name_that_resembles_none_is_refused_without_a_guess(refused):
     assert "did you mean" not in refused("--dataset_name", "digits", "--xyzzy", 1)
     assert "'xyzzy'" in refused(config=DIGITS | {"xyzzy": 1})
 
 
 @pytest.mark.parametrize("flag", OF_TRAIN_UNCONDITIONAL)
-def test_a_flag_of_diffusers_script_alone_is_refused_with_what_takes_its_place(refused, parse, flag):
+def test_a_flag_of_diffusers_script_alone_is_refused_with_its_replacement(refused, parse, flag):
     instead = OF_TRAIN_UNCONDITIONAL[flag]
-    assert f"(in the place of {flag}: {instead})" in refused("--dataset_name", "digits", flag)
+    assert f"(instead of {flag}: {instead})" in refused("--dataset_name", "digits", flag)
     for name in re.findall(r"--(\w+)", instead):
         assert name in parse("--dataset_name", "digits")
 
@@ -324,7 +323,7 @@ def test_choices_are_listed(refused):
 
 
 @pytest.mark.parametrize("text", ["", "digits", "- dataset_name", "1"])
-def test_a_file_that_is_no_list_of_settings_is_refused(refused, text):
+def test_a_file_without_settings_is_refused(refused, text):
     assert "config.yaml" in refused(config=text)
 
 
@@ -376,7 +375,7 @@ def test_a_number_out_of_range_is_refused_alike(refused, name, value):
     rest = [f"--{key}={given}" for key, given in config.items() if key != name]
     messages = refused(*rest, *words), refused(config=config)
     assert messages[0] == messages[1]
-    assert f"--{name} is" in messages[0] and "allowed" in messages[0] and str(value) in messages[0]
+    assert f"--{name} is" in messages[0] and "must be" in messages[0] and str(value) in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +384,7 @@ def test_a_number_out_of_range_is_refused_alike(refused, name, value):
         ({"train_batch_size": 10, "gradient_accumulation_steps": 4}, "--train_batch_size is 10.*steps 4"),
         ({"ddpm_num_steps": 100, "ddpm_num_inference_steps": 101}, "--ddpm_num_inference_steps is 101.*100"),
         ({"validation_split": "test", "validation_share": 0.1}, "--validation_share and --validation_split are both"),
-        ({"streaming": True, "max_train_steps": 9, "validation_share": 0.1}, "--validation_share needs images"),
+        ({"streaming": True, "max_train_steps": 9, "validation_share": 0.1}, "--validation_share needs stored images"),
         ({"validation_share": 1.0}, "--validation_share is 1.0; it must be above 0 and below 1"),
     ],
 )
@@ -393,13 +392,13 @@ def test_settings_that_contradict_each_other_are_refused(refused, settings, name
     assert re.search(named, refused(config=DIGITS | settings))
 
 
-def test_a_warm_up_longer_than_the_run_is_refused_where_it_was_typed(refused):
+def test_a_typed_warm_up_longer_than_the_run_is_refused(refused):
     line = ("--max_train_steps", 100, "--lr_warmup_steps", 101)
     assert re.search("--lr_warmup_steps is 101.*100", refused(*line, config=DIGITS))
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(12, 1), (99, 9), (100, 100), (20_000, 100)])
-def test_a_recipe_that_is_cut_short_has_its_warm_up_cut(steps, warmup, tmp_path):
+def test_a_shortened_recipe_has_its_warm_up_shortened(steps, warmup, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(DIGITS | {"max_train_steps": 5000, "lr_warmup_steps": 100}))
     *_, run = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--max_train_steps", str(steps)])
     assert warmup_steps(run, steps) == warmup
@@ -412,17 +411,17 @@ IMAGES_OF_THE_FILE = {"dataset_name": "./mine", "data_fingerprint": "abc", "vali
     "flags",
     [("--train_data_dir", "pngs"), ("--dataset_name=digits",), ("--resolution", 8), ("--max-train-samples", 5)],
 )
-def test_a_fingerprint_is_not_of_images_that_the_line_chooses(parse, flags):
+def test_flags_that_choose_other_images_drop_the_fingerprint(parse, flags):
     assert parse(*flags, config=IMAGES_OF_THE_FILE)["data_fingerprint"] is None
     assert parse("--learning_rate", 1, config=IMAGES_OF_THE_FILE)["data_fingerprint"] == "abc"
 
 
-def test_a_split_on_the_line_takes_the_place_of_the_share_of_the_file(parse):
+def test_a_split_on_the_line_replaces_the_share_of_the_file(parse):
     found = parse("--validation_split", "test", config=IMAGES_OF_THE_FILE)
     assert (found["validation_split"], found["validation_share"]) == ("test", None)
 
 
-# ------------------------------------------------------------------------------------------------ help
+# -------------------------------------------------------------------- help
 
 
 def test_help_explains_every_flag(capsys):

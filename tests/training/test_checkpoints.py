@@ -9,35 +9,34 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 
 import ddpm_notes_pipeline.training.checkpoints as checkpoints
 from ddpm_notes_pipeline.objectives import TimestepSampler
 from ddpm_notes_pipeline.training.checkpoints import (
+    CheckpointState,
     damage,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
+from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import UpdateGuard
 
 IDENTITY = {"seed": 3, "train_batch_size": 8, "images": "abc"}
 
 
 @pytest.fixture(autouse=True)
-def own_state():
-    """Accelerate's state is the process's: leave none behind, and take over none."""
-    for state in (AcceleratorState, GradientState):
-        state._reset_state(True) if state is AcceleratorState else state._reset_state()
+def own_accelerate():
+    """Accelerate's state is the process's: take over none, and leave none behind."""
+    reset_accelerate()
     yield
-    for state in (AcceleratorState, GradientState):
-        state._reset_state(True) if state is AcceleratorState else state._reset_state()
+    reset_accelerate()
 
 
 class Run:
-    """A network of 12 numbers with all that a run saves."""
+    """A network of 12 weights with all that a checkpoint holds."""
 
     def __init__(self, folder, seed=0, use_ema=True):
         torch.manual_seed(seed)
@@ -66,12 +65,14 @@ class Run:
         return self
 
     def save(self, total_limit=None, identity=IDENTITY):
-        args = self.accelerator, self.folder, self.steps, self.ema, self.sampler, self.guard, identity, total_limit
-        return save_checkpoint(*args)
+        return save_checkpoint(self.accelerator, self.folder, self.steps, self.held(identity), total_limit)
 
     def load(self, checkpoint, identity=IDENTITY):
-        self.steps = load_checkpoint(self.accelerator, checkpoint, self.ema, self.sampler, self.guard, identity)
+        self.steps = load_checkpoint(self.accelerator, checkpoint, self.held(identity))
         return self
+
+    def held(self, identity):
+        return CheckpointState(self.ema, self.sampler, self.guard, identity)
 
     def state(self):
         """Everything, as flat copies."""
@@ -105,11 +106,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ there and back
+# -------------------------------------------------------------------- there and back
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_all_that_was_saved_comes_back_and_goes_on_alike(tmp_path, use_ema):
+def test_a_restored_run_continues_as_the_saved_one(tmp_path, use_ema):
     first = Run(tmp_path, use_ema=use_ema).step(5)
     checkpoint = first.save()
     saved = first.state()
@@ -118,6 +119,17 @@ def test_all_that_was_saved_comes_back_and_goes_on_alike(tmp_path, use_ema):
     second.load(checkpoint)
     assert_same(second.state(), saved)
     assert_same(second.step(3).state(), first.step(3).state())
+
+
+def test_windows_syncs_no_folders_and_files_only_when_open_for_writing(tmp_path, monkeypatch):
+    """os.open refuses folders there, and os.fsync what is open to read."""
+    opened, original = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, flags: (opened.append((path, flags)), original(path, flags))[1])
+    (tmp_path / "file").write_text("x")
+    checkpoints.flush(tmp_path), checkpoints.flush(tmp_path / "file")
+    monkeypatch.setattr(checkpoints, "WINDOWS", True)
+    checkpoints.flush(tmp_path), checkpoints.flush(tmp_path / "file")
+    assert opened == [(tmp_path, os.O_RDONLY), (tmp_path / "file", os.O_RDONLY), (tmp_path / "file", os.O_RDWR)]
 
 
 def test_a_checkpoint_says_what_it_holds(run):
@@ -129,14 +141,14 @@ def test_a_checkpoint_says_what_it_holds(run):
     assert damage(checkpoint) is None
 
 
-def test_saving_changes_nothing_of_the_run(run, tmp_path):
+def test_saving_does_not_change_the_run(run, tmp_path):
     before = run.step(5).state()
     run.save()
     assert_same(run.state(), before)
 
 
 @pytest.mark.parametrize("name", IDENTITY)
-def test_another_run_s_checkpoint_is_refused_with_both_values_before_anything_is_loaded(run, name):
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(run, name):
     checkpoint = run.step(5).save()
     run.step()
     before = run.state()
@@ -145,7 +157,7 @@ def test_another_run_s_checkpoint_is_refused_with_both_values_before_anything_is
     assert_same(run.state(), before)
 
 
-# ------------------------------------------------------------------------------------------------ which one
+# -------------------------------------------------------------------- which one
 
 
 @pytest.fixture
@@ -169,14 +181,14 @@ def test_a_checkpoint_may_be_named_by_path_or_by_name(three, tmp_path, monkeypat
     assert find_checkpoint(tmp_path / "elsewhere", "checkpoint-5").resolve() == three.folder / "checkpoint-5"
 
 
-def test_what_only_looks_like_a_checkpoint_is_none(three):
+def test_other_folders_with_similar_names_are_no_checkpoints(three):
     for name in ("checkpoint-best", "checkpoint-20.old", "checkpoint-", ".checkpoint-25.partial", "my-checkpoint-30"):
         shutil.copytree(three.folder / "checkpoint-15", three.folder / name)
     assert find_checkpoint(three.folder, "latest") == three.folder / "checkpoint-15"
     assert len(list_checkpoints(three.folder)) == 3
 
 
-def test_no_checkpoint_at_all_is_said_where_one_was_named(tmp_path):
+def test_a_named_checkpoint_that_does_not_exist_is_refused(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
     with pytest.raises(ValueError, match=r"--resume_from_checkpoint is checkpoint-5.*manifest\.json"):
         find_checkpoint(tmp_path, "checkpoint-5")
@@ -190,14 +202,14 @@ def test_a_limit_keeps_the_newest(run, limit):
     assert [path.name for path in list_checkpoints(run.folder)] == kept and len(names(run.folder)) == len(kept)
 
 
-def test_a_limit_never_takes_the_one_just_written(three):
-    """Checkpoints with higher numbers may lie there: of a run that was gone back on, or written over."""
+def test_a_limit_never_removes_the_checkpoint_just_written(three):
+    """Older runs may have left checkpoints with higher numbers."""
     three.steps = 6
     assert three.save(total_limit=1).is_dir()
     assert damage(three.folder / "checkpoint-6") is None
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# -------------------------------------------------------------------- damage
 
 
 def truncate(path):
@@ -249,35 +261,35 @@ def forget_files(path):
 
 
 @pytest.mark.parametrize("harm", [truncate, empty, flip_last, remove, garble, forget_files])
-def test_a_damaged_list_of_files_is_damage(three, harm):
+def test_a_damaged_manifest_is_damage(three, harm):
     harm(three.folder / "checkpoint-15" / "manifest.json")
     assert "manifest.json" in damage(three.folder / "checkpoint-15")
 
 
-def test_a_list_of_files_whose_step_is_not_the_folder_s_is_damage(three):
+def test_a_manifest_of_another_step_is_damage(three):
     path = three.folder / "checkpoint-15" / "manifest.json"
     path.write_text(path.read_text().replace('"step": 15', '"step": 17'))
     assert "manifest.json" in damage(three.folder / "checkpoint-15")
 
 
-def test_latest_passes_over_damaged_ones_and_says_so(three, caplog):
+def test_latest_skips_damaged_checkpoints_and_reports_them(three, caplog):
     truncate(three.folder / "checkpoint-15" / "optimizer.bin")
     remove(three.folder / "checkpoint-10" / "manifest.json")
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(three.folder, "latest") == three.folder / "checkpoint-5"
     first, second = (record.getMessage() for record in caplog.records)
-    assert "passing over" in first and "checkpoint-15" in first and "optimizer.bin" in first
-    assert "passing over" in second and "checkpoint-10" in second and "manifest.json" in second
+    assert "skipping" in first and "checkpoint-15" in first and "optimizer.bin" in first
+    assert "skipping" in second and "checkpoint-10" in second and "manifest.json" in second
 
 
-def test_no_whole_one_left_is_an_error(three):
+def test_latest_without_a_whole_checkpoint_is_an_error(three):
     for step in (5, 10, 15):
         flip(three.folder / f"checkpoint-{step}" / "model.safetensors")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         find_checkpoint(three.folder, "latest")
 
 
-# ------------------------------------------------------------------------------------------------ interruptions
+# -------------------------------------------------------------------- interruptions
 
 
 class Interruption(BaseException):
@@ -287,14 +299,14 @@ class Interruption(BaseException):
 STAGES = {
     "the weights": (Accelerator, "save_state"),
     "the average": (checkpoints, "save_file"),
-    "the digests": (checkpoints, "_digest"),
-    "flushing": (checkpoints, "_flush"),
+    "the digests": (checkpoints, "digest"),
+    "flushing": (checkpoints, "flush"),
     "the name": (os, "replace"),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_write_that_was_interrupted_is_ignored_and_written_over(three, monkeypatch, stage):
+def test_an_interrupted_write_is_ignored_and_overwritten(three, monkeypatch, stage):
     before = contents(three.folder)
     three.step(5)
 
@@ -322,7 +334,7 @@ def fails(*args, **kwargs):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_write_that_fails_leaves_older_ones_alone_and_says_so(three, monkeypatch, stage):
+def test_a_failed_write_is_reported_and_leaves_older_checkpoints_alone(three, monkeypatch, stage):
     before = contents(three.folder)
     three.step(5)
     with monkeypatch.context() as patch:
@@ -335,9 +347,12 @@ def test_a_write_that_fails_leaves_older_ones_alone_and_says_so(three, monkeypat
 
 
 @pytest.mark.parametrize("size", [0, 300, 1500])
-def test_a_real_failure_to_write_is_told_the_same_way(three, size):
-    """safetensors and torch.save report a full disk by exceptions of their own. Here the kernel refuses to write more
-    than `size` bytes to a file, so that one or the other fails first."""
+def test_a_real_failure_to_write_is_reported_alike(three, size):
+    """safetensors and torch.save raise their own exceptions for a full disk.
+
+    Here the kernel refuses files of more than `size` bytes, so that one or the other fails
+    first.
+    """
     before = contents(three.folder)
     three.step(5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -350,7 +365,7 @@ def test_a_real_failure_to_write_is_told_the_same_way(three, size):
     assert contents(three.folder) == before
 
 
-def test_a_failure_to_write_the_same_step_again_leaves_the_first_one(three, monkeypatch):
+def test_a_failure_to_rewrite_a_step_keeps_its_first_checkpoint(three, monkeypatch):
     before = contents(three.folder)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fails)
@@ -359,7 +374,7 @@ def test_a_failure_to_write_the_same_step_again_leaves_the_first_one(three, monk
     assert contents(three.folder) == before
 
 
-def test_the_same_step_written_again_takes_the_place_of_the_first(three):
+def test_rewriting_a_step_replaces_its_first_checkpoint(three):
     (three.folder / "checkpoint-15" / "leftover").write_text("of the first try")
     checkpoint = three.save()
     assert damage(checkpoint) is None and "leftover" not in names(checkpoint)

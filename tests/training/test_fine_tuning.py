@@ -1,4 +1,4 @@
-"""Training that goes on from somebody's DDPM: it starts at what that model is worth, and makes it worth more."""
+"""Fine-tuning a given DDPM starts at that model's bits/dim and improves them."""
 
 import json
 from pathlib import Path
@@ -10,18 +10,11 @@ from huggingface_hub import HfApi
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.data import load_images
-from tests.support.launching import TINY, Trainer, launch
+from tests.support.launching import TINY
 
 IMAGES = 48
 FLAGS = [*TINY, "--train_batch_size", 32, "--learning_rate", 2e-3, "--ddpm_num_steps", 1000]
 VALIDATED = ["--validation_split", "test", "--max_validation_images", IMAGES]
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 def measured(folder: Path) -> list[dict]:
@@ -66,7 +59,7 @@ def test_fine_tuning_starts_at_the_bits_per_dim_of_the_given_model_and_improves_
 
 
 @pytest.mark.slow
-def test_a_repository_on_a_hub_serves_as_the_folder_does(hub, stock, own, tmp_path, monkeypatch):
+def test_a_repository_on_a_hub_serves_as_the_folder_does(launch, hub, stock, own, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     api = HfApi(endpoint=hub.endpoint, token="hf_user")
     api.create_repo("user/stock")

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: bits/dim of held-out images, and a tracker that can neither stop nor slow it."""
+"""What a run shows while it trains: bits/dim, and a tracker that cannot stop or slow it."""
 
 import importlib.util
 import json
@@ -10,20 +10,13 @@ import pytest
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.data import load_images
-from tests.support.launching import TINY, Trainer, error_lines, launch, once
+from tests.support.launching import TINY, error_lines, once
 
 VALIDATED = "--validation_split test --validation_steps 5 --max_validation_images 21 --label_column label".split()
 TRACKED = "--max_train_steps 4 --logging_steps 2 --sample_steps 2 --validation_split test --validation_steps 2 --max_validation_images 3"
 
 
 SAID = ["1438", "Learned:", "Where:", "Load:", "Longer:", "Your"]
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +29,12 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------ bits/dim
+# -------------------------------------------------------------------- bits/dim
 
 
 @pytest.mark.filterwarnings("ignore:alpha_bar at the path")
 def test_the_last_bits_per_dim_are_those_of_the_saved_model(validated, tmp_path):
-    """Of the averaged weights, therefore, on the images and labels of the split."""
+    """That is, of the averaged weights, on the images and labels of the split."""
     folder, result = validated
     found = read(folder / "validation.jsonl")
     assert [row["step"] for row in found] == [5, 10, 12]
@@ -59,7 +52,7 @@ def test_the_last_bits_per_dim_are_those_of_the_saved_model(validated, tmp_path)
     assert f"; {truth.total:.3f} ± {truth.standard_error:.3f} bits/dim on 21 images of 'test'; " in result.stdout
 
 
-def test_measuring_changes_nothing_in_training(validated, train, tmp_path):
+def test_validation_changes_nothing_in_training(validated, train, tmp_path):
     train(*TINY, "--label_column", "label", "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run" / "validation.jsonl").exists()
     for name in ("loss.jsonl", "unet/diffusion_pytorch_model.safetensors"):
@@ -67,7 +60,7 @@ def test_measuring_changes_nothing_in_training(validated, train, tmp_path):
 
 
 def test_a_resumed_run_measures_what_the_straight_one_does(validated, train, tmp_path):
-    """Killed after the row of step 10, it goes on from step 6, and writes that row once."""
+    """Killed after the row of step 10, it resumes from step 6 and writes that row once."""
     flags = [*TINY, *VALIDATED, "--checkpointing_steps", 6, "--output_dir", tmp_path / "run"]
     train(*flags, stop_at=11, expect=-9)
     assert [row["step"] for row in read(tmp_path / "run" / "validation.jsonl")] == [5, 10]
@@ -76,8 +69,8 @@ def test_a_resumed_run_measures_what_the_straight_one_does(validated, train, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(validated):
-    """21 images: one process has 10, the other 11, and both know the labels of the first ones of all."""
+def test_two_processes_measure_what_one_does(launch, validated):
+    """21 images: one process has 10 and the other 11; both have labels of their own."""
     folder, _ = once("validated-2", lambda folder: launch(*TINY, *VALIDATED, "--output_dir", folder, processes=2))
     for two, one in zip(*(read(path / "validation.jsonl") for path in (folder, validated[0])), strict=True):
         assert two == pytest.approx(one, rel=2e-4)
@@ -96,21 +89,22 @@ def test_a_split_that_cannot_be_measured_is_one_line(train, tmp_path, flags, nam
     assert result.returncode and named in error_lines(result)[0]
 
 
-# ------------------------------------------------------------------------------------------------ trackers
+# -------------------------------------------------------------------- trackers
 
 
 def tracked_rows(home: Path) -> tuple[list[tuple[int, dict]], dict]:
-    """(step, values) of all that trackio has, in its own data base, and the run's configuration."""
+    """(step, values) of all rows in trackio's database, and the run's configuration."""
     with sqlite3.connect(home / "ddpm_notes_pipeline.db") as base:
         found = base.execute("select step, metrics from metrics where run_name = 'run' order by id").fetchall()
         (config,) = base.execute("select config from configs where run_name = 'run'").fetchone()
     return [(step, json.loads(values)) for step, values in found], json.loads(config)
 
 
-def test_trackio_is_used_where_it_is_installed_and_has_what_the_files_have(train, tmp_path):
+def test_trackio_is_used_if_installed_and_has_the_figures_of_the_files(train, tmp_path):
     flags = [*TINY, *TRACKED.split(), "--report_to", "auto", "--output_dir", tmp_path / "run"]
     result = train(*flags, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
-    assert [line.split()[0] for line in result.stdout.splitlines()] == SAID  # and not a word of trackio's own
+    # and nothing of trackio's own
+    assert [line.split()[0] for line in result.stdout.splitlines()] == SAID
     found, config = tracked_rows(tmp_path / "trackio")
     assert config["max_train_steps"] == "4" and config["dataset_name"] == "digits"
     for row in read(tmp_path / "run" / "loss.jsonl")[1::2]:
@@ -127,7 +121,7 @@ def test_trackio_is_used_where_it_is_installed_and_has_what_the_files_have(train
         assert (tmp_path / "trackio" / "media" / picture["file_path"]).exists()
 
 
-def test_a_resumed_run_goes_on_with_the_trackers_run(train, tmp_path):
+def test_a_resumed_run_continues_the_trackers_run(train, tmp_path):
     flags = [*TINY, "--report_to", "trackio", "--logging_steps", 2, "--output_dir", tmp_path / "run"]
     home = {"TRACKIO_DIR": str(tmp_path / "trackio")}
     train(*flags, "--max_train_steps", 4, env=home)
@@ -145,13 +139,13 @@ def test_a_tracker_that_fails_does_not_stop_the_run(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_never_answers_does_not_hold_the_run(tmp_path):
-    """trackio asks it who the user is, and waits for ever."""
+def test_a_hub_that_never_answers_does_not_delay_the_run(launch, tmp_path):
+    """trackio asks the Hub who the user is, without a timeout."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
         flags = [*TINY, "--report_to", "trackio", "--max_train_steps", 4, "--output_dir", tmp_path / "run"]
         result = launch(*flags, env=env | {"TRACKIO_DIR": str(tmp_path / "trackio")}, timeout=100)
-    assert "trackio has not started after 10 s; the run goes on meanwhile" in result.stderr
+    assert "trackio has not started after 10 s; training continues without waiting" in result.stderr
     assert (tmp_path / "run" / "model_index.json").exists()
 
 

@@ -11,8 +11,8 @@ import torch
 from ddpm_notes_pipeline.data import ImageSet, load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.training.arguments import parse_arguments
 from ddpm_notes_pipeline.training.networks import make_model
+from ddpm_notes_pipeline.training.parser import parse_arguments
 
 
 def images_of(folder: Path, mode: str, height: int, width: int) -> ImageSet:
@@ -55,7 +55,7 @@ def attention_of(unet: torch.nn.Module) -> list[int]:
         (["--attention_levels", "2", "0"], [0, 2]),
     ],
 )
-def test_attention_is_where_it_was_asked_for_also_nowhere(tmp_path, flags, levels):
+def test_attention_is_where_it_is_asked_for_or_nowhere(tmp_path, flags, levels):
     unet = network_of(images_of(tmp_path, "L", 28, 28), *flags)
     assert attention_of(unet) == levels
     assert [
@@ -76,7 +76,7 @@ def test_attention_is_where_it_was_asked_for_also_nowhere(tmp_path, flags, level
             "28x28 and the UNet has 4 levels; .*by 8 .*--resolution.*--block_out_channels",
         ),
         ((8, 12), ["--block_out_channels", "32", "32", "32", "32"], "8x12 and the UNet has 4 levels"),
-        ((8, 8), ["--attention_levels", "5"], r"--attention_levels is \[5\]; allowed: 0 to 1"),
+        ((8, 8), ["--attention_levels", "5"], r"--attention_levels is \[5\]; each must be from 0 to 1"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_with_what_would(tmp_path, size, flags, message):
@@ -89,7 +89,7 @@ MEASURED = {"original_sample_mse": [0.1] * 20, "decoder_variance": {0: 0.01, 3: 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range", "learned"])
 @pytest.mark.parametrize("optimal", [True, False])
-def test_training_that_goes_on_does_not_keep_the_variances_of_the_old_network(tmp_path, variance_type, optimal):
+def test_fine_tuning_drops_the_variances_measured_on_the_old_network(tmp_path, variance_type, optimal):
     images = images_of(tmp_path, "L", 8, 8)
     flags = [
         "--dataset_name=digits",
@@ -109,10 +109,11 @@ def test_training_that_goes_on_does_not_keep_the_variances_of_the_old_network(tm
         again, kept = make_model(model, images)
     assert again.config.out_channels == (1 if variance_type == "fixed_small" else 2)
     assert (kept.variance_type, kept.original_sample_mse, kept.decoder_variance) == (variance_type, None, None)
-    assert kept.config.timestep_spacing == "trailing" and "_ddpm_notes" not in kept.config  # nothing else is lost
+    # nothing else is lost
+    assert kept.config.timestep_spacing == "trailing" and "_ddpm_notes" not in kept.config
 
 
-def test_training_that_goes_on_from_a_model_without_measured_variances_says_nothing(tmp_path):
+def test_fine_tuning_a_model_without_measured_variances_does_not_warn(tmp_path):
     images = images_of(tmp_path, "L", 8, 8)
     _, model, _ = parse_arguments(["--dataset_name=digits", "--layers_per_block=1", "--block_out_channels=8"])
     unet, scheduler = make_model(model, images)

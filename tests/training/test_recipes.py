@@ -1,7 +1,7 @@
-"""The files of training/configs: each trains, as it stands, on images of the form of those that it names.
+"""The files of training/configs: each trains, as it stands, on images like those it names.
 
-A folder of the data set's name, in the directory that training starts in, is read in the place of the one on the Hub. The network is
-made smaller by flags, which win over the file; at its full size it is built, and a gradient taken of it.
+A folder of the data set's name, in the directory where training starts, is read instead of the Hub.
+Flags make the network smaller; at its full size it is built, and a gradient taken of it.
 """
 
 import io
@@ -17,22 +17,15 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
 from ddpm_notes_pipeline.objectives import Objective
-from ddpm_notes_pipeline.training.arguments import parse_arguments
 from ddpm_notes_pipeline.training.networks import make_model
-from tests.support.launching import ROOT, Trainer
+from ddpm_notes_pipeline.training.parser import parse_arguments
+from tests.support.launching import ROOT
 
 CONFIGS = ROOT / "training" / "configs"
 SMALL = (
     "--block_out_channels 32 32 --layers_per_block 1 --attention_levels 1 --max_train_steps 2 --lr_warmup_steps 1 --train_batch_size 4 "
     "--max_validation_images 4 --num_samples 2 --ddpm_num_inference_steps 2 --report_to none --mixed_precision no --output_dir run"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
 
 
 def encoded(random: np.random.Generator, height: int, width: int, kind: str = "PNG") -> bytes:
@@ -80,13 +73,13 @@ SIZES = {"cifar10": (3, 32), "flowers": (3, 64), "folder": (3, 64), "digits": (1
 TRAINED_ON = {"cifar10": 20, "flowers": 96, "folder": 10, "digits": 1438, "mnist": 4000}
 
 
-def test_every_recipe_is_here():
+def test_every_recipe_is_tested():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(MAKE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MAKE)
-def test_a_recipe_trains_on_images_of_the_form_that_it_names(train, tmp_path, name):
+def test_a_recipe_trains_on_images_like_those_it_names(train, tmp_path, name):
     if MAKE[name] is not None:
         MAKE[name](tmp_path, np.random.default_rng(0))
     result = train("--config", CONFIGS / f"{name}.yaml", *SMALL, cwd=tmp_path)
@@ -113,7 +106,10 @@ def test_a_recipe_trains_on_images_of_the_form_that_it_names(train, tmp_path, na
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "flowers"])
 def test_the_network_of_a_recipe_is_the_one_it_names(name):
-    """As many weights as published: 35.7 M (arXiv 2006.11239, appendix B); 113.7 M, diffusers' default for 64x64."""
+    """As many weights as published.
+
+    35.7 M (arXiv 2006.11239, appendix B); 113.7 M, diffusers' default for 64x64.
+    """
     _, model, run = parse_arguments(["--config", str(CONFIGS / f"{name}.yaml")])
     channels, side = SIZES[name]
     unet, scheduler = make_model(model, SimpleNamespace(channels=channels, size=(side, side), num_classes=None))

@@ -1,12 +1,12 @@
-"""A run that is told to stop leaves one whole checkpoint and the command that goes on; killed at any moment it goes on too."""
+"""A signalled run leaves a checkpoint and the command that resumes; a killed run resumes too."""
 
 import os
 import random
 import shlex
 import signal
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,12 @@ import psutil
 import pytest
 from PIL import Image
 
-import ddpm_notes_pipeline.training.stops as stops
 from ddpm_notes_pipeline.training.checkpoints import damage, list_checkpoints
+from ddpm_notes_pipeline.training.commands import resume_command
 from tests.support.comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
-from tests.support.launching import TINY, TRAIN, Trainer, describe, error_lines, launch, once
+from tests.support.launching import TINY, TRAIN, describe, error_lines, once
 
-# All that has a history or could carry one wrongly; 20 steps of 8 of 100 images end in the midst of the second epoch.
+# All that has a history or may mishandle one. 20 steps of 8 of 100 images end in the second epoch.
 HISTORY = (
     "--max_train_steps 20 --max_train_samples 100 --objective hybrid --variance_type learned_range --ddpm_num_steps 4 "
     "--timestep_sampling loss_second_moment --dropout 0.1 --random_flip --gradient_accumulation_steps 2 --label_column label"
@@ -28,15 +28,8 @@ BATCH = "ddpm_notes_pipeline.data.batches:StepBatches.__getitem__"
 
 
 @pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
-
-
-@pytest.fixture(scope="module")
 def whole(train):
-    """20 steps in one piece."""
+    """20 steps without a stop."""
     return once("whole_history", lambda folder: train(*TINY, *HISTORY, "--output_dir", folder))[0]
 
 
@@ -45,7 +38,7 @@ def names(folder: Path) -> list[str]:
 
 
 def checkpoint_names(folder: Path) -> list[str]:
-    """Half-written ones too."""
+    """Including half-written ones."""
     return sorted(path.name for path in folder.glob("*checkpoint*"))
 
 
@@ -57,35 +50,33 @@ def assert_ended_as(folder: Path, whole: Path, step: int) -> None:
 
 
 def resume_flags(result: object) -> list[str]:
-    """Flags of the command that the last line on stderr ends in."""
+    """Flags of the command at the end of the last line on stderr."""
     command = error_lines(result)[-1].partition(" Resume: ")[2]
     launcher, script, flags = command.partition(f" {result.args[0]} ")
     assert launcher in ("python", "accelerate launch") and script, describe(result)
     return shlex.split(flags)
 
 
-# ------------------------------------------------------------------------------------------------ told to stop
+# -------------------------------------------------------------------- told to stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_it_came_in_and_the_printed_command_ends_the_run_bit_for_bit(
-    train, whole, tmp_path, number
-):
+def test_a_signal_saves_its_step_and_the_printed_command_resumes_bit_for_bit(train, whole, tmp_path, number):
     folder = tmp_path / "a run"
     flags = [*TINY, *HISTORY, "--output_dir", folder, "--dataloader_num_workers", 2]
     result = train(*flags, stop_at=("torch.optim:AdamW.step", 10), by=number, expect=128 + number)
     assert checkpoint_names(folder) == ["checkpoint-10"] and damage(folder / "checkpoint-10") is None
     assert [row["step"] for row in rows(folder)] == list(range(1, 11))
     assert not (folder / "model_index.json").exists()
-    assert f"train.py: stopped by {number.name} behind step 10 of 20, which" in error_lines(result)[-1]
+    assert f"train.py: stopped by {number.name} after step 10 of 20, which" in error_lines(result)[-1]
     assert "Traceback" not in result.stderr
     result = train(*resume_flags(result))
     assert "steps 10 to 20" in result.stdout
     assert_ended_as(folder, whole, 20)
 
 
-def test_stopped_again_and_again_it_still_ends_bit_for_bit(train, whole, tmp_path):
-    """And the command does not grow."""
+def test_a_run_stopped_several_times_ends_bit_for_bit(train, whole, tmp_path):
+    """The command does not grow."""
     flags = [*TINY, *HISTORY, "--output_dir", tmp_path / "run"]
     stopped = train(*flags, stop_at=("torch.optim:AdamW.step", 3), by=signal.SIGTERM, expect=143)
     for step in (4, 11):
@@ -93,24 +84,29 @@ def test_stopped_again_and_again_it_still_ends_bit_for_bit(train, whole, tmp_pat
         stopped = train(
             *flags, stop_at=("torch.optim:AdamW.step", 1 if step == 4 else 7), by=signal.SIGTERM, expect=143
         )
-        assert resume_flags(stopped) == flags and f"behind step {step} of 20" in stopped.stderr
+        assert resume_flags(stopped) == flags and f"after step {step} of 20" in stopped.stderr
     train(*flags)
     assert_ended_as(tmp_path / "run", whole, 20)
 
 
-def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole_and_ends_the_run_with_it(train, tmp_path):
+def test_a_signal_during_a_checkpoint_leaves_it_whole_and_ends_the_run(train, tmp_path):
     flags = [*TINY, "--checkpointing_steps", 6, "--output_dir", tmp_path / "run"]
-    result = train(*flags, stop_at=("ddpm_notes_pipeline.training.checkpoints:_digest", 3), by=signal.SIGTERM, expect=143)
+    result = train(
+        *flags, stop_at=("ddpm_notes_pipeline.training.checkpoints:digest", 3), by=signal.SIGTERM, expect=143
+    )
     assert names(tmp_path / "run") == ["checkpoint-6", "loss.jsonl"]
     assert damage(tmp_path / "run" / "checkpoint-6") is None and len(rows(tmp_path / "run")) == 6
-    assert "behind step 6 of 12" in error_lines(result)[-1]
+    assert "after step 6 of 12" in error_lines(result)[-1]
 
 
 SAMPLING = "ddpm_notes_pipeline.scheduling_ddpm_notes:DDPMNotesScheduler.step"
 
 
 def test_a_signal_while_sampling_does_not_wait_for_the_samples(train, tmp_path):
-    """Two of a thousand steps are made of the path, and the weights that are saved are not the averaged ones."""
+    """Only two of a thousand sampling steps are taken.
+
+    The raw weights are saved, not the average.
+    """
     flags = [*TINY, "--max_train_steps", 20, "--sample_steps", 5, "--ddpm_num_steps", 1000, "--num_samples", 2]
     flags += ["--ddpm_num_inference_steps", 1000, "--output_dir"]
     result = train(*flags, tmp_path / "run", stop_at=(SAMPLING, 2), by=signal.SIGTERM, expect=143)
@@ -121,7 +117,7 @@ def test_a_signal_while_sampling_does_not_wait_for_the_samples(train, tmp_path):
     assert_same_checkpoint(tmp_path / "run" / "checkpoint-6", plain / "checkpoint-6")
 
 
-def test_a_signal_at_the_last_samples_keeps_the_model_and_resuming_makes_the_samples(train, tmp_path):
+def test_a_signal_during_the_last_samples_keeps_the_model_and_resuming_makes_them(train, tmp_path):
     flags = [*TINY, "--output_dir", tmp_path / "run"]
     result = train(*flags, stop_at=(SAMPLING, 1), by=signal.SIGTERM, expect=143)
     assert {"model_index.json", "unet", "checkpoint-12"} < set(names(tmp_path / "run"))
@@ -133,9 +129,11 @@ def test_a_signal_at_the_last_samples_keeps_the_model_and_resuming_makes_the_sam
     assert_same(weights(tmp_path / "run"), before)
 
 
-@pytest.mark.parametrize(("where", "call"), [("data.decoding:open_image", 100), ("data.batches:StepBatches.__init__", 1)])
-def test_a_signal_before_training_starts_ends_the_run_there(train, tmp_path, where, call):
-    """While images are decoded: no half of them is left for the next run to find."""
+@pytest.mark.parametrize(
+    ("where", "call"), [("data.decoding:open_image", 100), ("data.batches:StepBatches.__init__", 1)]
+)
+def test_a_signal_before_training_starts_ends_the_run_at_once(train, tmp_path, where, call):
+    """While images are decoded, too: no half of them is left for the next run to find."""
     cache = tmp_path / "cache"
     flags = [*TINY, "--cache_dir", cache, "--output_dir", tmp_path / "run"]
     result = train(*flags, stop_at=(f"ddpm_notes_pipeline.{where}", call), by=signal.SIGTERM, expect=143)
@@ -153,8 +151,9 @@ import os, signal, sys, time
 import ddpm_notes_pipeline.training.stops as stops
 stops.REPEATED = 1.0
 told = stops.Stops()
+told.install()
 told.where = None
-for _ in range(3):  # as several senders of one and the same stop do
+for _ in range(3):  # as several senders of the same stop do
     os.kill(os.getpid(), signal.SIGTERM)
 print("still here", told.agreed(), flush=True)
 time.sleep(1.2)
@@ -163,10 +162,10 @@ print("too late", flush=True)
 """
 
 
-def test_a_second_signal_stops_at_once_but_not_a_repetition(train):
+def test_a_second_signal_stops_at_once_but_a_repetition_does_not(train):
     result = train(SECOND, script="-c", expect=130)
     assert result.stdout.splitlines() == ["still here 15"]
-    assert error_lines(result) == ["SIGTERM: stopping behind this step; a second one ends the run at once"]
+    assert error_lines(result) == ["SIGTERM: stopping after this step; a second one ends the run at once"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,8 @@ def test_a_second_signal_stops_at_once_but_not_a_repetition(train):
     [
         ({}, "python t.py --a 'b c' --resume_from_checkpoint latest"),
         (
-            {"ACCELERATE_MIXED_PRECISION": "no"},  # which `accelerate launch` sets for what it starts
+            # set by `accelerate launch`
+            {"ACCELERATE_MIXED_PRECISION": "no"},
             "accelerate launch t.py --a 'b c' --resume_from_checkpoint latest",
         ),
         (
@@ -199,18 +199,17 @@ def test_the_command_starts_as_many_processes_and_resumes_once(monkeypatch, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sys.argv", ["t.py", *argv.split("|")])
-    assert stops.resume_command() == expected
-    sys.argv += ["--b", "1"]
-    assert stops.resume_command("--b") == expected
+    command = ["t.py", *argv.split("|")]
+    assert resume_command(command) == expected
+    assert resume_command([*command, "--b", "1"], "--b") == expected
 
 
-# ------------------------------------------------------------------------------------------------ killed
+# -------------------------------------------------------------------- killed
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_it_ends_bit_for_bit_as_if_nothing_had_happened(train, tmp_path):
-    """Five moments of wall-clock time, from the start of the process on, and five inside the write of a checkpoint."""
+def test_a_run_killed_at_ten_random_moments_ends_bit_for_bit_the_same(train, tmp_path):
+    """Five moments of wall-clock time, and five inside the write of a checkpoint."""
     seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
     print(f"KILL_SEED={seed}")
     moments = random.Random(seed)
@@ -240,7 +239,7 @@ def test_killed_at_ten_random_moments_it_ends_bit_for_bit_as_if_nothing_had_happ
     assert checkpoint_names(folder) == ["checkpoint-147", "checkpoint-150"]
 
 
-# ------------------------------------------------------------------------------------------------ what fails on the way
+# -------------------------------------------------------------------- what fails on the way
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -249,14 +248,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def short_path():
-    """A folder whose name leaves room: what a run says goes to a file too, which is not to grow beyond the limit."""
+    """A folder with a short name: stderr is a file too, which must not reach the size limit."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.mark.parametrize("what", ["checkpoint-15", "loss.jsonl"])
-def test_a_disk_that_takes_no_more_costs_nothing_that_was_written(train, whole, short_path, what):
-    """The kernel refuses to let a file grow: a checkpoint's, or, earlier, that of the losses."""
+def test_a_full_disk_loses_nothing_that_was_written(train, whole, short_path, what):
+    """The kernel refuses to let a file grow: a checkpoint's, or that of the losses before it."""
     folder = short_path / "run"
     flags = [*TINY, *HISTORY, "--output_dir", folder, "--checkpointing_steps", 5]
     train(*flags, stop_at=("torch.optim:AdamW.step", 10), by=signal.SIGTERM, expect=143)
@@ -275,7 +274,7 @@ def test_a_disk_that_takes_no_more_costs_nothing_that_was_written(train, whole, 
 
 
 def test_a_full_disk_under_the_finished_model_leaves_its_checkpoint(train, tmp_path):
-    """A device that is always full stands in for one of the model's files."""
+    """/dev/full stands in for one of the model's files."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "training_config.yaml").symlink_to("/dev/full")
@@ -291,7 +290,7 @@ def test_a_full_disk_under_the_finished_model_leaves_its_checkpoint(train, tmp_p
     assert (folder / "samples.png").exists()
 
 
-# ------------------------------------------------------------------------------------------------ by a launcher
+# -------------------------------------------------------------------- by a launcher
 
 DRIVER = """
 import os, runpy, signal, sys, time
@@ -309,14 +308,10 @@ runpy.run_path({train!r}, run_name="__main__")
 """
 
 
-def launch_and_stop(tmp_path: Path, send: str, *flags: object, **options: object) -> object:
-    """A launch in which the process of rank 1 runs `send` in the 7th step and then is slow; waits for all of them to be gone."""
+def launch_and_stop(launch: Callable, tmp_path: Path, send: str, *flags: object, **options: object) -> object:
+    """A launch in which rank 1 runs `send` in its 7th step; waits for all processes to end."""
     driver, pids = tmp_path / "driver.py", tmp_path / "pids"
-    driver.write_text(
-        DRIVER.format(
-            train=str(TRAIN), pids=str(pids), send=send
-        )
-    )
+    driver.write_text(DRIVER.format(train=str(TRAIN), pids=str(pids), send=send))
     result = launch(*TINY, *HISTORY, "--output_dir", tmp_path / "run", *flags, script=driver, expect=None, **options)
     for pid in map(int, pids.read_text().split()):
         try:
@@ -327,17 +322,17 @@ def launch_and_stop(tmp_path: Path, send: str, *flags: object, **options: object
 
 
 @pytest.fixture(scope="module")
-def whole_by_two():
-    """The same 20 steps by two processes, in one piece."""
+def whole_by_two(launch):
+    """The same 20 steps on two processes, without a stop."""
     make = lambda folder: launch(*TINY, *HISTORY, "--output_dir", folder, "--num_samples", 1, processes=2)  # noqa: E731
     return once("whole_history_by_two", make)
 
 
 @pytest.mark.slow
-def test_the_group_of_a_launcher_that_forwards_nothing_may_be_told(train, whole, tmp_path):
-    """As the README says to. The launcher dies of it, the training process and the ones that prepare batches do not."""
+def test_signalling_the_process_group_stops_a_run_whose_launcher_forwards_nothing(train, launch, whole, tmp_path):
+    """As the README says. The launcher dies of it; the training process and its workers do not."""
     send = "os.killpg(0, signal.SIGTERM)"
-    result = launch_and_stop(tmp_path, send, "--dataloader_num_workers", 2)
+    result = launch_and_stop(launch, tmp_path, send, "--dataloader_num_workers", 2)
     assert result.returncode == -signal.SIGTERM
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-7"] and damage(tmp_path / "run" / "checkpoint-7") is None
     train(*TINY, *HISTORY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
@@ -353,24 +348,26 @@ SENDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", SENDS)
-def test_two_processes_stop_behind_the_same_step_whoever_is_told(tmp_path, told, train, request):
-    flags = ["--dropout", 0] if told == "one of them" else []  # what is dropped is each process's own
-    result = launch_and_stop(tmp_path, SENDS[told], *flags, processes=2)
+def test_two_processes_stop_after_the_same_step_whoever_is_signalled(tmp_path, told, train, launch, request):
+    # dropout differs between processes
+    flags = ["--dropout", 0] if told == "one of them" else []
+    result = launch_and_stop(launch, tmp_path, SENDS[told], *flags, processes=2)
     name = "SIGINT" if told == "everybody" else "SIGTERM"
     assert result.returncode != 0
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-7"], describe(result)
     assert damage(tmp_path / "run" / "checkpoint-7") is None and len(rows(tmp_path / "run")) == 7
-    assert f"train.py: stopped by {name} behind step 7 of 20" in result.stderr
+    assert f"train.py: stopped by {name} after step 7 of 20" in result.stderr
     command = "Resume: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2"
     assert result.stderr.count(command) == 1
-    if told == "their launcher":  # by two again: bit for bit
+    if told == "their launcher":  # on two again: bit for bit
         whole, _ = request.getfixturevalue("whole_by_two")
         resume = ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"]
         assert "on 2 process(es) of cpu" in launch(*TINY, *HISTORY, *resume, "--num_samples", 1, processes=2).stdout
         assert_ended_as(tmp_path / "run", whole, 20)
         one, two = (np.asarray(Image.open(path / "samples.png"), float) for path in (tmp_path / "run", whole))
-        assert np.array_equal(one, two)  # of one sample, which one process made and the other had no part of
-    if told == "one of them":  # by one: the same curve, within rounding
+        # a single sample, which one of the processes made alone
+        assert np.array_equal(one, two)
+    if told == "one of them":  # on one: the same curve, within rounding
         flags = [*TINY, *HISTORY, *flags, "--output_dir"]
         train(*flags, tmp_path / "whole")
         train(*flags, tmp_path / "run", "--resume_from_checkpoint", "latest")

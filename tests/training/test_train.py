@@ -1,6 +1,7 @@
-"""training/train.py as users run it: what it leaves, what changes it, what stops it.
+"""training/train.py as users run it: what it leaves, what changes its result, what it refuses.
 
-The slow part of a launch is its imports, so two launches serve many tests (`launching.once`), and the rest are forked.
+Two launches serve many tests (`launching.once`), since most of their time is imports. The other
+runs are forked.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import datasets
@@ -24,13 +24,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-import ddpm_notes_pipeline.training.run as train_script
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.data.batches import StepBatches
 from ddpm_notes_pipeline.evaluation.pictures import image_grid
 from ddpm_notes_pipeline.objectives import TimestepSampler
-from ddpm_notes_pipeline.training.arguments import parse_arguments
+from ddpm_notes_pipeline.training.images import check_validation
+from ddpm_notes_pipeline.training.parser import parse_arguments
+from ddpm_notes_pipeline.training.run import check_batch_size
 from tests.support.comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
 from tests.support.launching import (
     ROOT,
@@ -41,7 +42,6 @@ from tests.support.launching import (
     environment_of_runs,
     error_lines,
     free_port,
-    launch,
     once,
 )
 
@@ -49,20 +49,13 @@ STEPS, WARMUP, PEAK, BATCH = 12, 4, 1e-4, 8  # of TINY
 
 
 @pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
-
-
-@pytest.fixture(scope="module")
-def straight():
-    """Folder and output of 12 steps in one process, by accelerate launch."""
+def straight(launch):
+    """Folder and output of 12 steps in one process, started by accelerate launch."""
     return once("straight", lambda folder: launch(*TINY, "--output_dir", folder, "--checkpointing_steps", 6))
 
 
 @pytest.fixture(scope="module")
-def two_processes():
+def two_processes(launch):
     """The same in two real processes."""
     return once(
         "two_processes",
@@ -75,7 +68,7 @@ def unet_config(folder: Path) -> dict:
 
 
 def pngs(folder: Path, mode: str, count: int = 9, height: int = 16, width: int = 24) -> Path:
-    """A folder of classes of noise."""
+    """A folder of noise images in two classes."""
     random = np.random.default_rng(0)
     for i in range(count):
         path = folder / ("cat", "dog")[i % 2] / f"{i}.png"
@@ -85,7 +78,7 @@ def pngs(folder: Path, mode: str, count: int = 9, height: int = 16, width: int =
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves
+# -------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_leaves_the_folder_of_a_model(straight):
@@ -172,7 +165,10 @@ def test_summary_is_five_lines_that_a_user_can_act_on(straight, train, tmp_path)
 
 
 def run_as_printed(train: Trainer, result: object, name: str, *more: object, **replacements: str) -> object:
-    """Run the command that the summary prints behind `name`, as a user would paste it; `more` flags behind it."""
+    """Run the command that the summary prints after `name`, as a user would paste it.
+
+    `more` flags are appended.
+    """
     line = next(line for line in result.stdout.splitlines() if line.startswith(name))
     for placeholder, value in replacements.items():
         line = line.replace(placeholder, value)
@@ -182,9 +178,9 @@ def run_as_printed(train: Trainer, result: object, name: str, *more: object, **r
 
 
 @pytest.mark.parametrize("given", ["flags", "a file and flags"])
-def test_the_longer_line_goes_on_with_the_run_that_printed_it(train, tmp_path, given):
+def test_the_longer_line_continues_the_run_that_printed_it(train, tmp_path, given):
     flags = [*TINY, "--max_train_steps", 4, "--overwrite_output_dir"]
-    if given == "a file and flags":  # all but the network in the file
+    if given == "a file and flags":  # the file holds all but the network
         config = {"dataset_name": "digits", "max_train_steps": 4, "train_batch_size": 8, "lr_warmup_steps": 4}
         config |= {"num_samples": 3, "ddpm_num_steps": 100, "ddpm_num_inference_steps": 2}
         (tmp_path / "file.yaml").write_text(json.dumps(config))
@@ -195,21 +191,23 @@ def test_the_longer_line_goes_on_with_the_run_that_printed_it(train, tmp_path, g
     assert "8 steps" in longer.stdout.splitlines()[-5]
 
 
-def test_the_first_line_says_the_batch_in_all_and_of_a_process_and_of_a_part(straight, two_processes, train, tmp_path):
+def test_the_first_line_gives_the_batch_overall_per_process_and_per_accumulation_step(
+    straight, two_processes, train, tmp_path
+):
     (_, one), (_, two) = straight, two_processes
     assert "1438 images of 1x8x8 from digits" in one.stdout
-    assert "12 of 8 images in all, 8 a process in 1 accumulation step(s) of 8, on 1 process(es)" in one.stdout
-    assert "12 of 8 images in all, 4 a process in 1 accumulation step(s) of 4, on 2 process(es)" in two.stdout
+    assert "12 of 8 images in all, 8 per process in 1 accumulation step(s) of 8, on 1 process(es)" in one.stdout
+    assert "12 of 8 images in all, 4 per process in 1 accumulation step(s) of 4, on 2 process(es)" in two.stdout
     parts = train(*TINY, "--max_train_steps", 4, "--gradient_accumulation_steps", 4, "--output_dir", tmp_path / "run")
-    assert "4 of 8 images in all, 8 a process in 4 accumulation step(s) of 2, on 1 process(es)" in parts.stdout
+    assert "4 of 8 images in all, 8 per process in 4 accumulation step(s) of 2, on 1 process(es)" in parts.stdout
 
 
 def test_a_run_that_holds_nothing_out_says_so(straight):
     assert "nothing was held out (--validation_share 0.04 measures" in straight[1].stdout
 
 
-def test_a_share_that_is_held_out_is_measured_and_never_trained_on(train, tmp_path):
-    """Also by evaluate.py, which finds the same images again from the settings that training left."""
+def test_a_held_out_share_is_measured_and_never_trained_on(train, tmp_path):
+    """evaluate.py finds the same images again, from the settings that training wrote."""
     done = train(*TINY, "--validation_share", 0.05, "--seed", 3, "--output_dir", tmp_path / "run")
     assert "1366 images of 1x8x8 from digits" in done.stdout  # 0.05 of 1438 are 72
     assert "bits/dim on 72 images of 'held_out'" in done.stdout
@@ -226,18 +224,18 @@ def test_a_share_that_is_held_out_is_measured_and_never_trained_on(train, tmp_pa
     assert found["results"][0]["total"] == pytest.approx(measured["results"][0]["total"], rel=1e-9)
 
 
-def test_a_recipe_cut_short_says_that_its_warm_up_is_cut(train, tmp_path):
+def test_a_shortened_recipe_reports_its_shortened_warm_up(train, tmp_path):
     (tmp_path / "recipe.yaml").write_text("dataset_name: digits\nmax_train_steps: 500\nlr_warmup_steps: 100\n")
     flags = [flag for flag in TINY if flag not in ("--lr_warmup_steps", "4", "--dataset_name", "digits")]
     done = train("--config", tmp_path / "recipe.yaml", *flags, "--output_dir", tmp_path / "run")
     assert "warm-up: 1 steps instead of 100, since training ends after 12" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------ the same images again
+# -------------------------------------------------------------------- the same images again
 
 
 def set_of_squares(path: Path, level: int) -> Path:
-    """A folder that `datasets` reads: 40 grey 8x8 images in parquet."""
+    """A folder that `datasets` reads: 40 grayscale 8x8 images in parquet."""
     rng = np.random.default_rng(level)
     images = [PIL.Image.fromarray(rng.integers(0, level, (8, 8), dtype=np.uint8)) for _ in range(40)]
     path.mkdir(parents=True)
@@ -255,7 +253,7 @@ def test_a_local_set_called_mnist_does_not_come_back_as_the_embedded_one(train, 
     again = ["--config", config, "--max_train_steps", 2, "--output_dir", tmp_path / "again"]
     (line,) = error_lines(train(*again, cwd=tmp_path, expect=1))
     assert "data set './mnist' is not a folder" in line
-    train(*again, cwd=folder.parent)  # where the folder is, it is found
+    train(*again, cwd=folder.parent)  # where the folder is
 
 
 def test_other_images_under_the_name_of_the_trained_ones_are_refused(train, tmp_path):
@@ -266,29 +264,29 @@ def test_other_images_under_the_name_of_the_trained_ones_are_refused(train, tmp_
     (line,) = error_lines(train(*again, cwd=tmp_path / "b", expect=1))
     trained_on = json.loads((tmp_path / "run" / "training_run.json").read_text())["fingerprint"]
     assert f"images of the fingerprint {trained_on} and mine (split train) has " in line
-    train(*again, "--dataset_name", "./mine", cwd=tmp_path / "b")  # named on the line, they are meant
+    # named on the command line, they are meant
+    train(*again, "--dataset_name", "./mine", cwd=tmp_path / "b")
 
 
-def test_two_sets_whose_classes_differ_are_told_which(train, tmp_path):
+def test_classes_in_which_two_sets_differ_are_named(train, tmp_path):
     for split, classes in (("train", ("cat", "dog")), ("test", ("cat", "rat"))):
         for name in classes:
             pngs(tmp_path / "data" / split / name, "L")
-    # of one folder the classes are those of both splits; two sub-folders of it are two sets
+    # One folder would have the classes of both splits; two folders are two sets.
     (tmp_path / "data" / "test").rename(tmp_path / "test")
     images, other = (
         load_images(train_data_dir=folder, label_column="label", cache_dir=tmp_path / "cache", show_progress=False)
         for folder in (tmp_path / "data" / "train", tmp_path / "test")
     )
-    accelerator = types.SimpleNamespace(num_processes=1)
     with pytest.raises(ValueError, match="must have the same classes; they differ in dog, rat"):
-        train_script.check_validation(accelerator, images, other)
+        check_validation(images, other, num_processes=1)
 
 
-# ------------------------------------------------------------------------------------------------ how a run ends
+# -------------------------------------------------------------------- how a run ends
 
 
-def test_a_loss_that_is_not_finite_in_the_last_steps_leaves_card_and_samples(train, tmp_path):
-    """One update is left out, the last; the run is worth as much as before."""
+def test_a_non_finite_loss_in_the_last_steps_leaves_card_and_samples(train, tmp_path):
+    """Only the last update is skipped; the run is worth as much as before."""
     poison = tmp_path / "poison.py"
     poison.write_text(
         "import runpy, sys\n"
@@ -305,15 +303,21 @@ def test_a_loss_that_is_not_finite_in_the_last_steps_leaves_card_and_samples(tra
     done = train(*TINY, "--output_dir", tmp_path / "run", script=poison)
     assert json.loads((tmp_path / "run" / "training_run.json").read_text())["loss"] is None
     assert "no loss of the last steps is finite" in (tmp_path / "run" / "README.md").read_text()
-    assert (tmp_path / "run" / "samples.png").exists() and "left out, not finite: 1" in done.stdout
+    assert (tmp_path / "run" / "samples.png").exists() and "skipped, not finite: 1" in done.stdout
 
 
-@pytest.mark.parametrize("moment", ["ddpm_notes_pipeline.training.run:save_evaluation", "ddpm_notes_pipeline.training.run:write_card"])
-def test_a_run_killed_behind_its_last_checkpoint_writes_evaluation_json_when_it_is_resumed(train, tmp_path, moment):
+@pytest.mark.parametrize("moment", ["save_evaluation", "write_card"])
+def test_a_run_killed_after_its_last_checkpoint_writes_evaluation_json_when_resumed(train, tmp_path, moment):
     held_out = ["--validation_split", "test", "--max_validation_images", 8, "--output_dir"]
     straight = tmp_path / "straight"
     train(*TINY, *held_out, straight)
-    train(*TINY, *held_out, tmp_path / "run", stop_at=(moment, 1), expect=-signal.SIGKILL)
+    train(
+        *TINY,
+        *held_out,
+        tmp_path / "run",
+        stop_at=(f"ddpm_notes_pipeline.training.run:{moment}", 1),
+        expect=-signal.SIGKILL,
+    )
     assert (tmp_path / "run" / "checkpoint-12").exists() and not (tmp_path / "run" / "samples.png").exists()
     train(*TINY, *held_out, tmp_path / "run", "--resume_from_checkpoint", "latest")
     found, expected = (json.loads((path / "evaluation.json").read_text()) for path in (tmp_path / "run", straight))
@@ -340,7 +344,10 @@ def test_the_your_own_line_trains_on_a_folder_of_images(train, tmp_path):
 
 
 def closed_form(n: int, peak: float = PEAK, warmup: int = WARMUP, steps: int = STEPS) -> float:
-    """Linear warm-up to the peak at step `warmup`, then half a cosine to 0 at step `steps`; n counts from 0."""
+    """Linear warm-up to the peak at step `warmup`, then half a cosine to 0 at step `steps`.
+
+    n counts from 0.
+    """
     return peak * (n / warmup if n < warmup else (1 + math.cos(math.pi * (n - warmup) / (steps - warmup))) / 2)
 
 
@@ -349,7 +356,7 @@ def test_learning_rate_is_the_closed_form_at_every_step(straight):
     assert rates == pytest.approx([closed_form(n) for n in range(STEPS)], rel=1e-12, abs=1e-18)
 
 
-# ------------------------------------------------------------------------------------------------ what changes nothing
+# -------------------------------------------------------------------- what changes nothing
 
 
 def test_two_processes_are_two_and_learn_what_one_does(straight, two_processes):
@@ -375,12 +382,13 @@ def test_accumulation_changes_no_result(straight, train, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(straight[0]), rel=1e-5)
     assert [row["learning_rate"] for row in rows(tmp_path / "run")] == [r["learning_rate"] for r in rows(straight[0])]
     norms = [[row["grad_norm"] for row in rows(folder)] for folder in (tmp_path / "run", straight[0])]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # clipping hides a wrong scale from the weights
+    # clipping hides a wrong scale from the weights
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert_close(weights(tmp_path / "run"), weights(straight[0]), atol=1e-5)
 
 
-def test_looking_on_changes_nothing(straight, train, tmp_path):
-    """Samples on the way, rarer logging, more checkpoints, prepared batches, a tracker: bit for bit the same run."""
+def test_logging_and_sampling_change_nothing(straight, train, tmp_path):
+    """Sample grids, rarer logs, more checkpoints, workers, a tracker: the same run bit for bit."""
     flags = "--sample_steps 5 --logging_steps 7 --checkpointing_steps 2 --checkpoints_total_limit 2"
     folder = tmp_path / "run"
     tracker = ["--dataloader_num_workers", 2, "--report_to", "tensorboard"]
@@ -407,8 +415,8 @@ def test_another_seed_is_another_run(straight, train, tmp_path):
         (1, "--timestep_sampling loss_second_moment --objective vlb --variance_type learned_range --ddpm_num_steps 4"),
     ],
 )
-def test_two_accumulating_processes_learn_what_one_does(train, tmp_path, machines, flags):
-    """On two machines too; and where the place in the batch, or the losses of all processes, decide on t."""
+def test_two_accumulating_processes_learn_what_one_does(train, launch, tmp_path, machines, flags):
+    """On two machines too, and where t depends on the position in the batch or on all losses."""
     flags = [*TINY, *flags.split(), "--label_column", "label", "--output_dir"]
     train(*flags, tmp_path / "one")
     result = launch(*flags, tmp_path / "two", "--gradient_accumulation_steps", 4, processes=2, machines=machines)
@@ -438,7 +446,7 @@ finally:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_bf16_sees_the_noise_and_the_targets_of_float32_bit_for_bit(train, tmp_path, prediction_type):
-    """Rounded to bf16 they would not be: noise at hundreds of timesteps is below its resolution. The network does compute in it."""
+    """bf16 could not resolve the noise at hundreds of timesteps. The network does compute in it."""
     seen = {}
     for precision in ("no", "bf16"):
         path, driver = tmp_path / f"{precision}.pt", tmp_path / f"{precision}.py"
@@ -454,7 +462,7 @@ def test_bf16_sees_the_noise_and_the_targets_of_float32_bit_for_bit(train, tmp_p
         assert 1e-4 < float((half[5] - exact[5]).abs().max()) < 0.2, "the network did not compute in bf16"
 
 
-# ------------------------------------------------------------------------------------------------ an independent loop
+# -------------------------------------------------------------------- an independent loop
 
 
 def stock_folder(
@@ -478,8 +486,8 @@ def stock_folder(
 
 
 @pytest.mark.parametrize(("sampling", "timesteps"), [("uniform", 100), ("loss_second_moment", 3)])
-def test_going_on_from_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path, sampling, timesteps):
-    """The loop of the paper in plain torch, stock noise and all, from the same weights: same losses, weights, average."""
+def test_fine_tuning_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path, sampling, timesteps):
+    """The paper's loop in plain torch, with stock noise: same losses, weights and average."""
     unet = stock_folder(tmp_path / "stock", num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2")
     flags = f"--timestep_sampling {sampling} --max_train_steps 10 --learning_rate 1e-3 --lr_warmup_steps 2 --adam_weight_decay 0.1 --max_grad_norm 0.5"
     flags += " --ema_inv_gamma 2 --ema_power 0.5 --ema_max_decay 0.6 --random_flip"
@@ -523,18 +531,34 @@ def test_going_on_from_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path, 
     assert saved["beta_schedule"] == "squaredcos_cap_v2" and saved["num_train_timesteps"] == timesteps
 
 
-def test_going_on_with_hardly_a_learning_rate_stays_at_the_given_weights(train, tmp_path):
+def test_fine_tuning_with_a_tiny_learning_rate_keeps_the_given_weights(train, tmp_path):
     unet = stock_folder(tmp_path / "stock")
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--learning_rate", 1e-9]
     train(*TINY, *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
     assert_close(weights(tmp_path / "run"), dict(unet.state_dict()), atol=1e-7)
 
 
-def test_going_on_at_another_size_samples_at_that_size(train, tmp_path):
+def test_fine_tuning_at_another_size_samples_at_that_size(train, tmp_path):
     stock_folder(tmp_path / "stock")
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--train_data_dir", pngs(tmp_path / "pngs", "L")]
     train(*TINY[2:], *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
     assert unet_config(tmp_path / "run")["sample_size"] == [16, 24]
+
+
+@pytest.mark.slow
+def test_two_processes_warn_once(launch, tmp_path):
+    """Of a bad image, and of variances that were measured on the given network."""
+    unet = stock_folder(tmp_path / "stock")
+    scheduler = DDPMNotesScheduler(num_train_timesteps=100, decoder_variance=0.01)
+    DDPMNotesPipeline(unet, scheduler).save_pretrained(tmp_path / "measured")
+    (pngs(tmp_path / "pngs", "L", height=8, width=8) / "cat" / "0.png").write_bytes(b"cut short")
+    flags = ["--train_data_dir", tmp_path / "pngs", "--on_bad_image", "skip", "--validation_share", 0.3]
+    flags += ["--pretrained_model_name_or_path", tmp_path / "measured", "--max_train_steps", 2, "--lr_warmup_steps", 0]
+    result = launch(*TINY[2:], *flags, "--output_dir", tmp_path / "run", processes=2)
+    warned = [line.rpartition("\r")[2] for line in result.stderr.splitlines() if "warning: " in line]
+    assert len(warned) == len(set(warned)) >= 2, warned
+    for text in ("left out 1 of 9 images", "measured on the repository's network"):
+        assert sum(text in line for line in warned) == 1, warned
 
 
 def test_another_number_of_channels_than_the_given_model_is_refused(train, tmp_path):
@@ -545,8 +569,11 @@ def test_another_number_of_channels_than_the_given_model_is_refused(train, tmp_p
 
 
 @pytest.mark.parametrize("embeddings", [10, None, 5])
-def test_labels_go_with_the_embeddings_of_the_given_model(train, tmp_path, embeddings):
-    """A stock class-conditional model has none for "no label"; with too few, or none at all, there is one line to read."""
+def test_labels_need_an_embedding_each_in_the_given_model(train, tmp_path, embeddings):
+    """A stock class-conditional model has no embedding for "no label", which is fine.
+
+    Too few embeddings, or none, are refused in one line.
+    """
     stock_folder(tmp_path / "stock", num_class_embeds=embeddings)
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--label_column", "label", "--max_train_steps", 4]
     result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=0 if embeddings == 10 else None)
@@ -558,15 +585,15 @@ def test_labels_go_with_the_embeddings_of_the_given_model(train, tmp_path, embed
         assert error_lines(result)[-1].startswith("train.py: error: ") and "Traceback" not in result.stderr
 
 
-def test_images_without_labels_do_not_go_with_a_class_conditional_model(train, tmp_path):
+def test_images_without_labels_are_refused_for_a_class_conditional_model(train, tmp_path):
     stock_folder(tmp_path / "stock", num_class_embeds=10)
     source = ["--pretrained_model_name_or_path", tmp_path / "stock"]
     result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=1)
     assert error_lines(result)[-1].startswith("train.py: error: ") and "Traceback" not in result.stderr
 
 
-def test_the_smallest_network_hears_of_t(train, tmp_path):
-    """A group norm with a group for each channel takes out the time embedding, which adds a number to each channel."""
+def test_the_smallest_network_depends_on_t(train, tmp_path):
+    """One group per channel would normalize away the time embedding, one number per channel."""
     train(*TINY, "--learning_rate", 1e-9, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
     unet = DDPMNotesPipeline.from_pretrained(tmp_path / "run").unet
     x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -574,9 +601,9 @@ def test_the_smallest_network_hears_of_t(train, tmp_path):
         assert (unet(x, 10).sample - unet(x, 90).sample).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------ going on after a stop
+# -------------------------------------------------------------------- resuming after a stop
 
-# The second has everything with a history: sampler, dropout's generator; and all that could carry one wrongly.
+# The second has all that has a history (timestep sampler, dropout) or may mishandle one.
 RUNS = {
     "plain": [],
     "with_history": (
@@ -588,9 +615,10 @@ RUNS = {
 
 @pytest.fixture(scope="module", params=RUNS)
 def stopped(request, train):
-    """(a run straight to step 12, one killed and resumed from checkpoint-6).
+    """A run straight to step 12, and one killed and resumed from checkpoint-6.
 
-    Losses are written every 10 steps: those of step 6 may or may not be there when it is killed, those of 7 to 10 too.
+    Losses are written every 10 steps: when the run is killed, those of step 6, or of 7 to 10,
+    may not be written.
     """
     stop_at = 7 if request.param == "plain" else 11
     flags = [*TINY, *RUNS[request.param], "--checkpointing_steps", 6, "--output_dir"]
@@ -599,7 +627,7 @@ def stopped(request, train):
         train(*flags, folder, stop_at=stop_at, expect=-9)
         assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-6"]
         result = train(*flags, folder, "--resume_from_checkpoint", "latest")
-        assert f"going on from {folder}/checkpoint-6 at step 6" in result.stdout, describe(result)
+        assert f"resuming from {folder}/checkpoint-6 at step 6" in result.stdout, describe(result)
         return result
 
     if request.param == "plain":
@@ -618,19 +646,19 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_straight_one_does(stopped):
 
 
 def test_a_resumed_run_keeps_the_losses_from_before_the_stop(stopped):
-    """And those from after its checkpoint once."""
+    """Those after the checkpoint, computed twice, are logged once."""
     whole, resumed = stopped
     assert (resumed / "loss.jsonl").read_bytes() == (whole / "loss.jsonl").read_bytes()
     assert (resumed / "loss.png").read_bytes() == (whole / "loss.png").read_bytes()
 
 
 def test_a_resumed_run_leaves_the_settings_that_the_straight_one_leaves(stopped):
-    """They are published with the model: to train it again, not to resume in, or write over, somebody's folder."""
+    """They are published with the model, to train it again, not to resume in a folder."""
     texts = [(folder / "training_config.yaml").read_text().replace(str(folder), "FOLDER") for folder in stopped]
     assert texts[1] == texts[0]
 
 
-def test_a_line_cut_short_by_the_stop_does_not_bar_the_way(train, straight, tmp_path):
+def test_a_log_line_cut_short_by_a_kill_does_not_prevent_resuming(train, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     with (tmp_path / "run" / "loss.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
@@ -638,12 +666,12 @@ def test_a_line_cut_short_by_the_stop_does_not_bar_the_way(train, straight, tmp_
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 15))
 
 
-def test_going_on_passes_over_a_damaged_checkpoint(train, straight, tmp_path):
+def test_resuming_skips_a_damaged_checkpoint(train, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     with (tmp_path / "run" / "checkpoint-12" / "optimizer.bin").open("r+b") as file:
         file.truncate(1000)
     result = train(*TINY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
-    assert "steps 6 to 12" in result.stdout and "passing over" in result.stderr and "optimizer.bin" in result.stderr
+    assert "steps 6 to 12" in result.stdout and "skipping" in result.stderr and "optimizer.bin" in result.stderr
     assert weights(tmp_path / "run").keys() == weights(straight[0]).keys()
     assert_same(weights(tmp_path / "run"), weights(straight[0]))
 
@@ -662,7 +690,7 @@ def test_going_on_passes_over_a_damaged_checkpoint(train, straight, tmp_path):
         ("--block_out_channels 64 64", "block_out_channels"),
     ],
 )
-def test_going_on_as_another_run_is_refused(train, straight, tmp_path, flags, named):
+def test_resuming_with_other_settings_is_refused(train, straight, tmp_path, flags, named):
     checkpoint = ["--resume_from_checkpoint", straight[0] / "checkpoint-6"]
     result = train(*TINY, *flags.split(), *checkpoint, "--output_dir", tmp_path / "run", expect=None)
     assert result.returncode == 1, describe(result)
@@ -671,8 +699,8 @@ def test_going_on_as_another_run_is_refused(train, straight, tmp_path, flags, na
     assert not (tmp_path / "run" / "loss.jsonl").exists()
 
 
-def test_a_checkpoint_from_beyond_the_last_step_is_refused(train, straight, tmp_path):
-    """Else its weights would be saved under the name of a step that they are not from."""
+def test_a_checkpoint_beyond_the_last_step_is_refused(train, straight, tmp_path):
+    """Otherwise its weights would be saved as those of another step."""
     checkpoint = ["--resume_from_checkpoint", straight[0] / "checkpoint-12", "--max_train_steps", 9]
     result = train(*TINY, *checkpoint, "--output_dir", tmp_path / "run", expect=None)
     assert result.returncode == 1, describe(result)
@@ -698,8 +726,8 @@ runpy.run_path({train!r}, run_name="__main__")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
-def test_two_processes_killed_go_on(train, straight, two_processes, tmp_path, processes):
-    """As two again: bit for bit the same run. As one: the same within rounding."""
+def test_two_processes_that_were_killed_resume(train, launch, straight, two_processes, tmp_path, processes):
+    """On two again, bit for bit the same run; on one, the same within rounding."""
     driver, folder = tmp_path / "driver.py", tmp_path / "run"
     driver.write_text(DRIVER.format(train=str(TRAIN)))
     flags = [*TINY, "--checkpointing_steps", 6, "--output_dir", folder]
@@ -718,7 +746,7 @@ def test_two_processes_killed_go_on(train, straight, two_processes, tmp_path, pr
     assert_same_checkpoint(folder / "checkpoint-12", whole / "checkpoint-12")
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------- what is refused
 
 
 def test_a_folder_with_files_is_refused_and_left_alone(train, straight):
@@ -731,32 +759,32 @@ def test_a_folder_with_files_is_refused_and_left_alone(train, straight):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_an_empty_folder_is_taken(train, tmp_path):
+def test_an_empty_folder_is_accepted(train, tmp_path):
     train(*TINY, "--max_train_steps", 4, "--output_dir", tmp_path)
     assert (tmp_path / "model_index.json").exists()
 
 
-def test_one_command_starts_a_run_and_goes_on_with_it(train, straight, tmp_path):
-    """As a machine that may be taken away repeats it: also when that was before the first checkpoint."""
+def test_one_command_starts_a_run_and_resumes_it(train, straight, tmp_path):
+    """As a preemptible machine repeats it, also before there is a first checkpoint."""
     folder = tmp_path / "run"
     flags = [*TINY, "--checkpointing_steps", "6", "--output_dir", folder, "--resume_from_checkpoint", "latest"]
     flags += ["--logging_steps", "2"]
     result = train(*flags, stop_at=4, expect=-signal.SIGKILL)
     assert "no checkpoint yet: starting at the beginning" in result.stdout and (folder / "loss.jsonl").exists()
     assert "no checkpoint yet" in train(*flags, stop_at=8, expect=-signal.SIGKILL).stdout
-    assert f"going on from {folder}/checkpoint-6" in train(*flags).stdout
+    assert f"resuming from {folder}/checkpoint-6" in train(*flags).stdout
     assert_same_checkpoint(folder / "checkpoint-12", straight[0] / "checkpoint-12")
 
 
-def test_latest_in_somebody_s_folder_takes_nothing_over(train, tmp_path):
+def test_latest_in_a_folder_of_other_files_is_refused(train, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     result = train(*TINY, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", expect=1)
     (line,) = error_lines(result)
-    assert "is not empty" in line and "no checkpoint to go on from" in line
+    assert "is not empty" in line and "no checkpoint to resume from" in line
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_overwriting_leaves_no_checkpoint_of_the_old_run_to_go_on_from(train, straight, tmp_path):
+def test_overwriting_leaves_no_checkpoint_of_the_old_run_to_resume_from(train, straight, tmp_path):
     """An old checkpoint-12 would be the "latest" of a new run of 8 steps."""
     folder = tmp_path / "run"
     shutil.copytree(straight[0], folder)
@@ -768,7 +796,7 @@ def test_overwriting_leaves_no_checkpoint_of_the_old_run_to_go_on_from(train, st
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_mistake_costs_no_checkpoint_of_the_folder_that_was_to_be_written_over(train, straight, tmp_path):
+def test_a_mistake_costs_no_checkpoint_of_the_folder_to_overwrite(train, straight, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight[0], folder)
     flags = [*TINY[2:], "--train_data_dir", tmp_path / "nowhere", "--output_dir", folder, "--overwrite_output_dir"]
@@ -776,7 +804,7 @@ def test_a_mistake_costs_no_checkpoint_of_the_folder_that_was_to_be_written_over
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
 
 
-def test_what_a_stop_left_half_written_is_taken_away(train, straight, tmp_path):
+def test_half_written_folders_of_a_stopped_run_are_removed(train, straight, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight[0], folder)
     (folder / ".checkpoint-9.partial").mkdir()
@@ -809,12 +837,12 @@ def test_a_launch_that_only_looks_distributed_is_refused(train, tmp_path):
 
 def test_a_batch_that_two_processes_cannot_share_is_refused():
     _, _, run = parse_arguments([*TINY, "--train_batch_size", "9"])
-    with pytest.raises(SystemExit, match=r"--train_batch_size is 9 on 2 process\(es\).*a multiple of 2"):
-        train_script.share_of_batch(run, types.SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match=r"--train_batch_size is 9 on 2 process\(es\).*a multiple of 2"):
+        check_batch_size(run, num_processes=2)
 
 
 @pytest.mark.slow
-def test_a_batch_that_two_processes_cannot_share_ends_the_launch(tmp_path):
+def test_a_batch_that_two_processes_cannot_share_ends_the_launch(launch, tmp_path):
     result = launch(*TINY, "--train_batch_size", 9, "--output_dir", tmp_path / "run", processes=2, expect=None)
     assert result.returncode != 0 and "a multiple of 2" in result.stderr
     assert not (tmp_path / "run" / "loss.jsonl").exists()
@@ -852,8 +880,14 @@ REFUSED = {
     "zero SNR with epsilon": ("--dataset_name digits --rescale_betas_zero_snr", "'epsilon'.*v_prediction"),
     "the bound weighted": ("--dataset_name digits --objective vlb --loss_weighting min_snr", "'min_snr'.*'vlb'"),
     "nothing to resume": ("--dataset_name digits --resume_from_checkpoint checkpoint-5", "no whole checkpoint"),
-    "no model there": ("--dataset_name digits --pretrained_model_name_or_path ./nowhere", "nowhere"),
-    "no network there": ("--dataset_name digits --model_config_name_or_path ./nowhere.json", "nowhere.json"),
+    "no model there": (
+        "--dataset_name digits --pretrained_model_name_or_path ./nowhere",
+        r"--pretrained_model_name_or_path is ./nowhere, and there is no such file or folder in .*$",
+    ),
+    "no network there": (
+        "--dataset_name digits --model_config_name_or_path ./nowhere.json",
+        r"--model_config_name_or_path is ./nowhere.json, and there is no such file or folder in .*$",
+    ),
     "a file for a folder": ("--dataset_name digits --output_dir typo.yaml --overwrite_output_dir", "typo.yaml"),
     "a decay of zero time": ("--dataset_name digits --ema_inv_gamma 0", "--ema_inv_gamma is 0"),
 }
@@ -876,7 +910,7 @@ def test_bad_input_is_one_line_before_training_starts(train, tmp_path, case):
     assert not list(tmp_path.glob("run/*")), "something was written"
 
 
-# ------------------------------------------------------------------------------------------------ images and networks
+# -------------------------------------------------------------------- images and networks
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
@@ -910,8 +944,8 @@ def test_a_class_conditional_network_has_an_embedding_for_no_label_and_records_i
     assert "class_name" not in (conditional / "model_index.json").read_text().replace("_class_name", "")
 
 
-def test_every_embedding_is_trained_that_of_no_label_too(conditional):
-    """Guidance subtracts what the network says without a label: labels have to be left out now and then."""
+def test_every_embedding_is_trained_also_that_of_no_label(conditional):
+    """Guidance subtracts the prediction without a label, so labels must be dropped now and then."""
     state = torch.load(conditional / "checkpoint-12" / "optimizer.bin")["state"]
     moments = [entry["exp_avg_sq"] for entry in state.values() if entry["exp_avg_sq"].shape == (11, 128)]
     (moment,) = moments
@@ -947,7 +981,8 @@ def test_every_objective_runs_and_saves_what_it_was_trained_as(train, tmp_path, 
     learned = "learned" in model.variance_type
     assert pipeline.unet.config.out_channels == (2 if learned else 1)
     state = torch.load(tmp_path / "run" / "checkpoint-12" / "optimizer.bin")["state"]
-    moment = state[max(state)]["exp_avg_sq"]  # of the last bias: one a channel, the variance's second
+    # of the last bias, one per output channel: mean, then variance
+    moment = state[max(state)]["exp_avg_sq"]
     assert moment.shape == (pipeline.unet.config.out_channels,) and moment.all()
     if run.timestep_sampling == "loss_second_moment":
         history = load_file(tmp_path / "run" / "checkpoint-12" / "timestep_sampler.safetensors")
@@ -957,7 +992,7 @@ def test_every_objective_runs_and_saves_what_it_was_trained_as(train, tmp_path, 
         assert_same(weights(tmp_path / "run"), load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors"))
 
 
-def test_a_network_from_a_file_is_fitted_to_the_images(train, tmp_path):
+def test_a_network_from_a_file_gets_the_channels_and_size_of_the_images(train, tmp_path):
     stock_folder(tmp_path / "stock")
     file = tmp_path / "stock" / "unet" / "config.json"
     folder = pngs(tmp_path / "pngs", "RGB")
@@ -972,21 +1007,23 @@ def test_epochs_count_the_images_once_each(train, tmp_path):
     flags = [flag for flag in TINY if flag not in ("--max_train_steps", "12")]
     flags += ["--num_epochs", 2, "--max_train_samples", 10, "--lr_warmup_steps", 0]
     result = train(*flags, "--output_dir", tmp_path / "run")
-    assert result.stdout.startswith("10 images of 1x8x8") and "steps 0 to 3 of 8 images" in result.stdout  # 20 / 8
+    # 20 / 8
+    assert result.stdout.startswith("10 images of 1x8x8") and "steps 0 to 3 of 8 images" in result.stdout
 
 
 ACCELERATE = {"one_gpu": ("NO", 1, 1), "multi_gpu": ("MULTI_GPU", 4, 1), "two_nodes": ("MULTI_GPU", 8, 2)}
 
 
 @pytest.mark.parametrize("name", ACCELERATE)
-def test_the_settings_for_gpus_are_what_accelerate_reads(name):
+def test_accelerate_reads_the_launch_files_for_gpus(name):
     config = load_config_from_file(str(ROOT / "training" / "launch" / f"{name}.yaml"))
     assert (str(config.distributed_type.value), config.num_processes, config.num_machines) == ACCELERATE[name]
     assert config.mixed_precision == "bf16" and not config.use_cpu
 
 
+@pytest.mark.launch
 @pytest.mark.slow
-def test_the_settings_for_two_cpu_processes_start_two(tmp_path):
+def test_the_launch_file_for_two_cpu_processes_starts_two(tmp_path):
     file = ROOT / "training" / "launch" / "two_cpu_processes.yaml"
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite reaches nothing; the average is the one its definition says."""
+"""Non-finite losses and gradients change nothing, and the average is that of its definition."""
 
 import json
 import math
@@ -8,34 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import AveragedWeights, UpdateGuard, poisoned
 from tests.support.comparing import assert_same, losses, rows
-from tests.support.launching import TINY, TRAIN, Trainer, error_lines, launch
+from tests.support.launching import TINY, TRAIN, error_lines
 
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(scope="module")
-def train():
-    trainer = Trainer()
-    yield trainer
-    trainer.close()
-
-
 @pytest.fixture(autouse=True)
-def own_state():
-    """Accelerate's state is the process's: leave none behind, and take over none."""
-    AcceleratorState._reset_state(True), GradientState._reset_state()
+def own_accelerate():
+    """Accelerate's state is the process's: take over none, and leave none behind."""
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(True), GradientState._reset_state()
+    reset_accelerate()
 
 
-# ------------------------------------------------------------------------------------------------ in the small
+# -------------------------------------------------------------------- in the small
 
 
 class Scaled(Accelerator):
@@ -72,7 +65,9 @@ class Run:
             self.weight.weight.fill_(value)
 
     def step(self, *x, gradient=None):
-        """A batch of images (x, 0), at timesteps 10, 11, ...; `gradient`: added to the weights' own."""
+        """A batch of images (x, 0), at timesteps 10, 11, ...; `gradient`: added to the weights'
+        own.
+        """
         self.steps += 1
         inputs = torch.tensor([[value, 0.0] for value in x])
         loss = self.network(inputs).square().flatten()
@@ -98,7 +93,8 @@ class Run:
 BAD = {
     "a loss that is NaN": {"x": (1.0, NAN)},
     "an infinite loss": {"x": (1.0, INF)},
-    "a loss too large for its type, whose gradient is a number": {"x": (2e-6,), "weight": 1e25},  # 4e38, 8e13
+    # 4e38, 8e13
+    "a loss too large for its type, whose gradient is a number": {"x": (2e-6,), "weight": 1e25},
     "an infinite gradient": {"x": (1.0,), "gradient": INF},
     "a gradient that is NaN": {"x": (1.0,), "gradient": NAN},
 }
@@ -106,7 +102,7 @@ BAD = {
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_not_finite_changes_no_bit(case, fused):
+def test_a_non_finite_update_changes_no_bit(case, fused):
     run = Run(fused=fused).step(1.0, 2.0).step(3.0)
     run.fill(BAD[case].get("weight", 2))
     before = run.state()
@@ -121,17 +117,17 @@ def test_what_is_not_finite_changes_no_bit(case, fused):
     assert float(run.weight.weight.detach().max()) < 2 and float(run.state()["step"]) == 3
 
 
-def test_the_gradient_of_a_finite_loss_is_the_same_bit_for_bit():
+def test_poisoned_keeps_the_gradient_of_a_finite_loss_bit_for_bit():
     x = torch.linspace(-3, 3, 50, requires_grad=True)
     (plain,) = torch.autograd.grad(x.pow(3).mean(), x)
     (guarded,) = torch.autograd.grad(poisoned(x.pow(3).mean()), x)
     assert torch.equal(plain, guarded) and torch.equal(poisoned(x.pow(3).mean()), x.pow(3).mean())
 
 
-def test_a_row_of_nothing_else_ends_the_run_with_what_is_known(capsys):
+def test_a_row_of_skipped_updates_ends_the_run_with_a_diagnosis(capsys):
     run = Run(limit=3).step(1.0).step(NAN).step(1.0)
     run.guard.check()
-    assert "left out 1 update(s) that were not finite, 1 so far; step 2: loss nan" in capsys.readouterr().err
+    assert "skipped 1 update(s) that were not finite, 1 so far; step 2: loss nan" in capsys.readouterr().err
     run.step(NAN).step(1.0, 1.0).step(INF).step(1.0, 2.0, NAN, INF)
     run.guard.check()  # as often as it likes: the row goes on
     assert (run.guard.skipped, run.guard.in_a_row) == (4, 2)
@@ -143,7 +139,7 @@ def test_a_row_of_nothing_else_ends_the_run_with_what_is_known(capsys):
         run.guard.check()
 
 
-def test_a_gradient_alone_is_described_by_the_largest_loss():
+def test_a_non_finite_gradient_alone_is_described_by_the_largest_loss():
     run = Run(limit=1).step(1.0, 3.0, 2.0, gradient=INF)
     with pytest.raises(
         FloatingPointError, match=r"step 1: loss 4.667 \(largest at timestep 11\), gradient norm (inf|nan)"
@@ -151,10 +147,10 @@ def test_a_gradient_alone_is_described_by_the_largest_loss():
         run.guard.check()
 
 
-def test_a_row_may_span_two_processes_of_a_run():
+def test_a_row_of_skipped_updates_may_span_a_resumed_run():
     first = Run(limit=3).step(NAN).step(NAN)
     first.guard.check()
-    own_state_of_accelerate_again()
+    reset_accelerate()
     second = Run(limit=3)
     second.guard.load_state_dict(json.loads(json.dumps(first.guard.state_dict())))
     second.step(NAN)
@@ -162,11 +158,7 @@ def test_a_row_may_span_two_processes_of_a_run():
         second.guard.check()
 
 
-def own_state_of_accelerate_again():
-    AcceleratorState._reset_state(True), GradientState._reset_state()
-
-
-def test_a_loss_scale_that_is_too_large_is_found_without_an_alarm():
+def test_finding_the_loss_scale_raises_no_alarm():
     """A gradient of 32 fits a float32, which ends at 2^128, from a scale of 2^122 downwards."""
     run = Run(limit=2, scale=2.0**126)
     for _ in range(6):
@@ -177,7 +169,7 @@ def test_a_loss_scale_that_is_too_large_is_found_without_an_alarm():
     assert float(run.state()["step"]) == 2  # of 6
 
 
-def test_a_loss_that_is_not_finite_is_none_of_the_loss_scaler_s_business():
+def test_a_non_finite_loss_is_not_taken_for_a_loss_scale_that_is_too_large():
     run = Run(limit=2, scale=1024.0).step(1.0)
     before = run.state()
     run.step(1.0, NAN).step(1.0, NAN)
@@ -199,7 +191,7 @@ def test_a_gradient_that_no_loss_scale_helps_ends_the_run():
     assert run.weight.weight.tolist() == [[1, 1]]
 
 
-def test_losses_that_are_not_finite_stay_out_of_the_history_that_timesteps_are_drawn_by():
+def test_non_finite_losses_stay_out_of_the_timestep_sampler():
     sampler, clean = TimestepSampler(3, "loss_second_moment", 2), TimestepSampler(3, "loss_second_moment", 2)
     t, values = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([1.0, NAN, 2.0, 3.0, 4.0, -INF, INF])
     sampler.update(t, values)
@@ -208,7 +200,7 @@ def test_losses_that_are_not_finite_stay_out_of_the_history_that_timesteps_are_d
     assert sampler.counts.tolist() == [2, 1, 1]
 
 
-# ------------------------------------------------------------------------------------------------ in real runs
+# -------------------------------------------------------------------- in real runs
 
 DRIVER = """
 import os, runpy, sys
@@ -226,14 +218,17 @@ runpy.run_path({train!r}, run_name="__main__")
 
 
 def spoiled(path: Path, calls: list[int], rank: int = 0, value: str = "float('nan')") -> Path:
-    """train.py with a loss that is not a number in some calls of the objective (one a step and part of the batch) of one process."""
+    """A driver of train.py that spoils the loss in some calls of the objective on one rank.
+
+    The objective is called once per step and part of the batch.
+    """
     code = DRIVER.format(train=str(TRAIN), calls=calls, rank=rank, value=value)
     path.write_text(code)
     return path
 
 
 def history(folder: Path, steps: int = 12) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Weights and their average behind each step, in the order of the network's parameters."""
+    """Weights and their average after each step, in the order of the network's parameters."""
     names = [name for name, _ in DDPMNotesPipeline.from_pretrained(folder).unet.named_parameters()]
     found = []
     for step in range(1, steps + 1):
@@ -245,7 +240,10 @@ def history(folder: Path, steps: int = 12) -> list[tuple[list[torch.Tensor], lis
 
 
 def assert_averages(found: list, decay_at: Callable[[int], float], left_out: Sequence[int] = ()) -> None:
-    """Recomputed in float64 from the weights behind each step (n from 0), the ones that were left out passed over."""
+    """The average recomputed in float64 from the weights after each step n (from 0).
+
+    Skipped steps count for nothing.
+    """
     expected = [torch.zeros_like(value, dtype=torch.float64) for value in found[0][0]]
     moved = 0.0
     for n, (raw, average) in enumerate(found):
@@ -263,7 +261,7 @@ CONSTANT = ["--ema_schedule", "constant", "--ema_max_decay", 0.8]
 
 
 @pytest.mark.parametrize("schedule", ["warmup", "constant"])
-def test_the_average_is_the_one_of_its_definition(train, tmp_path, schedule):
+def test_the_average_is_that_of_its_definition(train, tmp_path, schedule):
     flags = ["--ema_schedule", schedule, "--ema_max_decay", 0.8, "--ema_inv_gamma", 0.5, "--ema_power", 0.6]
     train(*EVERY_STEP, tmp_path / "run", *flags)
     ramp = [1 - (1 + n / 0.5) ** -0.6 for n in range(12)]
@@ -282,12 +280,15 @@ def test_a_compiled_network_is_averaged_and_saved_as_any_other(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_leave_out_the_step_in_which_one_has_a_loss_that_is_not_finite(tmp_path):
-    """And average the same weights as one process would: two parts of the batch each, the second of rank 1 spoiled in step 5."""
+def test_two_processes_skip_a_step_in_which_one_has_a_non_finite_loss(launch, tmp_path):
+    """They average the weights that one process would.
+
+    Each has two parts of the batch; rank 1's last in step 5 is spoiled.
+    """
     folder, driver = tmp_path / "run", spoiled(tmp_path / "driver.py", [10], rank=1)
     result = launch(*EVERY_STEP, folder, *CONSTANT, "--gradient_accumulation_steps", 2, processes=2, script=driver)
     assert "on 2 process(es) of cpu" in result.stdout
-    assert result.stderr.count("left out 1 update(s) that were not finite, 1 so far; step 5: loss nan") == 1
+    assert result.stderr.count("skipped 1 update(s) that were not finite, 1 so far; step 5: loss nan") == 1
     found = history(folder)
     assert_same(found[4], found[3])
     assert_averages(found, lambda n: 0.8, left_out=[4])
@@ -295,8 +296,8 @@ def test_two_processes_leave_out_the_step_in_which_one_has_a_loss_that_is_not_fi
 
 
 @pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
-def test_a_step_that_is_left_out_changes_the_learning_rate_alone(train, tmp_path, value):
-    """The next step is the one that it would be had this one's number passed without a batch."""
+def test_a_skipped_step_changes_the_learning_rate_alone(train, tmp_path, value):
+    """The next step is as if this one's number had passed without a batch."""
     folder = tmp_path / "run"
     result = train(*EVERY_STEP, folder, *CONSTANT, script=spoiled(tmp_path / "driver.py", [5, 6], value=value))
     found = history(folder)
@@ -309,12 +310,12 @@ def test_a_step_that_is_left_out_changes_the_learning_rate_alone(train, tmp_path
     assert [(update["skipped"], update["in_a_row"]) for update in updates] == [(0, 0), (1, 1), (2, 2), (2, 0)]
     assert [row["step"] for row in rows(folder) if row["loss"] is None or row["grad_norm"] is None] == [5, 6]
     assert all(map(math.isfinite, losses(folder)[6:])) and "NaN" not in (folder / "loss.jsonl").read_text()
-    assert "updates left out, not finite: 2;" in result.stdout
+    assert "updates skipped, not finite: 2;" in result.stdout
     assert "loss nan over" not in result.stdout
 
 
-def test_a_run_of_nothing_else_stops_with_a_diagnosis_and_can_go_on_from_before_it(train, tmp_path):
-    """Stopped in the midst of the row, it goes on with the count."""
+def test_a_run_of_skipped_updates_stops_with_a_diagnosis_and_can_resume_from_before(train, tmp_path):
+    """The count of steps in a row continues after resuming."""
     flags = [*TINY, "--checkpointing_steps", 3, "--logging_steps", 100, "--max_nonfinite_steps", 4]
     flags += ["--output_dir", tmp_path / "run"]
     driver = spoiled(tmp_path / "driver.py", list(range(5, 13)))

@@ -1,0 +1,175 @@
+"""What is trained: a network, the average of its weights, its optimizer, and one step of them."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+
+from ..data import to_model_range
+from ..data.batches import step_seed
+from ..objectives import Objective, TimestepSampler
+from ..pipeline_ddpm_notes import DDPMNotesPipeline
+from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
+from .arguments import RunArguments
+from .checkpoints import CheckpointState
+from .logs import warning_once
+from .updates import AveragedWeights, UpdateGuard, poisoned
+
+
+class Learner:
+    """A network and all that a step changes.
+
+    Attributes:
+        unet: the network. network: the same, wrapped for several processes.
+        average: moving average of the weights; None without.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, unet: UNet2DModel, scheduler: DDPMNotesScheduler, run: RunArguments
+    ) -> None:
+        self.accelerator, self.run, self.unet, self.scheduler = accelerator, run, unet, scheduler
+        self.objective = Objective(scheduler, run.objective, run.loss_weighting, snr_gamma=run.snr_gamma)
+        self.timestep_sampler = TimestepSampler(len(scheduler), run.timestep_sampling)
+        if run.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.average = None
+        if run.use_ema:
+            decay = (run.ema_max_decay, run.ema_schedule, run.ema_inv_gamma, run.ema_power)
+            self.average = AveragedWeights(unet.parameters(), *decay)
+            self.average.to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=run.learning_rate,
+            betas=(run.adam_beta1, run.adam_beta2),
+            weight_decay=run.adam_weight_decay,
+            eps=run.adam_epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self.network, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
+        if run.torch_compile:
+            unet.compile()
+        self.lr_scheduler: Any = None  # by `schedule`
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no label"; None if the network has none."""
+        return (self.unet.config.get(PRIVATE_ENTRY) or {}).get("null_label")
+
+    def checkpoint_state(self, fingerprint: str) -> CheckpointState:
+        """What a checkpoint holds of this, for a run on the images of `fingerprint`."""
+        identity = {
+            "seed": self.run.seed,
+            "train_batch_size": self.run.train_batch_size,
+            "images": fingerprint,
+            "use_ema": self.run.use_ema,
+        }
+        for owner, config in (("unet", self.unet.config), ("scheduler", self.scheduler.config)):
+            identity |= {f"{owner}.{name}": value for name, value in config.items() if not name.startswith("_")}
+        identity = json.loads(json.dumps(identity))  # as a checkpoint returns it
+        return CheckpointState(self.average, self.timestep_sampler, self.guard, identity)
+
+    def schedule(self, done: int, steps: int, warmup: int) -> None:
+        """Set the learning rate of step `done` of `steps`, and of those after it."""
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = self.run.learning_rate
+        # Not prepared: accelerate would step it once per process.
+        self.lr_scheduler = get_scheduler(
+            self.run.lr_scheduler,
+            self.optimizer.optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            last_epoch=done - 1,
+        )
+
+    def update(self, step: int, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Forward, backward, clip, optimizer, average. Collective: every rank must call it.
+
+        Args:
+            step: counted from 0.
+            batch: this rank's share of the global batch, from `StepBatches`.
+
+        Returns:
+            Loss of this rank's share, gradient norm, and learning rate; without a sync.
+        """
+        device, rank = self.accelerator.device, self.accelerator.process_index
+        torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
+        share = len(batch["u"])
+        position = torch.arange(share) + rank * share
+        t, weight = self.timestep_sampler.sample(batch["u"], position, self.run.train_batch_size)
+        weight = weight.to(device, torch.float32, non_blocking=True)
+        losses = self._backward(batch, t, weight)
+        grad_norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.run.max_grad_norm)
+        applied = self.guard.update(self.optimizer, grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        if self.average is not None:
+            self.average.step(self.unet.parameters(), applied)
+        if self.run.timestep_sampling == "loss_second_moment":
+            gathered = (self.accelerator.gather(value).cpu() for value in (t.to(device), losses))
+            self.timestep_sampler.update(*gathered)
+        self.guard.watch(step + 1, t, losses, grad_norm)
+        return (losses * weight).mean(), grad_norm, learning_rate
+
+    def _backward(self, batch: dict[str, torch.Tensor], t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Accumulate gradients of the weighted mean loss; returns the unweighted losses (B,)."""
+        device, share, parts = self.accelerator.device, len(t), self.run.gradient_accumulation_steps
+        x_0 = to_model_range(batch["pixel_values"].to(device, non_blocking=True))
+        noise = batch["noise"].to(device, non_blocking=True)
+        labels = batch["class_labels"].to(device, non_blocking=True) if "class_labels" in batch else None
+        losses = []
+        for first in range(0, share, share // parts):
+            part = slice(first, first + share // parts)
+            is_last = part.stop == share
+            # gradients are averaged over processes once, with the last part
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network):
+                label_part = None if labels is None else labels[part]
+                loss = self.objective(self.network, x_0[part], noise[part], t[part], label_part)
+                self.accelerator.backward(poisoned((loss * weight[part]).mean() / parts))
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which the UNet has its averaged weights."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.unet.parameters())
+        self.average.copy_to(self.unet.parameters())
+        try:
+            yield
+        finally:
+            self.average.restore(self.unet.parameters())
+
+    @contextlib.contextmanager
+    def pipeline(self, averaged: bool = True, **progress_bar: Any) -> Iterator[DDPMNotesPipeline]:
+        """A pipeline of the weights so far, for a block in which the network is in eval mode.
+
+        Args:
+            averaged: of the average, not of the weights as they are.
+            progress_bar: settings of its bar.
+        """
+        pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
+        pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
+        with warning_once(self.accelerator), self.averaged() if averaged else contextlib.nullcontext():
+            self.unet.eval()
+            try:
+                yield pipeline
+            finally:
+                self.unet.train()
+
+    def keep_average(self) -> None:
+        """Make the averaged weights the network's own."""
+        if self.average is not None:
+            self.average.copy_to(self.unet.parameters())
+
+    def unwrap(self) -> None:
+        """Drop the wrapper for several processes; the network stays usable."""
+        self.network = self.unet

@@ -1,0 +1,88 @@
+"""What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..evaluation.samples import SampleTable, figures_of
+from ..evaluation.validation import measure_bits_per_dim
+from ..pipeline_ddpm_notes import BitsPerDimOutput
+from .images import TrainingImages
+from .learner import Learner
+from .logs import RunLogs, bits_per_dim_figures
+from .sampling import sample
+from .stops import Stops
+
+VALIDATION_EVALUATIONS = 16  # network evaluations per validation image
+
+
+class Measurements:
+    """Measures a learner's weights and logs the figures; the time does not count as training.
+
+    A measurement uses the same noise or seeds every time. One that a signal interrupts is None. All
+    methods are collective: every rank must call them.
+
+    Attributes:
+        table: of sample metrics; None without --metric_interval.
+    """
+
+    def __init__(self, learner: Learner, images: TrainingImages, stops: Stops, cache_dir: str | None) -> None:
+        self.learner, self.images, self.stops = learner, images, stops
+        self.accelerator, run = learner.accelerator, learner.run
+        self.table = None
+        if run.metric_interval is not None:
+            sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
+            self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
+
+    def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:
+        """bits/dim of the averaged weights, with fewer evaluations than evaluate.py's default."""
+        if self.images.validation is None:
+            return None
+        n = VALIDATION_EVALUATIONS
+        images, settings = self.images.validation, {"evaluations_per_image": n, "batch_size": 8 * n}
+        with logs.loss.paused(), self.learner.pipeline(desc="validate", leave=False) as pipeline:
+            result = measure_bits_per_dim(self.accelerator, pipeline, images, self.stops, **settings)
+        if result is not None:
+            logs.validation.add(step, bits_per_dim_figures(result))
+        return result
+
+    def measure_samples(self, step: int, logs: RunLogs) -> None:
+        """How far samples of the averaged weights after `step` steps are from images."""
+        if self.table is None:
+            return
+        scheduler = self.learner.scheduler
+        n = self.learner.run.ddpm_num_inference_steps or len(scheduler)
+        row = {
+            "variance_type": scheduler.variance_type,
+            "path": scheduler.config.timestep_spacing,
+            "num_inference_steps": n,
+        }
+        with logs.loss.paused(), self.learner.pipeline() as pipeline:
+            result = self.table.add(pipeline, row, self.stops, num_inference_steps=n)
+        if result is not None:
+            logs.metrics.add(step, figures_of(result))
+
+    def sample_grid(
+        self, averaged: bool = True, watch: Callable[[torch.Tensor, int, int], None] | None = None
+    ) -> np.ndarray | None:
+        """`num_samples` images, uint8 (N, C, H, W), classes in turn.
+
+        Args:
+            averaged: of the averaged weights, not of the weights as they are.
+            watch: see `sample`.
+        """
+        run = self.learner.run
+        with self.learner.pipeline(averaged, desc="sample", unit="step") as pipeline:
+            classes = pipeline.num_classes
+            samples = sample(
+                self.accelerator,
+                pipeline,
+                run.num_samples,
+                run.eval_batch_size,
+                class_labels=None if classes is None else [i % classes for i in range(run.num_samples)],
+                stops=self.stops,
+                watch=watch,
+                num_inference_steps=run.ddpm_num_inference_steps,
+            )
+        return None if samples is None else samples.numpy()

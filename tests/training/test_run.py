@@ -1,0 +1,173 @@
+"""TrainingRun from Python: in this process, without signal handlers, in any thread, again and
+again.
+"""
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from ddpm_notes_pipeline import DDPMNotesPipeline
+from ddpm_notes_pipeline.training.arguments import DataArguments, ModelArguments, RunArguments
+from ddpm_notes_pipeline.training.run import TrainingRun
+from ddpm_notes_pipeline.training.stops import Stopped, Stops
+from tests.support.comparing import assert_same, losses, weights
+
+FOLDER = {"checkpoint-2", "loss.jsonl", "loss.png", "samples.png", "trajectory.gif", "README.md", "unet", "scheduler"}
+FOLDER |= {"model_index.json", "pipeline.py", "training_config.yaml", "training_run.json"}
+
+
+@pytest.fixture
+def make(tmp_path) -> Callable[..., TrainingRun]:
+    """A run of two steps on 8 digits by a network of 0.02 M weights; keywords change its
+    RunArguments.
+    """
+
+    def make(name: str = "run", stops: Stops | None = None, **changes: object) -> TrainingRun:
+        data = DataArguments(dataset_name="digits", max_train_samples=8, cache_dir=str(tmp_path / "cache"))
+        model = ModelArguments(block_out_channels=[8, 8], layers_per_block=1, ddpm_num_steps=10)
+        run = RunArguments(output_dir=str(tmp_path / name), max_train_steps=2, train_batch_size=4, report_to="none")
+        run = dataclasses.replace(run, num_samples=2, ddpm_num_inference_steps=2, **changes)
+        return TrainingRun(data, model, run, stops)
+
+    return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What the first run imports late, so that no test is timed with it."""
+    import sklearn.datasets  # noqa: F401
+
+
+def test_a_run_from_python_takes_two_steps_in_three_seconds_and_leaves_a_model(make, tmp_path, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    started = time.monotonic(), time.process_time()
+    run = make()
+    run.train()
+    # Of the processor, where other jobs slow this one down.
+    seconds = min(time.monotonic() - started[0], time.process_time() - started[1])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FOLDER
+    assert len(losses(tmp_path / "run")) == 2
+    saved = DDPMNotesPipeline.from_pretrained(tmp_path / "run").unet
+    # it stays usable, averaged
+    assert_same(dict(run.learner.unet.state_dict()), dict(saved.state_dict()))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("8 images of 1x8x8 from digits, 0.02 M weights")
+    assert [line.split(":")[0] for line in lines[1:]] == ["Learned", "Where", "Load", "Longer", "Your own"]
+    # not pytest's flags
+    assert 'TrainingRun with resume_from_checkpoint="latest" and max_train_steps=4' in lines[4]
+    assert seconds < 3
+
+
+def test_a_thread_other_than_the_main_one_trains(make, tmp_path):
+    """As a notebook's server or a web app may."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            make().train()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures and {path.name for path in (tmp_path / "run").iterdir()} == FOLDER
+
+
+def test_a_second_run_in_the_process_is_not_bound_to_the_settings_of_the_first(make, tmp_path):
+    """accelerate keeps its state in the process and refuses another precision."""
+    make("first").train()
+    make("half", mixed_precision="bf16").train()
+    make("again").train()
+    assert losses(tmp_path / "again") == losses(tmp_path / "first") != losses(tmp_path / "half")
+    assert_same(weights(tmp_path / "again"), weights(tmp_path / "first"))
+
+
+def test_a_run_that_failed_leaves_the_next_one_alone(make, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        make("full")
+    with pytest.raises(ValueError, match="--train_batch_size is 4 with --gradient_accumulation_steps 3"):
+        make(gradient_accumulation_steps=3)
+    broken = make("broken")
+    with pytest.raises(RuntimeError, match="in the middle"):
+        for step, batch in broken.batches():
+            broken.update(step, batch)
+            raise RuntimeError("in the middle")
+    make("next", mixed_precision="bf16").train()
+    assert {path.name for path in (tmp_path / "next").iterdir()} == FOLDER
+
+
+def test_the_loop_written_out_is_that_of_train(make, tmp_path):
+    make("train").train()
+    run = make("loop")
+    seen = []
+    for step, batch in run.batches():
+        seen.append((step, tuple(batch["pixel_values"].shape)))
+        run.update(step, batch)
+        run.after(step)
+        assert not run.stopped
+    run.finish()
+    assert seen == [(0, (4, 1, 8, 8)), (1, (4, 1, 8, 8))]
+    assert_same(weights(tmp_path / "loop"), weights(tmp_path / "train"))
+
+
+def test_a_stop_from_python_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(make, tmp_path):
+    make("straight").train()
+    stops = Stops()
+    run = make("run", stops)
+    with pytest.raises(
+        Stopped, match=r'after step 1 of 2, .*Resume: the same TrainingRun with resume_from_checkpoint="l'
+    ):
+        for step, batch in run.batches():
+            run.update(step, batch)
+            stops.received = signal.SIGTERM  # what the handler would do
+            run.after(step)
+            if run.stopped:
+                break
+        run.finish()
+    make("run", resume_from_checkpoint="latest").train()
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+
+
+def test_settings_from_python_are_checked_like_flags(make, tmp_path):
+    for changes, message in (
+        ({"learning_rate": -1.0}, "--learning_rate is -1.0; it must be above 0"),
+        ({"metric_interval": 1}, "--metric_interval is 1 with no --validation_split"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_record_of_a_run_keeps_its_keys(make, tmp_path):
+    """The card and what is published read them."""
+    make().train()
+    record = json.loads((tmp_path / "run" / "training_run.json").read_text())
+    expected = """
+        data split images images_skipped dims fingerprint data_license hub_dataset base_model objective loss loss_steps
+        steps train_batch_size seed weights mixed_precision processes hardware seconds steps_of_launch images_per_second
+        date versions command
+    """
+    assert list(record) == expected.split()
+    assert (record["data"], record["images"], record["dims"], record["steps"]) == ("digits", 8, [1, 8, 8], 2)
+
+
+def test_finishing_before_the_last_step_is_refused(make, tmp_path):
+    """Its weights would be saved as those of the last step."""
+    run = make()
+    for step, batch in run.batches():
+        run.update(step, batch)
+        run.after(step)
+        break
+    with pytest.raises(RuntimeError, match="finish was called before step 2"):
+        run.finish()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
