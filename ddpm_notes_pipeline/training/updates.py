@@ -56,8 +56,14 @@ class AveragedWeights(EMAModel):
         if applied is None:
             applied = torch.ones((), device=self.shadow_params[0].device)
         weight = applied * (1 - self.cur_decay_value)
-        for average, parameter in zip(self.shadow_params, parameters, strict=True):
-            average.lerp_(parameter, weight)
+        if weight.is_cpu:  # one pass over the memory
+            for average, parameter in zip(self.shadow_params, parameters, strict=True):
+                average.lerp_(parameter, weight)
+            return
+        # A few kernels for all weights. torch has no public name for these, and diffusers uses them.
+        change = torch._foreach_sub(list(parameters), self.shadow_params)  # noqa: SLF001
+        torch._foreach_mul_(change, weight)  # noqa: SLF001
+        torch._foreach_add_(self.shadow_params, change)  # noqa: SLF001
 
 
 class UpdateGuard:
