@@ -1,6 +1,6 @@
-"""What a module imports is what its user has: by `pip install ddpm_notes_pipeline`, or with the extra that the module says.
+"""Each module imports only what setup.cfg declares for it, in install_requires or in an extra.
 
-A dependency that only another one brings is there until that one no longer needs it, and then nothing starts.
+An undeclared import works until the package that happened to bring it stops doing so.
 """
 
 import ast
@@ -27,7 +27,7 @@ DISTRIBUTIONS = importlib.metadata.packages_distributions()
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(module, line) of each import statement, wherever it stands, and of each import_module("name")."""
+    """(module, line) of each import statement and each import_module("name")."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)

@@ -1,4 +1,4 @@
-"""Today's code against that of before it was rewritten, on random settings: the same numbers to 1e-6.
+"""Today's code against that of before it was rewritten: the same numbers to 1e-6.
 
 Goes, with tests/reference, when the rewriting ends.
 """

@@ -1,4 +1,4 @@
-"""What `pip install` gives: a wheel in an environment of its own, which has what setup.cfg asks for and nothing else."""
+"""The wheel, installed with what setup.cfg asks for into an empty environment."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def wheel() -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel) -> Path:
-    """The Python of an environment with the wheel and what it needs for training, in the versions of constraints.txt."""
+    """Python of an environment with the wheel and its extra `train`, in the tested versions."""
 
     def install(folder: Path) -> subprocess.CompletedProcess[str]:
         venv.create(folder / "venv", with_pip=True)

@@ -60,10 +60,10 @@ class AveragedWeights(EMAModel):
             for average, parameter in zip(self.shadow_params, parameters, strict=True):
                 average.lerp_(parameter, weight)
             return
-        # A few kernels for all weights. torch has no public name for these, and diffusers uses them.
+        # A few kernels for all weights; torch has no public name for these.
         change = torch._foreach_sub(list(parameters), self.shadow_params)  # noqa: SLF001
-        torch._foreach_mul_(change, weight)  # noqa: SLF001
-        torch._foreach_add_(self.shadow_params, change)  # noqa: SLF001
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(self.shadow_params, change)
 
 
 class UpdateGuard:

@@ -1,9 +1,10 @@
-"""The oldest versions that setup.cfg allows, as constraints for pip: what `make test-oldest` installs.
+"""The oldest versions that setup.cfg allows, as pip constraints for `make test-oldest`.
 
     python tests/support/oldest.py > oldest.txt
 
-The lower bounds of setup.cfg are the only place where these versions stand: `name>=1.2` becomes `name==1.2`. What the project does not name
-itself comes along with those; it may be as old as they need it, but no newer than in constraints.txt: what a day brings changes no result.
+setup.cfg is the only place where these versions stand: `name>=1.2` becomes `name==1.2`. Indirect
+dependencies may be as old as pip finds fit, but no newer than in constraints.txt: a new release
+changes no result.
 """
 
 import configparser
@@ -20,7 +21,7 @@ def canonical(name: str) -> str:
 
 
 def declared(setup: Path = ROOT / "setup.cfg") -> dict[str, dict[str, str]]:
-    """What setup.cfg asks for, the versions by the distribution's name: of install_requires under "", of an extra under its name."""
+    """Versions by distribution name: install_requires under "", each extra under its own name."""
     config = configparser.ConfigParser()
     config.read(setup, encoding="utf-8")
     texts = {"": config["options"]["install_requires"], **config["options.extras_require"]}
@@ -37,13 +38,13 @@ def declared(setup: Path = ROOT / "setup.cfg") -> dict[str, dict[str, str]]:
 
 
 def oldest_versions() -> dict[str, str]:
-    """The lower bound of everything that setup.cfg asks for but the tools of the tests; ValueError where one is missing."""
+    """The lower bound of each direct dependency, test tools apart; ValueError if one has none."""
     parts = [versions for part, versions in declared().items() if part != "test"]
     versions = {name: text for part in parts for name, text in part.items()}
     bounds = {name: re.search(r">=\s*([\w.]+)", text) for name, text in versions.items()}
     missing = [name for name, bound in bounds.items() if bound is None]
     if missing:
-        raise ValueError(f"setup.cfg has no lower bound for {', '.join(missing)}; allowed: name>=version")
+        raise ValueError(f"setup.cfg has no lower bound for {', '.join(missing)}; it must say name>=version")
     return {name: bound[1] for name, bound in bounds.items() if bound is not None}
 
 
