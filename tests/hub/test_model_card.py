@@ -10,7 +10,8 @@ from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
-from ddpm_notes_pipeline.hub.model_card import merge, read_facts, weights_digest, write_card
+from ddpm_notes_pipeline.hub.card import read_facts, weights_digest, write_card
+from ddpm_notes_pipeline.hub.owner_edits import merge
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 
