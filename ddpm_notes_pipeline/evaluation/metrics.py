@@ -6,9 +6,9 @@ is the Frechet distance over Inception, which is not among the networks here; fi
 networks do not compare. Put held-out images in the samples' place to see what perfect samples get.
 
 Pixel statistics need no network: errors of each pixel's mean and variance, and the distance of
-samples to their nearest training image, beside that of held-out images. Samples that are much nearer
-are memorised. Only pixels are seen here: if one set went through JPEG and the other did not, every
-figure changes and the pixels alone cannot tell; `source` records what is known of it.
+samples to their nearest training image, beside that of held-out images. Samples that are much
+nearer are memorised. Only pixels are seen here: if one set went through JPEG and the other did not,
+every figure changes and the pixels alone cannot tell; `source` records what is known of it.
 """
 
 import os
@@ -55,13 +55,13 @@ def measure_samples(
 
     Args:
         generated, real, train, held_out: images as an `ImageSet`, uint8 or floats in [0, 1]
-            (N, C, H, W), or batches of such (also as {"pixel_values": ...}), which are read once and
-            never held whole. All of one shape. `train` and `held_out` are only used for the nearest
-            training image. An iterator can serve as one of the four only.
+            (N, C, H, W), or batches of such (also as {"pixel_values": ...}), which are read once
+            and never held whole. All of one shape. `train` and `held_out` are only used for the
+            nearest training image. An iterator can serve as one of the four only.
         network: a `FeatureNetwork`, a name for `load_feature_network`, or None: pixel statistics
             alone.
         batch_size: images through the network at once.
-        sampling, source: kept in the protocol: steps, variance, seeds; JPEG or PNG, what resized it.
+        sampling, source: kept in the protocol: steps, variance, seeds; JPEG or PNG, resizing.
         cache_dir: where features of `real` are cached if it is an `ImageSet`, keyed by its
             fingerprint, the network's name, weights and preprocessing. Default:
             `$HF_HOME/ddpm_notes_pipeline`.
@@ -161,7 +161,7 @@ def _too_few_for_features(real: SetStatistics, generated: SetStatistics) -> list
 
 
 def _different_histories(sets: dict[str, Any]) -> list[str]:
-    """Sets whose files were compressed or resized differently: it passes for a difference of images."""
+    """A note for each way in which the files of the sets were treated differently."""
     known = {name: images for name, images in sets.items() if isinstance(images, ImageSet)}
     notes = []
     for attribute, what in (("lossy", "came from JPEG files"), ("resized", "were resized when they were loaded")):

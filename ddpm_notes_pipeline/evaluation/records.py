@@ -42,7 +42,7 @@ class JSONFile:
         (folder / self.FILE).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------- bits/dim
+# ------------------------------------------------------------ bits/dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class BoundRecord:
         return self.variance_type, self.path, self.num_inference_steps
 
 
-# ---------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------ samples
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class SampleRecord:
         return _from_dict(cls, {**values, **more})
 
 
-# ---------------------------------------------------------------------------------- files
+# ------------------------------------------------------------ files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def text_line(columns: Sequence[Column], record: Any) -> str:
     return " | ".join(f"{column.cell(record):>{column.width}}" for column in columns)
 
 
-# ---------------------------------------------------------------------------------- bounds
+# ------------------------------------------------------------ bounds
 
 
 def bound_columns(digits: int = 4, emphasis: str = "") -> list[Column]:
@@ -80,7 +80,7 @@ def bound_table(evaluation: Evaluation) -> str:
     return markdown(bound_columns(emphasis="**"), evaluation.results)
 
 
-# ---------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------ samples
 
 
 def _metric(name: str, form: str) -> Callable[[SampleRecord], str]:

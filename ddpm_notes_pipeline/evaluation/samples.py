@@ -22,8 +22,8 @@ __all__ = ["SampleTable", "figures_of", "mean_of"]
 class SampleTable:
     """Samples of several pipelines, each compared with the same real images.
 
-    The first row is that of held-out images, if there are any: what perfect samples would get. It is
-    measured at once, so that what is missing or does not fit is found before anything else runs.
+    The first row is that of held-out images, if there are any: what perfect samples would get. It
+    is measured at once, so that what is missing or does not fit is found before anything else runs.
 
     Args:
         real: what samples are compared with, and whose nearest image is looked for.
@@ -108,7 +108,7 @@ class SampleTable:
         )
 
     def as_list(self, last: bool = False) -> list[SampleRecord]:
-        """The rows; with `last`, the newest of the samples' rows alone, beside that of held-out images."""
+        """The rows; with `last`, of those of samples only the newest."""
         older = [row for row in self.rows if row.is_sampled][:-1] if last else []
         return [row for row in self.rows if row not in older]
 

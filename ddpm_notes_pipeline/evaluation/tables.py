@@ -1,4 +1,4 @@
-"""table.md, the results table of `evaluate.py --table`: every bound, its samples, and the findings."""
+"""table.md, the results of `evaluate.py --table`: the bounds, their samples, and the findings."""
 
 from .findings import findings, kernel_distance_of, kernel_distances, kernel_text
 from .records import BoundRecord, Evaluation

@@ -94,7 +94,7 @@ def measure_bits_per_dim(
         raise ValueError(f"{n} images for {processes} processes; must be at least one each")
     first, end = n * accelerator.process_index // processes, n * (accelerator.process_index + 1) // processes
     labelled = pipeline.num_classes is not None
-    # a generator does not say how many images it yields: the bar of `bits_per_dim` would have no total
+    # a generator does not say how many images it yields: `bits_per_dim`'s bar would have no total
     silent = with_progress_bar(pipeline, disable=True)
     with pipeline.progress_bar(total=end - first) as bar:
         bar.unit = "image"
@@ -150,7 +150,7 @@ def save_evaluation(
     evaluations_per_image: int | None = None,
     metrics: list[SampleRecord] | None = None,
 ) -> list[str]:
-    """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; returns their names.
+    """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; their names.
 
     Args:
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the

@@ -229,7 +229,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
     return {name: "".join(template.blocks[name](context)) for name in BLOCKS}
 
 
-# ---------------------------------------------------------------------------------- metadata
+# ------------------------------------------------------------ metadata
 
 
 def _metadata(facts: CardFacts, license: str | None) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Only the folder's own files are pushed (`HUB_FILES`): no checkpoints, optimizer states or logs. A
 push is one commit on top of the commit it has seen. If the Hub says that the repository has moved
 on, is busy or does not answer, the push looks at what is there and tries again: files that arrived
-are not committed a second time, and of two concurrent pushes all files of the later one win. Only the
-card changes in the folder, so a failed push loses nothing: `push_command` finishes it.
+are not committed a second time, and of two concurrent pushes all files of the later one win. Only
+the folder's card changes, so a failed push loses nothing: `push_command` finishes it.
 
 The demo is a Space: three files of a folder of their own (examples/space in a clone). They are not
 part of the installed package: an app needs gradio, is read and changed before it is pushed, and

@@ -31,7 +31,7 @@ SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
-    """Measure, print, and write evaluation.json, bits_per_dim.png, the card and, with --table, table.md."""
+    """Measure; print and write evaluation.json, its picture, the card and, with --table, table.md."""
     accelerator = Accelerator()
     pipeline = load_pipeline(accelerator, evaluation)
     own = pipeline.scheduler
@@ -62,7 +62,7 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     accelerator.end_training()
 
 
-# ---------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------ loading
 
 
 def load_pipeline(accelerator: Accelerator, evaluation: EvaluationArguments) -> DDPMNotesPipeline:
@@ -145,11 +145,11 @@ def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------ what is measured
 
 
 def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> EvaluationArguments:
-    """The arguments with variances and numbers of steps filled in, those of --table or the model's own."""
+    """The arguments with variances and numbers of steps filled in."""
     T = len(own)
     variances, steps, metric_steps = [own.variance_type], [T], evaluation.metric_steps
     if evaluation.table:
@@ -168,9 +168,9 @@ def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> E
 def measure_variances(
     accelerator: Accelerator, data: DataArguments, evaluation: EvaluationArguments, pipeline: DDPMNotesPipeline
 ) -> tuple[list[float] | None, dict[int, float]]:
-    """V_t of each timestep, and decoder variances by last timestep; those that are needed are measured.
+    """V_t of each timestep, and decoder variances by last timestep, as far as they are needed.
 
-    On --variance_split, unless the scheduler knows them.
+    Measured on --variance_split, unless the scheduler knows them.
     """
     own = pipeline.scheduler
     mse, decoder = own.original_sample_mse, dict(own.decoder_variance or {})
@@ -212,7 +212,7 @@ def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
 def scheduler_of(
     own: DDPMNotesScheduler, variance: str, mse: list[float] | None, decoder: dict[int, float] | None
 ) -> DDPMNotesScheduler:
-    """The model's scheduler with another variance; `decoder`: fitted, or None for the variance's own rule."""
+    """The model's scheduler with another variance; `decoder`: None for the variance's own rule."""
     return DDPMNotesScheduler.from_config(
         own.config,
         variance_type=variance,
@@ -246,7 +246,7 @@ def measure_row(
     return Row(variance, kind, len(path), decoder_of(pipeline.scheduler, path), result)
 
 
-# ---------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------ samples
 
 
 def sample_table(
@@ -288,13 +288,13 @@ def add_samplers(
             samples.add(pipeline, row, num_inference_steps=steps)
 
 
-# ---------------------------------------------------------------------------------- results
+# ------------------------------------------------------------ results
 
 
 def write(
     evaluation: EvaluationArguments, images: ImageSet, rows: list[Row], samples: SampleTable | None = None
 ) -> None:
-    """Write the results and the card of a local model, and print the rest of the tables and where they are."""
+    """Write results, and the card of a local model; print the other tables and where all is."""
     local = Path(evaluation.model) if Path(evaluation.model).is_dir() else None
     folder = Path(evaluation.results_dir or local or "outputs/evaluation")
     folder.mkdir(parents=True, exist_ok=True)
