@@ -31,7 +31,7 @@ SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
-    """Measure; print and write evaluation.json, its picture, the card and, with --table, table.md."""
+    """Measure and print; write evaluation.json, its picture, the card, and table.md with --table."""
     accelerator = Accelerator()
     pipeline = load_pipeline(accelerator, evaluation)
     own = pipeline.scheduler

@@ -309,7 +309,7 @@ def test_max_images_takes_the_images_that_its_help_says(capsys):
     ],
 )
 def test_a_network_s_output_is_not_read_as_another_variance_than_it_was_trained_as(tmp_path, own, asked, known):
-    """learned_range's v is about -1 to 1: read as a log variance, it is noise as large as the image."""
+    """learned_range's v is about -1 to 1: as a log variance, noise as large as images."""
     save_model(tmp_path, variance_type=own)
     says = f"--variance_types has {asked} and the model's variance is {own}; "
     says += f"each must be one of {known}, fixed_large, optimal"

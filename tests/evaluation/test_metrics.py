@@ -413,7 +413,7 @@ def preprocessor(folder, **more):
 
 
 def tiny(kind, folder):
-    """A randomly initialised vision model of transformers in a folder, and what its features of x are."""
+    """A randomly initialised vision model of transformers, saved in a folder."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     if kind == "dinov2":

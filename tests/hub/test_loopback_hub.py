@@ -731,7 +731,8 @@ def test_a_process_gets_a_machine_of_its_own(hub, api):
 def test_started_by_hand_it_prints_what_to_export(tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "tests" / "support" / "loopback_hub.py"),
+        "-m",
+        "tests.support.loopback_hub",
         "--port",
         "0",
         "--user",
@@ -739,7 +740,7 @@ def test_started_by_hand_it_prints_what_to_export(tmp_path):
         "--token",
         "hf_me",
     ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         text = ""
         while "Control-C" not in text:
