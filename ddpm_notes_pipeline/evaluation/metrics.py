@@ -110,7 +110,7 @@ def measure_samples(
         preprocessing=None if network is None else network.preprocessing,
         num_generated=theirs.count,
         num_real=ours.count,
-        image_shape=ours.shape,
+        image_shape=tuple(ours.mean.shape),
         **_identity(real),
         **counts,
         source=source,

@@ -21,14 +21,13 @@ class SetStatistics:
     """What is kept of a set.
 
     Attributes:
-        count, shape: number of images, (C, H, W).
+        count: number of images.
         mean, variance: (C, H, W) float64 of each pixel, scale 0..1.
         probes: (at most PROBES, C*H*W) uint8, evenly spaced over the set.
         features: (count, d) float32; None without a network.
     """
 
     count: int
-    shape: tuple[int, ...]
     mean: torch.Tensor
     variance: torch.Tensor
     probes: torch.Tensor
@@ -38,8 +37,8 @@ class SetStatistics:
 class ImageReader:
     """Reads sets in chunks of `batch_size` images; process p of P takes chunks p, p + P, ...
 
-    So a chunk, and with it every feature and sum, is the same for any number of processes. Every
-    process must read the same sets in the same order.
+    So a chunk, and with it every feature, is the same for any number of processes. Every process
+    must read the same sets in the same order.
 
     Raises:
         ValueError: batch_size below 1; while reading: images of another shape than `shape`, or than
@@ -62,24 +61,37 @@ class ImageReader:
         """Statistics of a set, and its features, computed or from the cache. Collective."""
         features = self._if_everywhere(None if cache is None else cache.read())
         missing = network if features is None else None
-        sums, probes, computed, chunks = _PixelSums(), _Probes(), [], 0
+        computed: list[torch.Tensor] = []
+        probes: list[tuple[int, torch.Tensor]] = []
+        sums = squares = torch.zeros(1, dtype=torch.int64)
+        count, chunks, largest, stride = 0, 0, 0, 1
         for pixels in self._chunks(name, images, f"{'features of ' if missing else ''}{name} images", self.batch_size):
-            probes.add(pixels)
-            if chunks % self.processes == self.rank:
-                sums.add(pixels)
-                if missing is not None:
-                    computed.append(missing(pixels).cpu())
-            chunks += 1
-        if self.shape is None or not probes.count:
+            whole = pixels.long()
+            sums, squares, largest = (
+                sums + whole.sum(0),
+                squares + whole.square().sum(0),
+                max(largest, int(whole.max())),
+            )
+            probes += [(i, pixels[i - count].flatten()) for i in range(count, count + len(pixels)) if i % stride == 0]
+            while len(probes) > PROBES:
+                stride *= 2
+                probes = [(i, probe) for i, probe in probes if i % stride == 0]
+            if missing is not None and chunks % self.processes == self.rank:
+                computed.append(missing(pixels).cpu())
+            count, chunks = count + len(pixels), chunks + 1
+        if not count:
             raise ValueError(f"{name} is empty; it must have images")
-        mean, variance = self._pixel_statistics(name, sums, probes.count, self.shape)
+        if largest == 1:
+            raise ValueError(f"{name} has only 0 and 1 as uint8: floats in [0, 1] cast to uint8? It must be 0..255")
         if missing is not None:
-            features = self._in_order(computed, chunks, probes.count, missing.num_features)
+            features = self._in_order(computed, chunks, count, missing.num_features)
             if not bool(features.isfinite().all()):
                 raise ValueError(f"{missing.name} gives features of {name} images that are not finite")
             if cache is not None and (self.accelerator is None or self.accelerator.is_local_main_process):
                 cache.write(features)
-        return SetStatistics(probes.count, self.shape, mean, variance, probes.stacked(), features)
+        mean = sums.double() / count / 255
+        variance = squares.double() / count / 255**2 - mean**2
+        return SetStatistics(count, mean, variance, torch.stack([probe for _, probe in probes]), features)
 
     def nearest(self, train: Any, probes: list[torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
         """Number of training images, and the distance of each probe to the nearest one. Collective.
@@ -115,19 +127,6 @@ class ImageReader:
                 yield pixels
                 bar.update(len(pixels))
 
-    def _pixel_statistics(
-        self, name: str, own: "_PixelSums", count: int, shape: tuple[int, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of each pixel over the sums of all processes."""
-        sums = torch.zeros(2, *shape, dtype=torch.int64) if own.sums is None else own.sums
-        if self.accelerator is not None and self.processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
-        if int(self._gather(torch.tensor([own.largest])).max()) == 1:
-            raise ValueError(f"{name} has only 0 and 1 as uint8: floats in [0, 1] cast to uint8? It must be 0..255")
-        total, squares = sums.double()
-        mean = total / count / 255
-        return mean, squares / count / 255**2 - mean**2
-
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         if self.accelerator is None or self.processes == 1:
             return x
@@ -150,36 +149,3 @@ class ImageReader:
 def with_float64(device: torch.device) -> torch.device:
     """The device, or the CPU where it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-class _PixelSums:
-    """Exact sums of the pixels and of their squares, (2, C, H, W) int64, and the largest pixel."""
-
-    def __init__(self) -> None:
-        self.sums: torch.Tensor | None = None
-        self.largest = 0
-
-    def add(self, pixels: torch.Tensor) -> None:
-        whole = pixels.long()
-        sums = torch.stack([whole.sum(0), whole.square().sum(0)])
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.largest = max(self.largest, int(pixels.max()))
-
-
-class _Probes:
-    """At most PROBES images, evenly spaced over a set whose size is not known in advance."""
-
-    def __init__(self) -> None:
-        self.count, self.stride = 0, 1
-        self.kept: list[tuple[int, torch.Tensor]] = []
-
-    def add(self, pixels: torch.Tensor) -> None:
-        first = -self.count % self.stride
-        self.kept += [(self.count + i, pixels[i].flatten()) for i in range(first, len(pixels), self.stride)]
-        self.count += len(pixels)
-        while len(self.kept) > PROBES:
-            self.stride *= 2
-            self.kept = [(i, probe) for i, probe in self.kept if i % self.stride == 0]
-
-    def stacked(self) -> torch.Tensor:
-        return torch.stack([probe for _, probe in self.kept])

@@ -16,7 +16,7 @@ from .pictures import save_bits_per_dim
 from .records import BoundRecord, Evaluation, SampleRecord
 from .sampling import Stop, with_progress_bar
 
-BITS_PER_DIM_PICTURE = "bits_per_dim.png"
+BITS_PER_DIM_PICTURE = "bits_per_dim.png"  # where the bits are, timestep by timestep
 
 
 @dataclass
@@ -149,8 +149,8 @@ def save_evaluation(
     seed: int = 0,
     evaluations_per_image: int | None = None,
     metrics: list[SampleRecord] | None = None,
-) -> list[str]:
-    """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; their names.
+) -> Evaluation:
+    """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; returns the record.
 
     Args:
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the
@@ -158,32 +158,12 @@ def save_evaluation(
         evaluations_per_image: None: every term of the bound.
         metrics: of samples.
     """
-    evaluation_of(images, rows, weights, seed, evaluations_per_image, metrics).write(folder)
-    picture, T = folder / BITS_PER_DIM_PICTURE, len(rows[0].result.per_timestep)
-    whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
-    if not whole:
-        picture.unlink(missing_ok=True)  # one there would show other numbers
-        return [Evaluation.FILE]
-    save_bits_per_dim(
-        picture, whole, f"{images.name} {images.split}: {len(images)} images of {rows[0].result.dims} dims"
-    )
-    return [Evaluation.FILE, picture.name]
-
-
-def evaluation_of(
-    images: ImageSet,
-    rows: list[Row],
-    weights: str | None = None,
-    seed: int = 0,
-    evaluations_per_image: int | None = None,
-    metrics: list[SampleRecord] | None = None,
-) -> Evaluation:
-    """The record of bounds on these images; arguments as in `save_evaluation`."""
-    return Evaluation(
+    dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
+    record = Evaluation(
         data=images.name,
         split=images.split,
         images=len(images),
-        dims=rows[0].result.dims,
+        dims=dims,
         fingerprint=images.fingerprint,
         seed=seed,
         evaluations_per_image=evaluations_per_image or "all",
@@ -191,3 +171,10 @@ def evaluation_of(
         results=[row.record() for row in rows],
         metrics=metrics or [],
     )
+    record.write(folder)
+    picture = folder / BITS_PER_DIM_PICTURE
+    picture.unlink(missing_ok=True)  # of other numbers
+    whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
+    if whole:
+        save_bits_per_dim(picture, whole, f"{images.name} {images.split}: {len(images)} images of {dims} dims")
+    return record

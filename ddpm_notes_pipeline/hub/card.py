@@ -20,6 +20,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
+from ..evaluation.findings import Estimate, kernel_distance_of
 from ..evaluation.records import BoundRecord, Evaluation, SampleRecord, TrainingRecord
 from ..evaluation.reports import bound_table, sample_caption, sample_table
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
@@ -31,8 +32,7 @@ BLOCKS = ("about", "use", "measured", "training", "limits")  # of the template, 
 PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "loss.png")
 HEADLINE_STEPS = (10, 50)
 TASK = "unconditional-image-generation"
-SPACE_LINK = "[Try it in the browser](https://huggingface.co/spaces/{})"
-_SPACE = re.compile(re.escape(SPACE_LINK).replace(r"\{\}", r"([\w.-]+/[\w.-]+)"))
+_SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,6 @@ class CardFacts:
     space_id: str | None = None
 
     @property
-    def name(self) -> str:
-        return self.repo_id.split("/")[-1]
-
-    @property
     def T(self) -> int:
         return len(self.scheduler)
 
@@ -74,20 +70,6 @@ class CardFacts:
         return (self.unet["in_channels"], *((side, side) if isinstance(side, int) else side))
 
     @property
-    def pixels(self) -> str:
-        channels, height, width = self.shape
-        return f"{height}x{width} {({1: 'grey', 3: 'RGB', 4: 'RGBA'}).get(channels, f'{channels}-channel')}"
-
-    @property
-    def size(self) -> str:
-        channels, height, width = self.shape
-        return f"{height}x{width} pixels and {channels} channel(s)"
-
-    @property
-    def millions(self) -> str:
-        return f"{self.parameters / 1e6:.2f}"
-
-    @property
     def null_label(self) -> int | None:
         return (self.unet.get(PRIVATE_ENTRY) or {}).get("null_label")
 
@@ -95,29 +77,6 @@ class CardFacts:
     def num_labels(self) -> int:
         """How many class labels it takes, the null label not counted; 0: unconditional."""
         return self.null_label or self.unet.get("num_class_embeds") or 0
-
-    @property
-    def learned_variance(self) -> bool:
-        return self.scheduler.config.variance_type in LEARNED_VARIANCES
-
-    @property
-    def space_link(self) -> str:
-        return SPACE_LINK.format(self.space_id)
-
-    @property
-    def training_images(self) -> str:
-        """How many there were, as far as that is known."""
-        images = self.run and self.run.images
-        return "a stream of images" if images is None else f"{images} images"
-
-    @property
-    def repetitions(self) -> str:
-        """How often training saw them; of a stream, how many it saw."""
-        if self.run is None:
-            return ""
-        if self.run.images is None:
-            return f", {self.run.images_seen} in all"
-        return f" about {self.run.images_seen / self.run.images:.0f} times each"
 
 
 def write_card(
@@ -144,7 +103,7 @@ def write_card(
     folder = Path(folder)
     path = folder / "README.md"
     local = path.read_text(encoding="utf-8") if path.exists() else None
-    links = (match.group(1) for card in (local, published) if (match := _SPACE.search(card or "")))
+    links = (match.group(1) for card in (local, published) if (match := _SPACE_LINK.search(card or "")))
     facts = read_facts(folder, repo_id or repository_of(local), space_id or next(links, None))
     before, edits_get_lost = newest_card(local, published)
     if edits_get_lost:
@@ -210,20 +169,27 @@ def _render(facts: CardFacts) -> dict[str, str]:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown
     )
+    channels, height, width = facts.shape
+    images = facts.run and facts.run.images
+    labels = [i % facts.num_labels for i in range(4)] if facts.num_labels else None
     template = environment.get_template("model_card.md.jinja")
-    labels = f", class_labels={[i % facts.num_labels for i in range(4)]}" if facts.num_labels else ""
     context = template.new_context(
         {
-            "card": facts,
-            "run": facts.run,
-            "evaluation": facts.evaluation,
+            **{name: getattr(facts, name) for name in ("T", "unet", "scheduler", "run", "evaluation", "pictures")},
+            **{function.__name__: function for function in (bound_table, sample_caption, sample_table)},
+            "name": facts.repo_id.split("/")[-1],
             "repo": json.dumps(facts.repo_id, ensure_ascii=False),
+            "space_id": facts.space_id,
+            "num_labels": facts.num_labels,
+            "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel"),
+            "pixels": f"{height}x{width}",
+            "channels": channels,
+            "parameters": f"{facts.parameters / 1e6:.2f} M weights",
+            "images": "a stream of images" if images is None else f"{images} images",
             "steps": min(100, facts.T),
-            "labels": labels,
+            "labels": "" if labels is None else f", class_labels={labels}",
             "guidance": "" if facts.null_label is None else ", guidance_scale=2.0",
-            "bound_table": bound_table,
-            "sample_caption": sample_caption,
-            "sample_table": sample_table,
+            "learned_variance": facts.scheduler.config.variance_type in LEARNED_VARIANCES,
         }
     )
     return {name: "".join(template.blocks[name](context)) for name in BLOCKS}
@@ -246,7 +212,7 @@ def _metadata(facts: CardFacts, license: str | None) -> dict[str, Any]:
         + (["class-conditional"] if facts.num_labels else []),
         datasets=[run.hub_dataset] if run and run.hub_dataset else None,
         base_model=run.base_model if run else None,
-        model_name=facts.name if results else None,
+        model_name=facts.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
     return data.to_dict()
@@ -280,30 +246,17 @@ def _eval_results(evaluation: Evaluation, own_variance: str, T: int) -> list[Eva
 
 
 def _bound_result(row: BoundRecord, evaluation: Evaluation) -> EvalResult:
-    return EvalResult(
-        task_type=TASK,
-        dataset_type=evaluation.data,
-        dataset_name=evaluation.data,
-        dataset_split=evaluation.split,
-        metric_type="bits_per_dim",
-        metric_value=round(row.total, 6),
-        metric_name=f"bits/dim, {row.variance_type}, {row.num_inference_steps} {row.path} steps",
-        metric_args={
-            "standard_error": round(row.standard_error, 6),
-            "images": evaluation.images,
-            "dims": evaluation.dims,
-            "split": evaluation.split,
-            "num_inference_steps": row.num_inference_steps,
-            "variance_type": row.variance_type,
-            "path": row.path,
-            "evaluations_per_image": evaluation.evaluations_per_image,
-        },
-    )
+    what = f"bits/dim, {row.variance_type}, {row.num_inference_steps} {row.path} steps"
+    protocol = {name: getattr(evaluation, name) for name in ("images", "dims", "split", "evaluations_per_image")}
+    settings = {name: getattr(row, name) for name in ("num_inference_steps", "variance_type", "path")}
+    estimate = (row.total, row.standard_error)
+    return _result("bits_per_dim", what, estimate, evaluation.data, evaluation.split, {**protocol, **settings})
 
 
 def _kernel_result(row: SampleRecord) -> EvalResult:
-    metrics, protocol = row.metrics, row.metrics.protocol
-    arguments = {
+    protocol = row.metrics.protocol
+    what = f"kernel distance ({protocol.network}), {row.name}, {row.num_inference_steps} {row.path} steps"
+    settings = {
         "network": protocol.network,
         "preprocessing": protocol.preprocessing,
         "images": protocol.num_generated,
@@ -312,15 +265,21 @@ def _kernel_result(row: SampleRecord) -> EvalResult:
         "dims": math.prod(protocol.image_shape),
         **row.settings,
         "seeds": protocol.sampling["seeds"],
-        "standard_error": round(metrics.kernel_distance_standard_error or 0.0, 6),
     }
+    return _result("kernel_distance", what, kernel_distance_of(row), protocol.real, protocol.split, settings)
+
+
+def _result(
+    kind: str, what: str, estimate: Estimate, data: str | None, split: str | None, settings: dict[str, Any]
+) -> EvalResult:
+    value, error = (round(number, 6) for number in estimate)
     return EvalResult(
         task_type=TASK,
-        dataset_type=protocol.real or "",
-        dataset_name=protocol.real or "",
-        dataset_split=protocol.split,
-        metric_type="kernel_distance",
-        metric_value=round(metrics.kernel_distance or 0.0, 6),
-        metric_name=f"kernel distance ({protocol.network}), {row.name}, {row.num_inference_steps} {row.path} steps",
-        metric_args=arguments,
+        dataset_type=data or "",
+        dataset_name=data or "",
+        dataset_split=split,
+        metric_type=kind,
+        metric_value=value,
+        metric_name=what,
+        metric_args={"standard_error": error, **settings},
     )

@@ -12,7 +12,14 @@ from ..data import HELD_OUT, MODES, ImageSet, hold_out, load_images
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line
 from ..evaluation.samples import SampleTable
 from ..evaluation.tables import results_table
-from ..evaluation.validation import Row, batches, decoder_of, evaluation_of, measure_bits_per_dim, save_evaluation
+from ..evaluation.validation import (
+    BITS_PER_DIM_PICTURE,
+    Row,
+    batches,
+    decoder_of,
+    measure_bits_per_dim,
+    save_evaluation,
+)
 from ..hub.card import weights_digest, write_card
 from ..hub.push import push_command
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
@@ -40,15 +47,34 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     check_images(pipeline, images)
 
     evaluation = with_defaults(evaluation, own)
-    samples = sample_table(accelerator, data, evaluation, images) if evaluation.metrics else None
+    samples = None
+    if evaluation.metrics:
+        real, seed, cache = (
+            load(accelerator, data, evaluation.metric_split, None, evaluation.seed),
+            evaluation.noise_seed,
+            data.cache_dir,
+        )
+        network, n, size, sets = (
+            evaluation.metric_network,
+            evaluation.metric_images,
+            evaluation.batch_size,
+            evaluation.metric_sets,
+        )
+        samples = SampleTable(accelerator, real, images, network, n, size, seed, sets, cache)
     mse, decoder = measure_variances(accelerator, data, evaluation, pipeline)
     if evaluation.save_variances and accelerator.is_main_process:
         optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
 
+    noise: dict[str, Any] = {
+        name: getattr(evaluation, name) for name in ("evaluations_per_image", "full", "batch_size")
+    }
+    noise["seed"] = evaluation.noise_seed
     rows: list[Row] = []
     for variance, kind, path in variances_and_paths(evaluation, own, mse):
         pipeline.scheduler = scheduler_of(own, variance, mse, decoder if evaluation.decoder == "fitted" else None)
-        rows.append(measure_row(accelerator, pipeline, images, evaluation, variance, kind, path))
+        result = measure_bits_per_dim(accelerator, pipeline, images, timesteps=path, **noise)
+        assert result is not None  # nothing stops it early
+        rows.append(Row(variance, kind, len(path), decoder_of(pipeline.scheduler, path), result))
         if accelerator.is_main_process:
             header = "" if len(rows) > 1 else text_header(TERMINAL_COLUMNS) + "\n"
             print(header + text_line(TERMINAL_COLUMNS, rows[-1].record()), flush=True)
@@ -222,48 +248,7 @@ def scheduler_of(
     )
 
 
-def measure_row(
-    accelerator: Accelerator,
-    pipeline: DDPMNotesPipeline,
-    images: ImageSet,
-    evaluation: EvaluationArguments,
-    variance: str,
-    kind: str,
-    path: list[int],
-) -> Row:
-    """bits/dim of the pipeline's scheduler on a path. Collective."""
-    result = measure_bits_per_dim(
-        accelerator,
-        pipeline,
-        images,
-        timesteps=path,
-        evaluations_per_image=evaluation.evaluations_per_image,
-        full=evaluation.full,
-        batch_size=evaluation.batch_size,
-        seed=evaluation.noise_seed,
-    )
-    assert result is not None  # nothing stops it early
-    return Row(variance, kind, len(path), decoder_of(pipeline.scheduler, path), result)
-
-
 # ------------------------------------------------------------ samples
-
-
-def sample_table(
-    accelerator: Accelerator, data: DataArguments, evaluation: EvaluationArguments, images: ImageSet
-) -> SampleTable:
-    """The table with its first row, that of `images`, which were held out."""
-    return SampleTable(
-        accelerator,
-        load(accelerator, data, evaluation.metric_split, None, evaluation.seed),
-        images,
-        evaluation.metric_network,
-        evaluation.metric_images,
-        evaluation.batch_size,
-        seed=evaluation.noise_seed,
-        sets=evaluation.metric_sets,
-        cache_dir=data.cache_dir,
-    )
 
 
 def is_sampled(evaluation: EvaluationArguments, row: Row, T: int) -> bool:
@@ -300,8 +285,9 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     weights = weights_digest(local) if local else None
     each = None if evaluation.full else evaluation.evaluations_per_image
-    results = (images, rows, weights, evaluation.noise_seed, each, samples.as_list() if samples else None)
-    record, names = evaluation_of(*results), save_evaluation(folder, *results)
+    metrics = samples.as_list() if samples else None
+    record = save_evaluation(folder, images, rows, weights, evaluation.noise_seed, each, metrics)
+    names = [record.FILE, *(name for name in (BITS_PER_DIM_PICTURE,) if (folder / name).exists())]
     print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
     if samples is not None:
         print(samples)
