@@ -150,7 +150,7 @@ def save_evaluation(
     evaluations_per_image: int | None = None,
     metrics: list[SampleRecord] | None = None,
 ) -> Evaluation:
-    """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; returns the record.
+    """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; the record.
 
     Args:
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the

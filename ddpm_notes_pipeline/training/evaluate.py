@@ -38,7 +38,7 @@ SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
-    """Measure and print; write evaluation.json, its picture, the card, and table.md with --table."""
+    """Measure and print; write evaluation.json, bits_per_dim.png, the card, table.md (--table)."""
     accelerator = Accelerator()
     pipeline = load_pipeline(accelerator, evaluation)
     own = pipeline.scheduler
@@ -47,34 +47,15 @@ def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     check_images(pipeline, images)
 
     evaluation = with_defaults(evaluation, own)
-    samples = None
-    if evaluation.metrics:
-        real, seed, cache = (
-            load(accelerator, data, evaluation.metric_split, None, evaluation.seed),
-            evaluation.noise_seed,
-            data.cache_dir,
-        )
-        network, n, size, sets = (
-            evaluation.metric_network,
-            evaluation.metric_images,
-            evaluation.batch_size,
-            evaluation.metric_sets,
-        )
-        samples = SampleTable(accelerator, real, images, network, n, size, seed, sets, cache)
+    samples = sample_table(accelerator, data, evaluation, images) if evaluation.metrics else None
     mse, decoder = measure_variances(accelerator, data, evaluation, pipeline)
     if evaluation.save_variances and accelerator.is_main_process:
         optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
 
-    noise: dict[str, Any] = {
-        name: getattr(evaluation, name) for name in ("evaluations_per_image", "full", "batch_size")
-    }
-    noise["seed"] = evaluation.noise_seed
     rows: list[Row] = []
     for variance, kind, path in variances_and_paths(evaluation, own, mse):
         pipeline.scheduler = scheduler_of(own, variance, mse, decoder if evaluation.decoder == "fitted" else None)
-        result = measure_bits_per_dim(accelerator, pipeline, images, timesteps=path, **noise)
-        assert result is not None  # nothing stops it early
-        rows.append(Row(variance, kind, len(path), decoder_of(pipeline.scheduler, path), result))
+        rows.append(measure_row(accelerator, pipeline, images, evaluation, variance, kind, path))
         if accelerator.is_main_process:
             header = "" if len(rows) > 1 else text_header(TERMINAL_COLUMNS) + "\n"
             print(header + text_line(TERMINAL_COLUMNS, rows[-1].record()), flush=True)
@@ -248,7 +229,34 @@ def scheduler_of(
     )
 
 
+def measure_row(
+    accelerator: Accelerator,
+    pipeline: DDPMNotesPipeline,
+    images: ImageSet,
+    evaluation: EvaluationArguments,
+    variance: str,
+    kind: str,
+    path: list[int],
+) -> Row:
+    """bits/dim of the pipeline's scheduler on a path. Collective."""
+    settings: dict[str, Any] = {"evaluations_per_image": evaluation.evaluations_per_image, "full": evaluation.full}
+    settings |= {"batch_size": evaluation.batch_size, "seed": evaluation.noise_seed}
+    result = measure_bits_per_dim(accelerator, pipeline, images, timesteps=path, **settings)
+    assert result is not None  # nothing stops it early
+    return Row(variance, kind, len(path), decoder_of(pipeline.scheduler, path), result)
+
+
 # ------------------------------------------------------------ samples
+
+
+def sample_table(
+    accelerator: Accelerator, data: DataArguments, evaluation: EvaluationArguments, images: ImageSet
+) -> SampleTable:
+    """The table with its first row, that of `images`, which were held out."""
+    real = load(accelerator, data, evaluation.metric_split, None, evaluation.seed)
+    network, n, size = evaluation.metric_network, evaluation.metric_images, evaluation.batch_size
+    seed, sets = evaluation.noise_seed, evaluation.metric_sets
+    return SampleTable(accelerator, real, images, network, n, size, seed, sets, data.cache_dir)
 
 
 def is_sampled(evaluation: EvaluationArguments, row: Row, T: int) -> bool:
