@@ -98,7 +98,8 @@ def measure_bits_per_dim(
     silent = with_progress_bar(pipeline, disable=True)
     with pipeline.progress_bar(total=end - first) as bar:
         bar.unit = "image"
-        bar.set_description(bar.desc.removesuffix(": ") or "bits/dim")
+        if not bar.disable and not bar.desc:
+            bar.set_description("bits/dim")
 
         def own_images() -> Iterator[Any]:
             for i in range(first, end, PILOT_IMAGES):  # a few at a time, to stop soon
