@@ -9,25 +9,15 @@ import math
 from collections.abc import Iterable
 
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES
-from .records import SampleRecord
+from .records import Estimate, Key, SampleRecord
 from .validation import Row
 
 SIGNIFICANT = 2.0  # standard errors
 
-Key = tuple[str, str, int]  # what makes the samples, path, number of steps
-Estimate = tuple[float, float]  # value, standard error
-
 
 def kernel_distances(samples: Iterable[SampleRecord]) -> dict[Key, Estimate]:
     """Kernel distance and its standard error of each row of samples."""
-    return {row.key: kernel_distance_of(row) for row in samples if row.is_sampled}
-
-
-def kernel_distance_of(row: SampleRecord) -> Estimate:
-    """(nan, nan) without a network."""
-    metrics = row.metrics
-    values = (metrics.kernel_distance, metrics.kernel_distance_standard_error)
-    return tuple(math.nan if value is None else value for value in values)  # type: ignore[return-value]
+    return {row.key: row.kernel for row in samples if row.is_sampled}
 
 
 def kernel_text(kernel: Estimate) -> str:

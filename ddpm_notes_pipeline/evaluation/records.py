@@ -6,12 +6,15 @@ version: it ignores unknown keys, and missing ones take their default.
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 T = TypeVar("T")
+Key = tuple[str, str, int]  # what makes the samples, path, number of steps
+Estimate = tuple[float, float]  # value, standard error
 
 
 def _from_dict(record: type[T], values: Mapping[str, Any]) -> T:
@@ -70,12 +73,14 @@ class BoundRecord:
     network_evaluations: int | None = None
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """What makes the samples (the variance), path, number of steps."""
+    def key(self) -> Key:
         return self.variance_type, self.path, self.num_inference_steps
 
 
 # ------------------------------------------------------------ samples
+
+
+OVER_FEATURES = ("frechet_distance", "kernel_distance", "kernel_distance_standard_error", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -124,60 +129,48 @@ class SampleMetrics:
 
     Attributes:
         protocol: see `MetricProtocol`.
-        pixel_mean_error, pixel_variance_error: root mean square over pixels of the difference
-            between the sets' per-pixel means (variances), scale 0..1.
         frechet_distance, kernel_distance, kernel_distance_standard_error, precision, recall: over
             features; None without a network.
+        pixel_mean_error, pixel_variance_error: root mean square over pixels of the difference
+            between the sets' per-pixel means (variances), scale 0..1.
         nearest_train_distance: median over samples of the root mean square distance to the nearest
             training image, scale 0..1.
         held_out_nearest_train_distance: the same for held-out images.
     """
 
     protocol: MetricProtocol
-    pixel_mean_error: float
-    pixel_variance_error: float
+    _: KW_ONLY
     frechet_distance: float | None = None
     kernel_distance: float | None = None
     kernel_distance_standard_error: float | None = None
     precision: float | None = None
     recall: float | None = None
+    pixel_mean_error: float
+    pixel_variance_error: float
     nearest_train_distance: float | None = None
     held_out_nearest_train_distance: float | None = None
-
-    OVER_FEATURES: ClassVar[tuple[str, ...]] = (
-        "frechet_distance",
-        "kernel_distance",
-        "kernel_distance_standard_error",
-        "precision",
-        "recall",
-    )
 
     def figures(self) -> dict[str, float]:
         """The measured figures by name, without the protocol."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "protocol"}
-        names = dict.fromkeys((*self.OVER_FEATURES, *values))
-        return {name: values[name] for name in names if values[name] is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the figures and "protocol".
 
         Figures over features carry the network in their name: "recall (efficientnet-lite0)".
         """
-        named = {self._key(name): value for name, value in self.figures().items()}
+        suffix = f" ({self.protocol.network})"
+        named = {name + suffix if name in OVER_FEATURES else name: value for name, value in self.figures().items()}
         protocol = asdict(self.protocol)
         protocol |= {"image_shape": list(self.protocol.image_shape), "notes": list(self.protocol.notes)}
         return named | {"protocol": protocol}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SampleMetrics":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         protocol = _from_dict(MetricProtocol, values["protocol"])
-        suffix = f" ({protocol.network})"
-        return _from_dict(
-            cls, {name.removesuffix(suffix): value for name, value in values.items()} | {"protocol": protocol}
-        )
-
-    def _key(self, name: str) -> str:
-        return f"{name} ({self.protocol.network})" if name in self.OVER_FEATURES else name
+        figures = {name.removesuffix(f" ({protocol.network})"): value for name, value in values.items()}
+        return _from_dict(cls, figures | {"protocol": protocol})
 
 
 def figures_of(result: SampleMetrics) -> dict[str, float]:
@@ -218,9 +211,15 @@ class SampleRecord:
         return self.variance_type or self.sampler or self.images
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """What made the samples, path, number of steps. Only of samples."""
+    def key(self) -> Key:
+        """Only of samples."""
         return self.name, self.path or "", self.num_inference_steps or 0
+
+    @property
+    def kernel(self) -> Estimate:
+        """Kernel distance and its standard error; nan without a network."""
+        value, error = self.metrics.kernel_distance, self.metrics.kernel_distance_standard_error
+        return math.nan if value is None else value, math.nan if error is None else error
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -233,7 +232,7 @@ class SampleRecord:
         return {"images": self.images, **self.settings, **sets, **self.metrics.as_dict()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SampleRecord":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         more = {"metrics": SampleMetrics.from_dict(values), "kernel_distances": values.get(cls.SETS_KEY)}
         return _from_dict(cls, {**values, **more})
 

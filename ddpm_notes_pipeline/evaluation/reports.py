@@ -91,19 +91,12 @@ def _metric(name: str, form: str) -> Callable[[SampleRecord], str]:
     return cell
 
 
-def _kernel(row: SampleRecord) -> str:
-    metrics = row.metrics
-    if metrics.kernel_distance is None or metrics.kernel_distance_standard_error is None:
-        return ""
-    return f"{metrics.kernel_distance:.5f} ± {metrics.kernel_distance_standard_error:.5f}"
-
-
 SAMPLE_COLUMNS = [
     Column("images", lambda row: row.name, 13),
     Column("path", lambda row: row.path or "", 8),
     Column("K", lambda row: str(row.num_inference_steps or ""), 5),
     Column("n", lambda row: str(row.metrics.protocol.num_generated), 6),
-    Column("kernel distance", _kernel, 19),
+    Column("kernel distance", lambda row: "{:.5f} ± {:.5f}".format(*row.kernel), 19),
     Column("Frechet", _metric("frechet_distance", ".4g"), 10),
     Column("precision", _metric("precision", ".3f"), 9),
     Column("recall", _metric("recall", ".3f"), 6),

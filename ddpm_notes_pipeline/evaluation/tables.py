@@ -1,6 +1,6 @@
 """table.md, the results of `evaluate.py --table`: the bounds, their samples, and the findings."""
 
-from .findings import findings, kernel_distance_of, kernel_distances, kernel_text
+from .findings import findings, kernel_distances, kernel_text
 from .records import BoundRecord, Evaluation
 from .reports import Column, bound_columns, markdown
 from .validation import Row
@@ -27,7 +27,7 @@ def results_table(rows: list[Row], evaluation: Evaluation) -> str:
 
 def _kernel_caption(evaluation: Evaluation) -> str:
     protocol = evaluation.samples[0].metrics.protocol
-    held_out = [kernel_text(kernel_distance_of(row)) for row in evaluation.metrics if not row.is_sampled]
+    held_out = [kernel_text(row.kernel) for row in evaluation.metrics if not row.is_sampled]
     return (
         f"Kernel distance x 1000: {protocol.sampling.get('sets', 1)} sets of {protocol.num_generated} samples against "
         f"{protocol.num_real} images of the split {protocol.split}, features of {protocol.network} "

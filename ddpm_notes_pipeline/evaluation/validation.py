@@ -13,7 +13,7 @@ from ..data import ImageSet
 from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from .pictures import save_bits_per_dim
-from .records import BoundRecord, Evaluation, SampleRecord
+from .records import BoundRecord, Evaluation, Key, SampleRecord
 from .sampling import Stop, with_progress_bar
 
 BITS_PER_DIM_PICTURE = "bits_per_dim.png"  # where the bits are, timestep by timestep
@@ -36,7 +36,7 @@ class Row:
     result: BitsPerDimOutput
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         return self.variance, self.path, self.steps
 
     def record(self) -> BoundRecord:

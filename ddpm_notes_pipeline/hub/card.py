@@ -20,8 +20,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
-from ..evaluation.findings import Estimate, kernel_distance_of
-from ..evaluation.records import BoundRecord, Evaluation, SampleRecord, TrainingRecord
+from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord
 from ..evaluation.reports import bound_table, sample_caption, sample_table
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
 from .owner_edits import merge, newest_card, repository_of
@@ -241,7 +240,7 @@ def _eval_results(evaluation: Evaluation, own_variance: str, T: int) -> list[Eva
     bounds = headline(evaluation.results, own_variance, T)
     measured = [row for row in evaluation.samples if row.metrics.kernel_distance is not None]
     samples = [row for row in measured if row.key in {bound.key for bound in bounds}]
-    samples = samples or sorted(measured, key=lambda row: row.metrics.kernel_distance or 0.0)[:1]
+    samples = samples or sorted(measured, key=lambda row: row.kernel)[:1]
     return [_bound_result(row, evaluation) for row in bounds] + [_kernel_result(row) for row in samples]
 
 
@@ -266,7 +265,7 @@ def _kernel_result(row: SampleRecord) -> EvalResult:
         **row.settings,
         "seeds": protocol.sampling["seeds"],
     }
-    return _result("kernel_distance", what, kernel_distance_of(row), protocol.real, protocol.split, settings)
+    return _result("kernel_distance", what, row.kernel, protocol.real, protocol.split, settings)
 
 
 def _result(
