@@ -96,13 +96,8 @@ def measure_samples(
     figures = _distances(ours, theirs, network)
     counts: dict[str, Any] = {}
     if train is not None:
-        probes = {"": theirs.probes}
-        if held_out is not None:
-            probes["held_out_"] = reader.read("held_out", held_out).probes
-        counts["num_train"], nearest = reader.nearest(train, list(probes.values()))
-        for kind, distances in zip(probes, nearest):
-            figures[f"{kind}nearest_train_distance"] = float(distances.median())
-            counts[f"num_{kind}nearest"] = len(distances)
+        nearest, counts = _nearest_training_images(reader, train, theirs, held_out)
+        figures |= nearest
     protocol = MetricProtocol(
         network=None if network is None else network.name,
         weights=None if network is None else network.weights,
@@ -141,6 +136,19 @@ def _distances(real: SetStatistics, generated: SetStatistics, network: FeatureNe
         "precision": precision,
         "recall": recall,
     }
+
+
+def _nearest_training_images(
+    reader: ImageReader, train: Any, generated: SetStatistics, held_out: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median distances of generated and held-out images, and the protocol's counts. Collective."""
+    probes = {"": generated.probes}
+    if held_out is not None:
+        probes["held_out_"] = reader.read("held_out", held_out).probes
+    count, distances = reader.nearest(train, list(probes.values()))
+    of_each = dict(zip(probes, distances))
+    figures = {f"{kind}nearest_train_distance": float(values.median()) for kind, values in of_each.items()}
+    return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}
 
 
 def _identity(images: Any) -> dict[str, Any]:
