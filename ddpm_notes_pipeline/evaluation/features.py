@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..data.images import ImageSet
+from ..data import ImageSet
 
 OFFLINE_NETWORK = "efficientnet-lite0"
 CACHE_FORMAT = 1  # raise it when the code gives other features for the same key

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.images import ImageSet
+from ..data import ImageSet
 
 ONE_SHAPE = "must be one shape for all sets, loaded the same way (load_images has resolution and image_mode)"
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..data.images import ImageSet
+from ..data import ImageSet
 from .distances import NEIGHBORS, SUBSETS, frechet_distance, kernel_distance, precision_recall, root_mean_square
 from .features import OFFLINE_NETWORK, FeatureNetwork, feature_file, load_feature_network
 from .image_batches import agreed_shape

@@ -1,8 +1,7 @@
-"""The Hub of loopback_hub.py and the real client: what is sent is kept, listed and returned.
+"""The Hub of loopback_hub.py, asked by the real client: what was sent is what is kept, listed and given back.
 
-And what the client makes of each fault: which ones it hides by retrying, which ones it raises, and
-as what. Publishing has to live with that (`huggingface_hub` 1.32 and 2.4, with Xet, their default,
-and without).
+And what the client makes of each fault: which ones it hides by trying again, which ones it raises and as what. This is
+what publishing has to live with (`huggingface_hub` 1.32 and 2.4, with Xet, their default, and without).
 """
 
 import hashlib
@@ -42,14 +41,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import _http, get_session
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from tests.support.hub_content import Xet
 from tests.support.launching import ROOT, kill_tree
 from tests.support.loopback_hub import Hub
 
-_http = importlib.import_module("huggingface_hub.utils._http")
 httpx = importlib.import_module(HTTPError.__module__)  # or httpx2, where huggingface_hub is 2.x
 WEIGHTS = random.Random(0).randbytes(3_000_000)
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + random.Random(1).randbytes(500)
@@ -73,7 +71,7 @@ def transfer(request, monkeypatch):
 
 @pytest.fixture
 def connect(hub, monkeypatch, tmp_path):
-    """The client in this process, with a token; it read these settings when it was imported."""
+    """The client in this process, with a token; it reads these settings from the environment when it is imported."""
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
@@ -84,7 +82,7 @@ def connect(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def ask_here(request):
-        """huggingface_hub 1.x validates cards at https://huggingface.co, whatever the endpoint."""
+        """A `RepoCard` of huggingface_hub 1.x is checked by https://huggingface.co, whatever the endpoint is."""
         if request.url.host == "huggingface.co":
             here = httpx.URL(hub.endpoint)
             request.url = request.url.copy_with(scheme=here.scheme, host=here.host, port=here.port)
@@ -147,7 +145,7 @@ def run(hub, script, **options):
     return done.stdout
 
 
-# ------------------------------------------------------------ repos
+# ------------------------------------------------------------------------------------------------ repos
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset", "space"])
@@ -202,7 +200,7 @@ def test_who_may_do_what(hub, connect):
     assert list(added(hub.repos["user/open"])) == ["a.txt"]
 
 
-# ------------------------------------------------------------ upload and download
+# ------------------------------------------------------------------------------------------------ upload and download
 
 
 def test_a_folder_goes_up_and_comes_back(hub, connect, transfer, folder, tmp_path):
@@ -218,7 +216,7 @@ def test_a_folder_goes_up_and_comes_back(hub, connect, transfer, folder, tmp_pat
     assert (info.oid, info.repo_url.repo_id) == (repo.at().oid, "user/name")
     assert abs(repo.commits[0].time - time.time()) < 3600 and repo.commits[0].author == "user"
 
-    # Large, by name or content: they were sent the way that was asked for, without a token.
+    # Large: by its name and by its bytes. They went the way that was asked for, and no token with them.
     large = {path for path, blob in repo.at().blobs.items() if blob.lfs}
     assert large == {"samples/grid.png", "unet/model.safetensors"}
     assert [call.size for call in sorted(hub.calls("lfs_put"), key=lambda call: call.size)] == (
@@ -398,7 +396,7 @@ def test_parts_of_files(hub, api, monkeypatch, waits):
     with pytest.raises(EntryNotFoundError):
         api.hf_hub_download("user/name", "letters.txt")
 
-    # A download whose connection closes halfway continues from there; one that is reset does not.
+    # A download whose connection ends in good order halfway goes on from there; one that is reset does not.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     api.upload_file(repo_id="user/name", path_in_repo="w.bin", path_or_fileobj=WEIGHTS)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000_000)  # it keeps whole chunks
@@ -435,7 +433,7 @@ def test_a_xet_store_is_only_read_where_a_commit_names_its_content(hub, api, tmp
     assert len(hub.repos["user/name"].commits) == 1
 
 
-# ------------------------------------------------------------ cards
+# ------------------------------------------------------------------------------------------------ cards
 
 INDEX = "model-index:\n- name: m\n  results:\n  - task: {type: unconditional-image-generation}\n    dataset: {%s}\n    metrics:\n    - {%s}\n"
 GOOD = ("name: digits, type: digits", "type: bits_per_dim, value: 1.5")
@@ -497,7 +495,7 @@ def test_a_card_without_metadata_is_warned_about(hub, api):
         card.push_to_hub("user/name", token="hf_user")
 
 
-# ------------------------------------------------------------ faults
+# ------------------------------------------------------------------------------------------------ faults
 
 SMALL = {"README.md": CARD, "a.txt": b"a", "w.safetensors": WEIGHTS[:5000]}
 
@@ -538,7 +536,7 @@ def test_only_a_folder_by_xet_tries_a_commit_again(hub, connect, transfer, tmp_p
         expected = {None} if again else {"HfHubHTTPError"} if isinstance(what, int) else RESET
         assert outcome(lambda: publish(api, way, folder)) in expected, what
         assert fault.hits == 1
-        # If only the answer got lost, the commit is made twice, or raises though it is there.
+        # Where only the answer got lost the commit was made: it is made twice, or an error is raised though it is there.
         assert len(hub.repos["user/name"].commits) - 1 == again + (what == "answer"), what
     for status in (401, 403, 409, 412):
         hub.repos.clear()
@@ -678,7 +676,7 @@ def test_faults_are_for_what_they_say(hub, api):
     assert (unserved.status, unserved.path) == (501, "/api/models/user/name/discussions")
 
 
-# ------------------------------------------------------------ processes of their own
+# ------------------------------------------------------------------------------------------------ processes of their own
 
 
 def test_two_processes_commit_at_once(hub, api, transfer):
@@ -731,8 +729,7 @@ def test_a_process_gets_a_machine_of_its_own(hub, api):
 def test_started_by_hand_it_prints_what_to_export(tmp_path):
     command = [
         sys.executable,
-        "-m",
-        "tests.support.loopback_hub",
+        str(ROOT / "tests" / "loopback_hub.py"),
         "--port",
         "0",
         "--user",
@@ -740,7 +737,7 @@ def test_started_by_hand_it_prints_what_to_export(tmp_path):
         "--token",
         "hf_me",
     ]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         text = ""
         while "Control-C" not in text:

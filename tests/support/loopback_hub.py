@@ -13,7 +13,7 @@ a content network. The rules for cards are the documented ones, not the Hub's ow
         subprocess.run([sys.executable, "publish.py"], env=hub.env("hf_user"), check=True)
         assert hub.repos["user/name"].files()["README.md"].startswith(b"---")
 
-By hand: `python -m tests.support.loopback_hub --port 8000` prints what to export in another terminal.
+By hand: `python tests/support/loopback_hub.py --port 8000` prints what to export in another terminal.
 """
 
 import argparse
