@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DModel
 import ddpm_notes_pipeline
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
-from ddpm_notes_pipeline.hub.publishing import export_folder
+from ddpm_notes_pipeline.hub.push import export_folder
 
 net = UNet2DModel(
     sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 32),
@@ -73,9 +73,10 @@ def installed(wheel) -> Path:
 
 
 def test_the_wheel_has_every_module_and_nothing_of_the_rest(wheel):
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ddpm_notes_pipeline").rglob("*.py")}
+    package = ROOT / "ddpm_notes_pipeline"
+    files = {path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.jinja") for path in package.rglob(kind)}
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name for name in names if ".dist-info/" not in name} == modules
+    assert {name for name in names if ".dist-info/" not in name} == files
     assert [name for name in names if name.endswith("LICENSE")]
 
 

@@ -1,13 +1,18 @@
-"""Measure a DDPM: bits/dim with its parts and standard errors, for variance types and numbers of steps.
+"""Measure a DDPM: bits/dim with its parts and standard errors, by variance and number of steps.
 
-    accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --split test
-    accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml --metrics --num_inference_steps 50
-    accelerate launch training/evaluate.py --model outputs/digits --config training/configs/digits.yaml \
-        --variance_types fixed_small fixed_large optimal --num_inference_steps 10 100 1000 --paths even best --decoder fitted
-    accelerate launch training/evaluate.py --model outputs/mnist --config training/configs/mnist.yaml --table
+    accelerate launch training/evaluate.py --model outputs/digits \
+        --config training/configs/digits.yaml --split test
+    accelerate launch training/evaluate.py --model outputs/digits \
+        --config training/configs/digits.yaml --metrics --num_inference_steps 50
+    accelerate launch training/evaluate.py --model outputs/digits \
+        --config training/configs/digits.yaml --variance_types fixed_small fixed_large optimal \
+        --num_inference_steps 10 100 1000 --paths even best --decoder fitted
+    accelerate launch training/evaluate.py --model outputs/mnist \
+        --config training/configs/mnist.yaml --table
 
-Prints a table and writes evaluation.json and bits_per_dim.png. What an optimal variance, a best path or a fitted decoder has to know of
-the data is measured on --variance_split, never on the images that are reported on unless that names them.
+Prints a table and writes evaluation.json and bits_per_dim.png. What an optimal variance, a best
+path or a fitted decoder needs to know of the data is measured on --variance_split, so not on the
+images that are reported on, unless it is the same split.
 """
 
 import sys

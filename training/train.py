@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from tqdm.auto import tqdm
 
-from ddpm_notes_pipeline.hub.publishing import PublishingError
+from ddpm_notes_pipeline.hub.push import PublishingError
 from ddpm_notes_pipeline.training.arguments import RunArguments
 from ddpm_notes_pipeline.training.checkpoints import CheckpointError, list_checkpoints
 from ddpm_notes_pipeline.training.commands import resume_command

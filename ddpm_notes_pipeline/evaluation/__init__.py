@@ -1,1 +1,1 @@
-"""How good a model is: bits/dim, distances between samples and images, and the tables and pictures of both."""
+"""How good a model is: bits/dim, distances of samples from images, and the reports of both."""

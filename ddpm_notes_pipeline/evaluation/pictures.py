@@ -1,4 +1,4 @@
-"""The pictures that a run leaves: losses over steps, samples beside real images, and samples while they form."""
+"""Pictures that a run leaves: losses, samples beside real images, samples as they form."""
 
 import importlib
 import importlib.util
@@ -14,18 +14,21 @@ from PIL import Image
 
 from ..data import to_uint8
 
-if importlib.util.find_spec("matplotlib") is None:  # told before anything is trained
+if importlib.util.find_spec("matplotlib") is None:  # fails before anything is trained
     raise ImportError('matplotlib is missing: pip install "ddpm_notes_pipeline[train]"')
 
 
 def pyplot() -> Any:
-    """matplotlib's, imported when there is something to draw: training itself goes without its 25 MiB."""
+    """matplotlib's, imported when there is something to draw: training does without its 25 MiB."""
     importlib.import_module("matplotlib").use("Agg")
     return importlib.import_module("matplotlib.pyplot")
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -> Image.Image:
-    """Images (N, C, H, W) uint8 in a square-ish grid; small ones are enlarged by whole pixels to about `side`."""
+    """Images (N, C, H, W) uint8 in a grid, about square unless `columns` says otherwise.
+
+    Small images are enlarged by whole pixels to about `side` pixels.
+    """
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     scale = max(1, math.ceil(side / max(height, width)))
@@ -57,9 +60,10 @@ def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) 
 
 
 class Trajectory:
-    """The first few samples while they form: `watch` of `sampling.sample`, and an animation of about 20 pictures, well below 1 MB.
+    """The first few samples as they form, as an animation of about 20 frames well below 1 MB.
 
-    Noise compresses badly: of large images it shows fewer, and none larger than 128 pixels a side.
+    To be given to `sampling.sample` as `watch`. Noise compresses badly: of large images it shows
+    fewer, and none larger than 128 pixels a side.
     """
 
     FRAMES, IMAGES, SIDE, PIXELS = 20, 8, 128, 24576
@@ -68,7 +72,7 @@ class Trajectory:
         self.frames: list[np.ndarray] = []
 
     def __call__(self, latents: torch.Tensor, i: int, steps: int) -> None:
-        """x (B, C, H, W) in [-1, 1], noise beyond, behind step i of `steps`."""
+        """Keep x (B, C, H, W), pixels in [-1, 1], of step i of `steps` if it is a frame."""
         if (i + 1) * self.FRAMES // steps == i * self.FRAMES // steps and i + 1 < steps:
             return
         side = max(latents.shape[2:])
@@ -78,7 +82,7 @@ class Trajectory:
         self.frames.append(to_uint8(few).cpu().numpy())
 
     def save(self, path: Path) -> None:
-        """A GIF without end, which rests on the last picture."""
+        """Write an endless GIF that rests on the last frame."""
         pictures = [image_grid(frame, columns=min(4, len(frame)), side=64) for frame in self.frames]
         durations = [120] * (len(pictures) - 1) + [2000]  # milliseconds
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
@@ -91,9 +95,10 @@ def save_losses(
     title: str,
     validation: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Loss of each step, faint, and its running mean over a hundredth of the run; below it bits/dim where `validation` has rows.
+    """Loss of each step, and its running mean over a hundredth of the run; bits/dim below it.
 
-    A row has "step", "bits_per_dim" and "standard_error", which is drawn as a band; None where one was not finite.
+    `validation` has the rows of validation.jsonl: "step", "bits_per_dim" and "standard_error",
+    drawn as a band; None where one was not finite.
     """
     plt = pyplot()
     figure, axes = plt.subplots(
@@ -128,9 +133,9 @@ def save_losses(
 
 
 def save_bits_per_dim(path: Path, curves: dict[str, np.ndarray], title: str) -> None:
-    """Where the bits are: (T,) bits/dim of each timestep, on a log axis, and their running sum from the data upwards.
+    """Where the bits are: (T,) bits/dim of each timestep, and their running sum from t = 0 upwards.
 
-    Terms are shown as means over 50 ranges of timesteps, which is what few evaluations an image can tell apart.
+    Terms are means over 50 ranges of timesteps: few evaluations an image resolve no more.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")

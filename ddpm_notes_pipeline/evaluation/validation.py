@@ -1,6 +1,5 @@
-"""bits/dim of a set of images, split over the processes of an accelerator: the same number for any count of them."""
+"""bits/dim of an image set, split over processes: the same number whatever their number."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,25 +12,52 @@ from accelerate import Accelerator
 from ..data import ImageSet
 from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
-from ..training.stops import Stops
 from .pictures import save_bits_per_dim
+from .records import BoundRecord, Evaluation, Key, SampleRecord
+from .sampling import Stop, with_progress_bar
+
+BITS_PER_DIM_PICTURE = "bits_per_dim.png"  # where the bits are, timestep by timestep
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """bits/dim of one variance and path, image by image.
+
+    Attributes:
+        variance: variance type. path: "even" or "best". steps: K.
+        decoder_variance: of p(x_0 | x_t) at the end of the path; None: the network's own.
+        result: what was measured.
+    """
 
     variance: str
     path: str
     steps: int
-    decoder_variance: float | None  # None: the network's own
+    decoder_variance: float | None
     result: BitsPerDimOutput
+
+    @property
+    def key(self) -> Key:
+        return self.variance, self.path, self.steps
+
+    def record(self) -> BoundRecord:
+        """What evaluation.json keeps of it."""
+        names = ("total", "standard_error", "prior", "diffusion", "decoder", "standard_errors", "network_evaluations")
+        return BoundRecord(
+            variance_type=self.variance,
+            path=self.path,
+            num_inference_steps=self.steps,
+            decoder_variance=self.decoder_variance,
+            **{name: getattr(self.result, name) for name in names},
+        )
 
 
 def batches(
     images: ImageSet, first: int = 0, end: int | None = None, size: int = 256, labelled: bool = False
 ) -> Iterator[Any]:
-    """The images first..end in order, a few at a time; `labelled`: each batch as a dict with its labels."""
+    """Images first..end-1 in order, `size` at a time: uint8 (B, C, H, W).
+
+    With `labelled`, and a set that has labels, dicts with "pixel_values" and "class_labels".
+    """
     end = len(images) if end is None else end
     for i in range(first, end, size):
         index = range(i, min(i + size, end))
@@ -46,43 +72,63 @@ def measure_bits_per_dim(
     accelerator: Accelerator,
     pipeline: DDPMNotesPipeline,
     images: ImageSet,
-    stops: Stops | None = None,
+    stops: Stop | None = None,
     **settings: Any,
 ) -> BitsPerDimOutput | None:
-    """`pipeline.bits_per_dim` over all images, each process taking a part of them; called by, and the same on, every process.
+    """`pipeline.bits_per_dim` over all images; collective, and every rank returns the same.
 
-    Labels are the images', where the model and they have classes. `settings` are those of `bits_per_dim`. None if a signal that `stops`
-    heard, on any process, ended it early.
+    Labels are those of the images, if they and the model have classes.
+
+    Args:
+        stops: ends it early.
+        settings: of `bits_per_dim`.
+
+    Returns:
+        None if `stops` ended it on any process.
 
     Raises:
         ValueError: fewer images than processes.
     """
     n, processes = len(images), accelerator.num_processes
     if n < processes:
-        raise ValueError(f"{n} images for {processes} processes; allowed: at least one each")
+        raise ValueError(f"{n} images for {processes} processes; must be at least one each")
     first, end = n * accelerator.process_index // processes, n * (accelerator.process_index + 1) // processes
     labelled = pipeline.num_classes is not None
-    own = batches(images, first, end, labelled=labelled)
-    if stops is not None:  # a few images at a time, to end soon
-        few = batches(images, first, end, PILOT_IMAGES, labelled)
-        own = (batch for i, batch in enumerate(few) if i == 0 or not stops.received)
-    result = pipeline.bits_per_dim(
-        own,
-        first_image=first,
-        pilot_images=batches(images, 0, min(PILOT_IMAGES, n), labelled=labelled),  # the same on every process
-        **settings,
-    )
+    # a generator does not say how many images it yields: `bits_per_dim`'s bar would have no total
+    silent = with_progress_bar(pipeline, disable=True)
+    with pipeline.progress_bar(total=end - first) as bar:
+        bar.unit = "image"
+        if not bar.disable and not bar.desc:
+            bar.set_description("bits/dim")
+
+        def own_images() -> Iterator[Any]:
+            for i in range(first, end, PILOT_IMAGES):  # a few at a time, to stop soon
+                if i > first and stops is not None and stops.received:
+                    return
+                part = range(i, min(i + PILOT_IMAGES, end))
+                yield from batches(images, part.start, part.stop, labelled=labelled)
+                bar.update(len(part))
+
+        result = silent.bits_per_dim(
+            own_images(),
+            first_image=first,
+            pilot_images=batches(images, 0, min(PILOT_IMAGES, n), labelled=labelled),  # the same on every rank
+            **settings,
+        )
     if stops is not None and stops.agreed():
         return None
-    if processes == 1:
-        return result
-    # with a column that tells images from rows that only fill up
-    parts = torch.zeros((math.ceil(n / processes), 4), dtype=torch.float64, device=accelerator.device)
-    parts[: end - first] = torch.nn.functional.pad(result.parts_per_image, (0, 1), value=1.0).to(accelerator.device)
+    return result if processes == 1 else _joined(accelerator, result, n)
+
+
+def _joined(accelerator: Accelerator, result: BitsPerDimOutput, n: int) -> BitsPerDimOutput:
+    """The results of all processes as one of n images. Collective."""
+    own, device = len(result.parts_per_image), accelerator.device
+    # padding rows have 0 in the fourth column
+    parts = torch.zeros((math.ceil(n / accelerator.num_processes), 4), dtype=torch.float64, device=device)
+    parts[:own] = torch.nn.functional.pad(result.parts_per_image, (0, 1), value=1.0).to(device)
     parts = accelerator.gather(parts).cpu()
-    counts = torch.tensor([result.network_evaluations], dtype=torch.float64, device=accelerator.device)
-    sums = torch.cat([result.per_timestep.to(accelerator.device) * (end - first), counts])
-    sums = accelerator.reduce(sums, "sum").cpu()
+    evaluations = torch.tensor([result.network_evaluations], dtype=torch.float64, device=device)
+    sums = accelerator.reduce(torch.cat([result.per_timestep.to(device) * own, evaluations]), "sum").cpu()
     return BitsPerDimOutput.from_parts(parts[parts[:, 3] == 1, :3], sums[:-1], result.dims, int(sums[-1]))
 
 
@@ -103,47 +149,33 @@ def save_evaluation(
     weights: str | None,
     seed: int = 0,
     evaluations_per_image: int | None = None,
-    metrics: list[dict[str, Any]] | None = None,
-) -> list[str]:
-    """Write evaluation.json, each number with its protocol, and bits_per_dim.png where a row walks every timestep; the names of the two.
+    metrics: list[SampleRecord] | None = None,
+) -> Evaluation:
+    """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; the record.
 
     Args:
-        weights: digest of what was measured (`weights_digest`), by which the card knows that the numbers are its model's.
-        evaluations_per_image: None: every term of the bound was.
-        metrics: of samples, each with a protocol of its own.
+        weights: digest of the measured weights (`weights_digest`), by which the card knows that the
+            numbers belong to its model; None if unknown.
+        evaluations_per_image: None: every term of the bound.
+        metrics: of samples.
     """
     dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
-    protocol = {
-        "unit": "bits/dim",
-        "data": images.name,
-        "split": images.split,
-        "images": len(images),
-        "dims": dims,
-        "fingerprint": images.fingerprint,
-        "seed": seed,
-        "evaluations_per_image": evaluations_per_image or "all",
-        "weights": weights,
-    }
-    results = [
-        {
-            "variance_type": row.variance,
-            "path": row.path,
-            "num_inference_steps": row.steps,
-            "decoder_variance": row.decoder_variance,
-            **{
-                name: getattr(row.result, name) for name in ("total", "standard_error", "prior", "diffusion", "decoder")
-            },
-            "standard_errors": row.result.standard_errors,
-            "network_evaluations": row.result.network_evaluations,
-        }
-        for row in rows
-    ]
-    record = {**protocol, "results": results} | ({"metrics": metrics} if metrics else {})
-    (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = Evaluation(
+        data=images.name,
+        split=images.split,
+        images=len(images),
+        dims=dims,
+        fingerprint=images.fingerprint,
+        seed=seed,
+        evaluations_per_image=evaluations_per_image or "all",
+        weights=weights,
+        results=[row.record() for row in rows],
+        metrics=metrics or [],
+    )
+    record.write(folder)
+    picture = folder / BITS_PER_DIM_PICTURE
+    picture.unlink(missing_ok=True)  # of other numbers
     whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
-    if not whole:
-        (folder / "bits_per_dim.png").unlink(missing_ok=True)  # of other numbers
-        return ["evaluation.json"]
-    title = f"{images.name} {images.split}: {len(images)} images of {dims} dims"
-    save_bits_per_dim(folder / "bits_per_dim.png", whole, title)
-    return ["evaluation.json", "bits_per_dim.png"]
+    if whole:
+        save_bits_per_dim(picture, whole, f"{images.name} {images.split}: {len(images)} images of {dims} dims")
+    return record

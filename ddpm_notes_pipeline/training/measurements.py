@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from ..evaluation.samples import SampleTable, figures_of
+from ..evaluation.sampling import sample
 from ..evaluation.validation import measure_bits_per_dim
 from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .images import TrainingImages
 from .learner import Learner
 from .logs import RunLogs, bits_per_dim_figures
-from .sampling import sample
 from .stops import Stops
 
 VALIDATION_EVALUATIONS = 16  # network evaluations per validation image

@@ -23,7 +23,7 @@ from diffusers import UNet2DModel
 import ddpm_notes_pipeline
 
 from ..data import EMBEDDED
-from ..hub.publishing import BackgroundPushes, PublishingError, prepare_repo, push_command, push_folder
+from ..hub.push import BackgroundPushes, PublishingError, prepare_repo, push_command, push_folder
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .arguments import Arguments, RunArguments, as_config, is_local

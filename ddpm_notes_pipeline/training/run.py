@@ -27,8 +27,8 @@ from ..data.batches import StepBatches
 from ..data.streaming import StreamedBatches
 from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samples
 from ..evaluation.validation import Row, decoder_of, save_evaluation
-from ..hub.model_card import weights_digest, write_card
-from ..hub.publishing import BackgroundPushes
+from ..hub.card import weights_digest, write_card
+from ..hub.push import BackgroundPushes
 from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, as_config, check_arguments, warmup_steps
 from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint

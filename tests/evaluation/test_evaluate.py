@@ -1,4 +1,4 @@
-"""training/evaluate.py as users start it, on an untrained network: what it prints, writes and refuses."""
+"""training/evaluate.py as users start it, on an untrained network."""
 
 import json
 import re
@@ -75,9 +75,23 @@ def results(folder):
 def test_a_table_a_file_and_a_picture(one):
     folder, done = one
     table = [line for line in done.stdout.partition("\nDistances")[0].splitlines() if "|" in line]
-    assert [cell.strip() for cell in table[0].split("|")][:7] == ["variance", "path", "K", "L_T", "sum KL", "L_0", "total"]
+    assert [cell.strip() for cell in table[0].split("|")][:7] == [
+        "variance",
+        "path",
+        "K",
+        "L_T",
+        "sum of KLs",
+        "L_0",
+        "total, bits/dim",
+    ]
     written = results(folder)
-    assert (written["data"], written["split"], written["images"], written["dims"], written["unit"]) == ("digits", "test", 21, 64, "bits/dim")
+    assert (written["data"], written["split"], written["images"], written["dims"], written["unit"]) == (
+        "digits",
+        "test",
+        21,
+        64,
+        "bits/dim",
+    )
     keys = [(row["variance_type"], row["num_inference_steps"], row["path"]) for row in written["results"]]
     assert keys == [(v, *k) for v in ("fixed_small", "optimal") for k in ((5, "even"), (5, "best"), (40, "even"))]
     assert len(table) == 1 + len(keys)
@@ -97,7 +111,9 @@ def test_samples_of_each_row_are_measured_beside_held_out_images(one):
     assert network.endswith("-small-vit")
     assert floor["images"] == "held-out test" and floor["protocol"]["num_generated"] == 21
     names = ("variance_type", "path", "num_inference_steps")
-    assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in written["results"]]
+    assert [[row[name] for name in names] for row in rows] == [
+        [row[name] for name in names] for row in written["results"]
+    ]
     for row in rows:
         protocol = row["protocol"]
         seen = [protocol[name] for name in ("num_generated", "num_real", "num_train", "num_held_out_nearest", "split")]
@@ -139,7 +155,9 @@ def test_samples_are_those_of_their_seeds(one):
 
 @pytest.mark.slow
 def test_samplers_are_the_ones_that_they_are_named():
-    folder, _ = evaluated("evaluate-samplers", "--num_inference_steps", 5, "--max_images", 8, "--samplers", "ddim", "eta0")
+    folder, _ = evaluated(
+        "evaluate-samplers", "--num_inference_steps", 5, "--max_images", 8, "--samplers", "ddim", "eta0"
+    )
     rows = {row["sampler"]: row for row in results(folder)["metrics"] if "sampler" in row}
     path = {"num_inference_steps": 5}
     for name, kind, settings in (("DDIM", DDIMScheduler, {}), ("eta = 0", DDPMNotesScheduler, {"eta": 0.0})):
@@ -241,12 +259,17 @@ def test_two_processes_find_the_same_numbers(one):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
     mine, theirs = results(one[0])["results"], results(folder)["results"]
     # the same images, each once; every process finds the ranges on the same pilot images
-    assert sum(b["network_evaluations"] - a["network_evaluations"] for a, b in zip(mine, theirs, strict=True)) == 2 * 16 * 5
+    assert (
+        sum(b["network_evaluations"] - a["network_evaluations"] for a, b in zip(mine, theirs, strict=True))
+        == 2 * 16 * 5
+    )
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
     save_model(tmp_path)
-    done = launch("--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None)
+    done = launch(
+        "--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None
+    )
     assert done.returncode != 0
     assert "evaluate.py: error:" in done.stderr and "'validation'" in done.stderr and "test" in done.stderr
 
@@ -286,7 +309,7 @@ def test_max_images_takes_the_images_that_its_help_says(capsys):
     ],
 )
 def test_a_network_s_output_is_not_read_as_another_variance_than_it_was_trained_as(tmp_path, own, asked, known):
-    """learned_range's v is about -1 to 1: read as a log variance, it is noise as large as the image."""
+    """learned_range's v is about -1 to 1: as a log variance, noise as large as images."""
     save_model(tmp_path, variance_type=own)
     says = f"--variance_types has {asked} and the model's variance is {own}; "
     says += f"each must be one of {known}, fixed_large, optimal"
@@ -302,4 +325,7 @@ def test_images_of_another_size_than_the_models_are_refused(tmp_path):
     flags = ["--model", tmp_path, "--dataset_name", "digits", "--resolution", 16, "--image_mode", "RGB"]
     done = launch(*flags, script=EVALUATE, expect=None)
     assert done.returncode != 0 and not (tmp_path / "evaluation.json").exists()
-    assert "images are 3x16x16 and the model's are 1x8x8; allowed: the same (--resolution 8 --image_mode L)" in done.stderr
+    assert (
+        "images are 3x16x16 and the model's are 1x8x8; they must be the same (--resolution 8 --image_mode L)"
+        in done.stderr
+    )

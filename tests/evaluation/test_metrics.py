@@ -1,6 +1,6 @@
-"""Distances against direct computations and known answers, what each figure says of itself, and what is refused.
+"""Distances against direct computations and known answers, protocols, and what is refused.
 
-The feature network is the real one with its ImageNet weights, at 32x32 where only speed asks for it.
+The feature network is the real one with its ImageNet weights, at 32x32 for speed.
 """
 
 import json
@@ -26,11 +26,12 @@ from transformers import (
 )
 
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.evaluation.features import FeatureNetwork, _full_float32, load_feature_network
+from ddpm_notes_pipeline.evaluation.features import FeatureNetwork, full_float32, load_feature_network
 from ddpm_notes_pipeline.evaluation.metrics import frechet_distance, kernel_distance, measure_samples, precision_recall
+from ddpm_notes_pipeline.evaluation.records import SampleMetrics
 from tests.support.launching import launch
 
-FEW = "ignore:frechet_distance of"  # the warning of few images, where a test is about something else
+FEW = "ignore:frechet_distance of"  # few images, where a test is about something else
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def take(images, n, first=0):
     return images.take(range(first, first + n))
 
 
-# ------------------------------------------------------------------------------------------------ distances
+# ------------------------------------------------------------ distances
 
 
 def frechet_by_scipy(a, b):
@@ -120,7 +121,7 @@ def test_kernel_distance_is_that_of_torchmetrics_where_it_takes_all_images():
 
 
 def test_kernel_distance_is_unbiased_and_its_error_is_its_spread():
-    """Over 120 draws, at distance 0 and away from it: the mean is the distance, and the errors are its deviation, up to sqrt(2) above it at 0."""
+    """Over 120 draws: the mean is the distance, errors its deviation, up to sqrt(2) above at 0."""
     for shift, least, most in ((0.0, 0.9, 1.6), (1.0, 0.8, 1.25)):
         drawn = np.array([kernel_distance(normal(60, 8, s), normal(40, 8, s + 1000, mean=shift)) for s in range(120)])
         a, b = normal(500_000, 8, 5).double(), normal(500_000, 8, 6).double()
@@ -162,7 +163,7 @@ def test_precision_and_recall_where_the_answer_is_known():
     assert precision < 0.5 and recall > 0.5
 
 
-# ------------------------------------------------------------------------------------------------ real images
+# ------------------------------------------------------------ real images
 
 
 def blurred(pixels, sigma):
@@ -189,7 +190,7 @@ def measure(network, train, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(FEW)
-def test_what_is_done_to_digits_is_ranked(measure, train, test_split):
+def test_blur_noise_and_missing_classes_are_ranked_by_their_strength(measure, train, test_split):
     pixels = take(test_split, len(test_split))
     equal = measure(pixels)
     series = {
@@ -206,7 +207,7 @@ def test_what_is_done_to_digits_is_ranked(measure, train, test_split):
             assert values == sorted(values), (name, figure, values)
         assert steps[-1].kernel_distance > equal.kernel_distance + 4 * steps[-1].kernel_distance_standard_error, name
         assert steps[-1].frechet_distance > equal.frechet_distance, name
-    # samples of one class are all good and cover little; noise leaves the manifold
+    # samples of one class are good and cover little; noise leaves the manifold
     assert series["classes"][-1].precision > 0.9 > 0.5 > series["classes"][-1].recall
     assert series["noise"][-1].precision < 0.1 < 0.5 < equal.precision
 
@@ -215,9 +216,7 @@ def test_what_is_done_to_digits_is_ranked(measure, train, test_split):
 def test_a_set_against_itself(measure, train):
     same = measure(train, train=train, held_out=train)
     assert same.frechet_distance < 1e-3
-    assert (
-        -1e-3 < same.kernel_distance < 0
-    )  # unbiased for sets that have nothing in common, so below 0 for one that is the same
+    assert -1e-3 < same.kernel_distance < 0  # unbiased for independent sets, so below 0 for equal ones
     assert (same.precision, same.recall) == (1, 1)
     assert (same.pixel_mean_error, same.pixel_variance_error, same.nearest_train_distance) == (0, 0, 0)
 
@@ -235,8 +234,8 @@ def test_pixel_statistics_are_numpys(train, test_split):
     assert not any("(" in name for name in result.as_dict())
 
 
-def test_copies_of_training_images_are_found(train, test_split):
-    """Most samples copied, with one grey level changed: nearer than held-out images by far."""
+def test_copies_of_training_images_show_as_much_nearer_than_held_out_ones(train, test_split):
+    """All samples copied, with one grey level changed."""
     copies = take(train, 100)
     copies[:, 0, 4, 4] ^= 1
     result = measure_samples(copies, train, train=train, held_out=test_split, network=None)
@@ -244,7 +243,7 @@ def test_copies_of_training_images_are_found(train, test_split):
     assert result.held_out_nearest_train_distance > 20 * result.nearest_train_distance
 
 
-def test_more_images_than_are_compared_are_spread_evenly(train):
+def test_probes_of_a_large_set_are_spread_evenly(train):
     pixels = torch.arange(2500) % 256
     images = pixels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     result = measure_samples(images, images, train=images[:1], network=None)
@@ -271,10 +270,11 @@ def test_any_form_of_images_gives_the_same_numbers(train, test_split):
 
 
 @pytest.mark.filterwarnings(FEW)
-def test_every_figure_says_what_it_hangs_on(measure, train, test_split):
+def test_the_protocol_has_what_every_figure_depends_on(measure, train, test_split):
     sampling = {"num_inference_steps": 50, "variance_type": "optimal", "seeds": "0..39"}
     result = measure(take(test_split, 40), train=train, sampling=sampling, source="PNG, not resized")
     written = json.loads(json.dumps(result.as_dict()))
+    assert SampleMetrics.from_dict(written).as_dict() == written
     protocol = written.pop("protocol")
     over_features = ("frechet_distance", "kernel_distance", "kernel_distance_standard_error", "precision", "recall")
     pixels = ("pixel_mean_error", "pixel_variance_error", "nearest_train_distance")
@@ -298,7 +298,7 @@ def test_every_figure_says_what_it_hangs_on(measure, train, test_split):
     assert len(protocol["notes"]) == 1 and "40 generated and 1438 real images over 1280" in protocol["notes"][0]
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------ what is refused
 
 
 def test_fewer_images_than_features_are_warned_of(measure, test_split):
@@ -307,7 +307,7 @@ def test_fewer_images_than_features_are_warned_of(measure, test_split):
 
 
 def test_sets_whose_files_were_treated_differently_are_warned_of(tmp_path, test_split):
-    """The same images, as PNG, as JPEG, and resized by the loader: what they differ by is not the images."""
+    """The same images as PNG, as JPEG, and resized by the loader."""
     pixels = take(test_split, 20)[:, 0].numpy().repeat(2, 1).repeat(2, 2)
     for kind in ("png", "jpg"):
         (tmp_path / kind).mkdir()
@@ -334,21 +334,21 @@ def test_sets_whose_files_were_treated_differently_are_warned_of(tmp_path, test_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.float() / 127.5 - 1, r"generated has floats from -1 to 1; allowed: \[0, 1\].*to_uint8"),
-        (lambda x: x.float(), r"generated has floats from 0 to 255; allowed: \[0, 1\]"),
-        (lambda x: x.long(), "generated has dtype torch.int64; allowed: uint8"),
-        (lambda x: (x.float() / 255).byte(), "generated has uint8 of 0 and 1 alone"),
+        (lambda x: x.float() / 127.5 - 1, r"generated has floats from -1 to 1; must be in \[0, 1\].*to_uint8"),
+        (lambda x: x.float(), r"generated has floats from 0 to 255; must be in \[0, 1\]"),
+        (lambda x: x.long(), "generated has dtype torch.int64; must be uint8"),
+        (lambda x: (x.float() / 255).byte(), "generated has only 0 and 1 as uint8"),
         (lambda x: x.float().div(255).masked_fill(x == 0, math.nan), "generated has floats from nan"),
         (lambda x: x.expand(-1, 3, -1, -1), r"generated \(3, 8, 8\), real \(1, 8, 8\)"),
-        (lambda x: x.repeat(1, 1, 2, 2), r"generated \(1, 16, 16\), real \(1, 8, 8\); allowed: one shape"),
-        (lambda x: x.permute(0, 2, 3, 1), r"\(1, 8, 8, 1\); allowed: \(N, C, H, W\) with 1 to 4"),
-        (lambda x: x[0], r"generated has a batch of shape \(1, 8, 8\); allowed: tensors \(N, C, H, W\)"),
+        (lambda x: x.repeat(1, 1, 2, 2), r"generated \(1, 16, 16\), real \(1, 8, 8\); must be one shape"),
+        (lambda x: x.permute(0, 2, 3, 1), r"\(1, 8, 8, 1\); must be \(N, C, H, W\) with 1 to 4"),
+        (lambda x: x[0], r"generated has a batch of shape \(1, 8, 8\); must be a tensor \(N, C, H, W\)"),
         (lambda x: [x, x.repeat(1, 1, 2, 2)], r"generated has images of shape \(1, 16, 16\) .* beside \(1, 8, 8\)"),
         (lambda x: [x, x.float() / 127.5 - 1], "generated has floats from -1 to 1"),
-        (lambda x: x[:7], "7 generated and 1438 real images; allowed: at least 8"),
+        (lambda x: x[:7], "7 generated and 1438 real images; must be at least 8"),
         (lambda x: iter(()), "generated is empty"),
-        (lambda x: "images", "generated is str; allowed: an ImageSet"),
-        (lambda x: [["a"]], "generated has a batch a list"),
+        (lambda x: "images", "generated is str; must be an ImageSet"),
+        (lambda x: [["a"]], "generated has a batch of type list"),
     ],
 )
 def test_images_of_another_kind_are_refused(measure, test_split, change, message):
@@ -365,9 +365,9 @@ def test_what_cannot_be_measured_is_refused(test_split):
         measure_samples(pixels, pixels, held_out=pixels, network=None)
     with pytest.raises(ValueError, match="batch_size is 0"):
         measure_samples(pixels, pixels, network=None, batch_size=0)
-    with pytest.raises(ValueError, match="3 and 9 images; allowed: more than k = 3"):
+    with pytest.raises(ValueError, match="3 and 9 images; must be more than k = 3"):
         precision_recall(normal(3, 2, 0), normal(9, 2, 1))
-    with pytest.raises(ValueError, match="allowed: at least 3 images, 2 subsets"):
+    with pytest.raises(ValueError, match="must be at least 3 images and 2 subsets"):
         kernel_distance(normal(2, 2, 0), normal(9, 2, 1))
 
 
@@ -378,18 +378,18 @@ def test_features_that_are_not_finite_are_refused(train, test_split):
         measure_samples(take(test_split, 20), take(train, 20), network=broken)
 
 
-# ------------------------------------------------------------------------------------------------ networks
+# ------------------------------------------------------------ networks
 
 
 def test_the_offline_network_knows_a_photograph():
-    """Its preprocessing is the one it was trained with: the photograph of a flower, with its classifier on top, is a daisy."""
+    """Its preprocessing is that of its training: its classifier sees that a flower is a daisy."""
     from sklearn.datasets import load_sample_image
 
     network = load_feature_network()
     photograph = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None]
     features = network(photograph)
     assert features.shape == (1, 1280) and network.image_size == (224, 224) and features.dtype == torch.float32
-    assert int(network.network.network._fc(features).argmax()) == 985
+    assert int(network.network.network.get_submodule("_fc")(features).argmax()) == 985
     grey = photograph[:, :1]
     torch.testing.assert_close(network(grey), network(grey.expand(-1, 3, -1, -1)))
     assert not network.train().network.training
@@ -402,7 +402,7 @@ def test_features_do_not_depend_on_the_callers_precision(network, train):
     torch.testing.assert_close(inside, network(pixels), rtol=0, atol=0)
     setting = torch.backends.cudnn.conv
     before = setting.fp32_precision
-    with _full_float32(torch.device("cuda")):
+    with full_float32(torch.device("cuda")):
         assert setting.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert setting.fp32_precision == before
 
@@ -413,7 +413,7 @@ def preprocessor(folder, **more):
 
 
 def tiny(kind, folder):
-    """A randomly initialised vision model of transformers in a folder, and what its features of x are."""
+    """A randomly initialised vision model of transformers, saved in a folder."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     if kind == "dinov2":
@@ -465,7 +465,7 @@ def test_networks_that_would_mislead_are_refused(tmp_path):
     with pytest.raises(OSError, match=r"preprocessor_config\.json"):
         load_feature_network(str(tmp_path))
     preprocessor(tmp_path, size={"longest_edge": 64})
-    with pytest.raises(ValueError, match=r"only \{'longest_edge': 64\}; give image_size"):
+    with pytest.raises(ValueError, match=r"\{'longest_edge': 64\} as the size of its images; give image_size"):
         load_feature_network(str(tmp_path))
     with pytest.raises(ValueError, match="image_size is 0"):
         load_feature_network(image_size=0)
@@ -476,7 +476,7 @@ def test_networks_that_would_mislead_are_refused(tmp_path):
         load_feature_network(str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------ features kept
+# ------------------------------------------------------------ cached features
 
 
 class Counting(FeatureNetwork):
@@ -498,7 +498,7 @@ def counting(image_size=8, name="small", seed=0):
 
 
 @pytest.mark.filterwarnings(FEW)
-def test_features_of_the_real_images_are_kept_and_keyed(tmp_path, test_split):
+def test_features_of_the_real_images_are_cached_by_images_network_and_preprocessing(tmp_path, test_split):
     generated = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def evaluations(network, real=test_split, **more):
@@ -510,14 +510,14 @@ def test_features_of_the_real_images_are_kept_and_keyed(tmp_path, test_split):
     first = evaluations(network)
     assert first[0] == n and len(list(tmp_path.iterdir())) == 1
     assert evaluations(network) == (0, first[1])
-    assert evaluations(counting(), batch_size=7)[0] == 0  # another process, as it were
-    # another size, name, weights, set: each anew
+    assert evaluations(counting(), batch_size=7)[0] == 0  # as in another process
+    # another size, name, weights or set is computed
     fewer = load_images("digits", split="test", max_samples=100, show_progress=False)
     for network in (counting(12), counting(name="other"), counting(seed=1)):
         assert evaluations(network)[0] == n
     assert evaluations(counting(), fewer)[0] == 100
     assert len(list(tmp_path.iterdir())) == 5
-    # no set of one's own makes a file, and one cut off is made anew
+    # a tensor makes no file, and a truncated file is computed again
     assert evaluations(counting(), take(test_split, 30))[0] == 30
     assert len(list(tmp_path.iterdir())) == 5
     for file in tmp_path.iterdir():
@@ -526,7 +526,7 @@ def test_features_of_the_real_images_are_kept_and_keyed(tmp_path, test_split):
     assert evaluations(counting())[0] == 0
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ------------------------------------------------------------ processes
 
 SCRIPT = """
 import json, sys, warnings
@@ -547,7 +547,7 @@ for name in ("computed", "kept"):
         cache_dir=sys.argv[1], accelerator=accelerator, batch_size=16, show_progress=False,
     )
     Path(sys.argv[1], f"{name}-{accelerator.process_index}-of-{accelerator.num_processes}.json").write_text(json.dumps(result.as_dict()))
-accelerator.end_training()  # or a thread of the process group may still be there when the interpreter ends, which aborts it
+accelerator.end_training()  # a thread of the process group that outlives the interpreter would abort it
 """
 
 

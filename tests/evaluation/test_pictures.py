@@ -1,4 +1,4 @@
-"""The animation of samples while they form: all steps in about 20 pictures, small enough for a card whatever the images are."""
+"""The animation of samples while they form: about 20 frames, small enough for a card."""
 
 import numpy as np
 import PIL.Image

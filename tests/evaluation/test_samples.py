@@ -1,4 +1,4 @@
-"""How far samples are from images while a run trains: the figures are those of the saved model, and measuring changes nothing."""
+"""Metrics of samples during a run are those of the saved model, and measuring changes nothing."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_measuring_changes_nothing_in_training_and_resumes(measured, train, tmp_
     [
         (["--metric_interval", 5], "--metric_interval is 5 with no --validation_split"),
         (["--metric_interval", 0, *VALIDATED], "--metric_interval is 0"),
-        (["--metric_interval", 5, "--metric_images", 3, *VALIDATED], "--metric_images is 3; allowed: at least 8"),
+        (["--metric_interval", 5, "--metric_images", 3, *VALIDATED], "--metric_images is 3; must be at least 8"),
         (["--metric_interval", 5, "--metric_network", "no/such", *VALIDATED], "no/such"),
     ],
 )

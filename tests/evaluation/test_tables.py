@@ -1,9 +1,10 @@
-"""The results table: its numbers are the measured ones, and its sentences follow from them."""
+"""The results table: its numbers are the measured ones, its sentences follow from them."""
 
 import pytest
 import torch
 
-from ddpm_notes_pipeline.evaluation.tables import equal_quality, findings, kernel_distances
+from ddpm_notes_pipeline.evaluation.findings import equal_quality, findings, kernel_distances
+from ddpm_notes_pipeline.evaluation.records import Evaluation
 from ddpm_notes_pipeline.evaluation.validation import Row
 from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
 from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_model, save_network
@@ -13,7 +14,7 @@ SETS = 2
 
 
 def row(variance, path, steps, total, spread=0.1):
-    """Four images whose bounds are `total` on average; the images differ far more than the rows do."""
+    """Four images whose bounds are `total` on average; images differ far more than rows."""
     own = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * spread / 100
     parts = torch.stack([torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 4.0]) - 2.5 + total + own, torch.zeros(4)], 1)
     return Row(variance, path, steps, None, BitsPerDimOutput.from_parts(parts.double(), torch.zeros(steps), 64, 1))
@@ -96,7 +97,7 @@ def test_one_command_makes_the_table():
     for row in written["results"]:
         found = cells[row["variance_type"], row["path"], row["num_inference_steps"]]
         assert found[3] == f"**{row['total']:.4f} ± {row['standard_error']:.4f}**"
-    kernels = kernel_distances(written["metrics"])
+    kernels = kernel_distances(Evaluation.read(folder).metrics)
     assert set(kernels) == {k for k in bounds if k[2] != T and (k[1] == "even" or k[0] == "optimal")} | others | {
         ("fixed_large", "even", T)
     }
@@ -111,4 +112,4 @@ def test_one_command_makes_the_table():
         assert row["protocol"]["sampling"]["seeds"] == f"0..{SETS * SAMPLES - 1}, one an image"
     assert text.count("\n- ") == 5 and "No worse than 40 steps of fixed_large" in text
     card = (folder / "README.md").read_text()
-    assert "| DPM-Solver++ | 10 | trailing |" in card
+    assert "| DPM-Solver++ | trailing | 10 |" in card

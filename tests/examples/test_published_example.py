@@ -15,8 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.hub.model_card import weights_digest
-from ddpm_notes_pipeline.hub.publishing import HUB_FILES
+from ddpm_notes_pipeline.hub.card import weights_digest
+from ddpm_notes_pipeline.hub.push import HUB_FILES
 from tests.support.launching import ROOT
 
 EXAMPLE = ROOT / "examples" / "ddpm-mnist"

@@ -1,7 +1,8 @@
-"""The card: true to the folder's files, valid for the Hub, and never at the cost of what its owner wrote."""
+"""The card: true to the folder's files, valid for the Hub, and it keeps what its owner wrote."""
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
-from ddpm_notes_pipeline.hub.model_card import merge, read_facts, weights_digest, write_card
+from ddpm_notes_pipeline.evaluation.records import Evaluation, TrainingRecord
+from ddpm_notes_pipeline.hub.card import headline, read_facts, weights_digest, write_card
+from ddpm_notes_pipeline.hub.owner_edits import merge
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from tests.support.launching import ROOT
 
 RUN = {
     "data": "digits",
@@ -99,7 +103,7 @@ def snippets(card):
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
-# ---------------------------------------------------------------------------------------------- what is in it
+# ------------------------------------------------------------ what is in it
 
 
 @pytest.mark.parametrize("kind", ["plain", "labelled", "learned"])
@@ -115,7 +119,7 @@ def test_a_card_of_weights_alone_says_only_what_is_known(tmp_path):
     assert "model-index" not in card and ".png" not in card.replace("sample.png", "") and "trained on" not in card
 
 
-def test_the_metadata_is_the_measured_numbers_with_their_protocol(shelf):
+def test_the_metadata_has_the_headline_figures_with_their_protocol(shelf):
     data = ModelCard(write_card(shelf["plain"], "ada/digits")).data
     assert (data.library_name, data.pipeline_tag, data.license) == (
         "diffusers",
@@ -154,21 +158,26 @@ def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path)
     folder = make_folder(tmp_path / "m", evaluation={**EVALUATION, "metrics": json.loads(json.dumps(metrics))})
     card = write_card(folder, "ada/digits")
     results = [r for r in ModelCard(card).data.eval_results if r.metric_type != "bits_per_dim"]
-    assert [r.metric_type for r in results] == ["kernel_distance", "frechet_distance", "precision", "recall"]
-    kernel = results[0]
+    (kernel,) = results
+    assert kernel.metric_type == "kernel_distance"
     assert kernel.metric_value == round(metrics[1]["kernel_distance (efficientnet-lite0)"], 6)
     assert kernel.metric_name == "kernel distance (efficientnet-lite0), optimal, 10 best steps"
     assert kernel.metric_args["standard_error"] > 0 and kernel.metric_args["seeds"] == "0..19"
     assert (kernel.metric_args["images"], kernel.metric_args["real_images"], kernel.metric_args["dims"]) == (20, 60, 64)
-    assert (
-        f"| optimal | 10 | best | 20 | {kernel.metric_value:.5f} ±" in card and "| held-out test |  |  | 20 |" in card
+    figures = {name.partition(" (")[0]: value for name, value in metrics[1].items()}
+    cells = (
+        f"{figures['kernel_distance']:.5f} ± {figures['kernel_distance_standard_error']:.5f}",
+        f"{figures['frechet_distance']:.4g}",
+        *(f"{figures[name]:.3f}" for name in ("precision", "recall")),
+        *(f"{figures[name]:.4f}" for name in ("pixel_mean_error", "pixel_variance_error", "nearest_train_distance")),
     )
+    assert f"| optimal | best | 10 | 20 | {' | '.join(cells)} |" in card and "| held-out test |  |  | 20 |" in card
     assert "last column above" in card and not re.search(r"(?<!no )FID", card)
 
 
 def test_the_reader_sees_the_same_numbers_and_the_pictures(shelf):
     card = write_card(shelf["plain"], "ada/digits")
-    assert "| optimal | 50 | even | 0.0010 ± 0.0100 | 3.5000 ± 0.0100 | 1.2000 ± 0.0100 | **4.4617 ± 0.0312** |" in card
+    assert "| optimal | even | 50 | 0.0010 ± 0.0100 | 3.5000 ± 0.0100 | 1.2000 ± 0.0100 | **4.4617 ± 0.0312** |" in card
     assert "359 images of digits, split test, 64 dims each" in card
     assert "](samples.png)" in card and "](bits_per_dim.png)" in card and "](loss.png)" not in card
 
@@ -187,7 +196,7 @@ def test_the_card_shows_a_trajectory_and_links_to_the_demo_also_when_it_is_writt
 
 def test_numbers_of_other_weights_stay_out(tmp_path, caplog):
     folder = make_folder(tmp_path / "again")
-    assert read_facts(folder)["evaluation"] is not None
+    assert read_facts(folder).evaluation is not None
     unet = UNet2DModel.from_pretrained(folder / "unet")
     torch.nn.init.normal_(unet.conv_in.weight)
     unet.save_pretrained(folder / "unet")
@@ -205,9 +214,63 @@ def test_only_the_ways_that_work_are_shown(shelf):
     assert "class_labels=[0, 1, 2, 0], guidance_scale=2.0" in labelled and "class_labels" not in plain
 
 
+def bounds(*rows):
+    """An evaluation's rows of (variance, path, K, total)."""
+    names = ("variance_type", "path", "num_inference_steps", "total")
+    rest = {**PART, "standard_error": 0.1, "standard_errors": dict.fromkeys(PART, 0.01)}
+    values = {**EVALUATION, "results": [{**rest, **dict(zip(names, row, strict=True))} for row in rows]}
+    return Evaluation.from_dict(values).results
+
+
+def test_the_headline_is_the_own_variance_at_t_and_the_lowest_bounds_at_10_and_50():
+    rows = bounds(
+        ("fixed_small", "even", 10, 9.0),
+        ("optimal", "even", 10, 5.0),
+        ("optimal", "best", 10, 3.0),
+        ("optimal", "best", 25, 2.0),
+        ("optimal", "best", 50, 1.9),
+        ("learned", "best", 50, 1.8),
+        ("learned", "even", 1000, 1.7),
+        ("optimal", "even", 1000, 1.6),
+    )
+    assert [row.total for row in headline(rows, "learned", 1000)] == [1.7, 3.0, 1.8]
+    assert [row.total for row in headline(rows[3:4], "learned", 1000)] == [2.0]
+    own_at_50 = bounds(("learned", "even", 50, 2.5))
+    assert headline(own_at_50, "learned", 50) == own_at_50  # once
+
+
+def test_records_of_a_published_repository_are_written_as_they_were_read():
+    """evaluation.json and training_run.json of examples/ddpm-mnist, from an earlier version."""
+    example = ROOT / "examples" / "ddpm-mnist"
+    for record in (Evaluation, TrainingRecord):
+        text = (example / record.FILE).read_text(encoding="utf-8")
+        assert json.dumps(record.read(example).as_dict(), indent=2) + "\n" == text
+
+
+def test_a_card_of_an_earlier_version_is_replaced_but_for_what_its_owner_wrote(tmp_path):
+    """The published card of examples/ddpm-mnist has 2,535 lines, 2,344 of them metadata."""
+    folder = tmp_path / "mnist"
+    shutil.copytree(ROOT / "examples" / "ddpm-mnist", folder)
+    path = folder / "README.md"
+    before = path.read_text(encoding="utf-8")
+    assert before.count("<!-- generated:") == 5
+    edited = before.replace("## Training\n", "## Mine\n\nMy words.\n\n## Training\n").replace(
+        "<!-- generated:limits", "Thanks.\n\n<!-- generated:limits"
+    )
+    path.write_text(edited, encoding="utf-8")
+    card = write_card(folder)
+    assert len(before.splitlines()) > 2500 and len(card.splitlines()) < 300
+    assert card.count("My words.") == card.count("Thanks.") == card.count("## Training") == 1
+    assert "knows nothing else" in card and card.count("## Measured") == 1 and card.count("<!-- card of") == 1
+    results = ModelCard(card).data.eval_results
+    named = [(r.metric_type, r.metric_args["num_inference_steps"]) for r in results]
+    assert named == [("bits_per_dim", 1000), ("bits_per_dim", 10), ("bits_per_dim", 50), ("kernel_distance", 100)]
+    assert write_card(folder) == card
+
+
 def test_parameters_are_counted_without_loading_them(shelf):
     unet = UNet2DModel.from_pretrained(shelf["plain"] / "unet")
-    assert read_facts(shelf["plain"])["parameters"] == sum(p.numel() for p in unet.parameters())
+    assert read_facts(shelf["plain"]).parameters == sum(p.numel() for p in unet.parameters())
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
@@ -215,7 +278,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
         write_card(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- the owner's words
+# ------------------------------------------------------------ the owner's words
 
 BLOCKS = {"about": "# digits\n\nA model.\n", "use": "## Use\n\nLoad it.\n"}
 NEW = {"about": "# digits\n\nA better model.\n", "use": "## Use\n\nLoad it so.\n"}
@@ -329,7 +392,7 @@ def test_words_on_the_hub_are_not_lost_to_an_edit_in_another_copy_of_the_folder(
     folder = make_folder(tmp_path / "copy")
     card = write_card(folder, "ada/digits")
     (folder / "README.md").write_text(card.replace("## Measured", "Theirs.\n\n## Measured"))
-    published = write_card(folder, "ada/digits")  # as if it had been pushed: nobody has edited it since
+    published = write_card(folder, "ada/digits")  # as if pushed, and not edited since
     (folder / "README.md").write_text(card.replace("## Intended use", "Mine.\n\n## Intended use"))
     assert "Theirs." in write_card(folder, "ada/digits", published=published)
     assert "Mine." in (folder / "README.local.md").read_text()

@@ -1,7 +1,8 @@
-"""Repositories as strangers find them: trained and pushed by real launches, loaded where this package does not exist.
+"""Repositories as others find them: pushed by real launches, loaded without this package.
 
-Each kind of model is trained and pushed once (`accelerate launch`, the real client, a Hub on this machine). What arrived there is all
-that the tests below have: the strangers' interpreters cannot import the package, and run the code blocks of the card as they stand.
+Each kind of model is trained and pushed once (`accelerate launch`, the real client, a Hub on this
+machine). The tests below have only what arrived there: the others' interpreters cannot import the
+package, and run the code blocks of the card as they stand.
 """
 
 import itertools
@@ -37,7 +38,7 @@ def people(hub):
 
 
 def client(hub, **more):
-    """The environment of a user of the Hub on another machine, with things in it that are nobody's business."""
+    """The environment of a Hub user on another machine, with private values in it."""
     kept = (
         "HF_ENDPOINT",
         "NO_PROXY",
@@ -62,7 +63,7 @@ def client(hub, **more):
 
 
 def publish(kind):
-    """Train and push one kind; the folder then holds `run`, where it trained, and `hub`, what arrived, with `commits.json`."""
+    """Train and push one kind: a folder with `run`, `hub` (what arrived) and commits.json."""
 
     def make(folder):
         folder.mkdir()
@@ -151,21 +152,20 @@ def stranger(hub, tmp_path, script, *arguments):
 
 
 @pytest.fixture
-def hub():
-    with Hub() as hub:
-        people(hub)
-        yield hub
-    assert not hub.errors, hub.errors
+def hub(hub):
+    """The Hub of conftest.py, with users."""
+    people(hub)
+    return hub
 
 
 def stock_checkpoint(folder):
-    """Somebody else's DDPM, who never heard of us."""
+    """A DDPM that was saved by stock diffusers."""
     pipe = DDPMPipeline.from_pretrained(make_folder(folder / "ours", run=None, evaluation=None, pictures=()))
     DDPMPipeline(pipe.unet, DDPMScheduler()).save_pretrained(folder / "stock")
     return folder / "stock"
 
 
-# ---------------------------------------------------------------------------------------------- what a run publishes
+# ------------------------------------------------------------ what a run publishes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,7 +213,7 @@ def test_the_settings_that_were_published_repeat_the_run(tmp_path):
     assert (tmp_path / "again" / weights).read_bytes() == (folder / "hub" / weights).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------- what strangers do
+# ------------------------------------------------------------ what strangers do
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +259,7 @@ def test_without_trust_the_code_of_a_repository_is_refused(hub, tmp_path):
 
 
 def test_each_revision_and_each_repository_runs_its_own_code(hub, tmp_path):
-    """All in one process: two revisions of one repository, and another repository with a third version."""
+    """All in one process: two revisions of one repository, a third version in another."""
     folder, _ = publish("plain")
     copy = tmp_path / "copy"
     shutil.copytree(folder / "hub", copy)
@@ -269,7 +269,7 @@ def test_each_revision_and_each_repository_runs_its_own_code(hub, tmp_path):
     for version, repo in (("first", "user/one"), ("second", "user/one"), ("third", "user/two")):
         asked = code.replace(at, f"    def version(self):\n        return _version()\n\n{at}")
         asked = asked.replace(
-            "def is_ddpm(", f"def _version():\n    return {version!r}\n\n\ndef is_ddpm("
+            "class DDPMNotesPipeline(", f"def _version():\n    return {version!r}\n\n\nclass DDPMNotesPipeline("
         )
         assert asked.count("_version()") == 2
         (copy / "pipeline.py").write_text(asked)
@@ -288,7 +288,7 @@ def test_each_revision_and_each_repository_runs_its_own_code(hub, tmp_path):
     assert found == [{version: version for version in pins}, "second"]
 
 
-# ---------------------------------------------------------------------------------------------- the table of the README
+# ------------------------------------------------------------ the table of the README
 
 SCHEDULERS = {
     "its own": None,
@@ -368,7 +368,7 @@ def test_the_documented_table_of_what_loads_what_is_what_happens(hub, tmp_path):
     assert table in (ROOT / "examples" / "README.md").read_text(), f"examples/README.md must have this table:\n{table}"
 
 
-# ---------------------------------------------------------------------------------------------- when it cannot be published
+# ------------------------------------------------------------ when it cannot be published
 
 
 def test_a_repository_that_cannot_be_written_to_stops_the_run_before_it_begins(tmp_path):

@@ -1,7 +1,7 @@
-"""Pushing, over real HTTP to a Hub on this machine: what goes up, what is tried again, and that nothing is lost.
+"""Pushing over real HTTP to a Hub on this machine: what is sent and retried; nothing is lost.
 
-Quick tests push from this process, whose client is told the address; the slow ones start other processes, which learn it from their
-environment as a user's would.
+Quick tests push from this process, whose client is told the address; the slow ones start other
+processes, which learn it from their environment, as a user's would.
 """
 
 import json
@@ -16,22 +16,15 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import HfApi, RepoCard
 
-from ddpm_notes_pipeline.hub import publishing
-from ddpm_notes_pipeline.hub.publishing import BackgroundPushes, PublishingError, prepare_repo, push_folder, push_space
+from ddpm_notes_pipeline import publishing
+from ddpm_notes_pipeline.hub import push
+from ddpm_notes_pipeline.hub.push import BackgroundPushes, PublishingError, prepare_repo, push_folder, push_space
 from tests.hub.test_model_card import make_folder
 from tests.support.hub_content import Blob
 from tests.support.launching import ROOT
-from tests.support.loopback_hub import Hub
 
 REPO = "user/digits"
 PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "loss.png")
-
-
-@pytest.fixture
-def hub():
-    with Hub() as hub:
-        yield hub
-    assert not hub.errors, hub.errors
 
 
 @pytest.fixture(params=["xet", "lfs"])
@@ -39,7 +32,7 @@ def api(request, hub, monkeypatch):
     """The real client, by either way of uploading large files."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
-    monkeypatch.setattr(publishing, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(push, "FIRST_WAIT", 0.02)
     huggingface_hub.utils.disable_progress_bars()
     yield HfApi(endpoint=hub.endpoint, token="hf_user")
     huggingface_hub.utils.enable_progress_bars()
@@ -47,7 +40,7 @@ def api(request, hub, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A trained model's folder, with what training leaves beside it and is nobody's business."""
+    """A trained model's folder, with files that training leaves in it and a push must not send."""
     folder = make_folder(tmp_path / "run", pictures=PICTURES)
     (folder / "training_config.yaml").write_text("seed: 3\n")
     for name in ("checkpoint-100/model.safetensors", "checkpoint-100/optimizer.bin", "loss.jsonl", "notes.txt"):
@@ -78,7 +71,7 @@ def commits(hub, repo=REPO):
     return [commit.title for commit in hub.repos[repo].commits[::-1]][1:]
 
 
-# ---------------------------------------------------------------------------------------------- what goes up
+# ------------------------------------------------------------ what goes up
 
 
 def test_a_push_is_one_commit_of_the_folder_s_own_files(hub, api, folder):
@@ -161,14 +154,14 @@ def test_a_repository_that_cannot_be_written_to_is_told_at_once(hub, api, token,
     assert len(hub.requests) - asked <= 4 and hub.repos.keys() == {"user/there", "other/there"}
 
 
-# ---------------------------------------------------------------------------------------------- the demo
+# ------------------------------------------------------------ the demo
 
 SPACE = ROOT / "examples" / "space"
 
 
 @pytest.mark.slow
 def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it(hub, folder, tmp_path):
-    """The command, as its user starts it; twice, and then for another model, by an owner who has changed the page meanwhile."""
+    """The command; twice, then for another model after the owner has edited the page."""
     command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--space_id", "digits-demo"]
     models = ("user/digits", "user/digits", "user/other")
     for number, model in enumerate(models):
@@ -199,7 +192,7 @@ def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it
 
 
 def test_a_folder_that_is_no_space_is_told_before_anything_is_pushed(folder, tmp_path):
-    with pytest.raises(SystemExit, match=r"--space_dir .* has no app.py, README.md, requirements.txt; allowed"):
+    with pytest.raises(SystemExit, match=r"--space_dir .* has no app.py, README.md, requirements.txt; must be"):
         publishing.main([str(folder), "--space_id", "user/demo", "--space_dir", str(tmp_path)])
 
 
@@ -211,7 +204,7 @@ def test_after_a_passing_fault_the_demo_is_there_once(hub, api, fault):
     assert commits(hub, "spaces/user/demo") == ["Demo of user/digits"] and hub.repos["spaces/user/demo"].private
 
 
-# ---------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------ faults
 
 BUSY = [{"status": status} for status in (500, 502, 503, 429, 409, 412)]
 CUT = [{"drop": drop} for drop in ("request", "answer")]
@@ -307,18 +300,18 @@ def test_a_repository_is_made_once_whatever_happens(hub, api, fault):
 
 
 def test_a_commit_in_between_makes_no_mixture_of_two_models(hub, api, folder):
-    """The client leaves out what the repository has already; by the time of the commit somebody else may have changed just that."""
+    """The client omits files that are there; another commit may change just those meanwhile."""
     prepare_repo(REPO, api=api)
     push_folder(folder, REPO, "first", api=api)
     (folder / "samples.png").write_bytes(b"other samples")
     late = hub.fail("commit", delay=1)
-    push = threading.Thread(target=push_folder, args=(folder, REPO, "ours"), kwargs={"api": api})
-    push.start()
+    ours = threading.Thread(target=push_folder, args=(folder, REPO, "ours"), kwargs={"api": api})
+    ours.start()
     while not late.hits:
         time.sleep(0.01)
     with hub.lock:
         hub.repos[REPO].commit("theirs", "", "other", {"unet/config.json": Blob(b"{}")})
-    push.join()
+    ours.join()
     assert commits(hub) == ["first", "theirs", "ours"] and pushed(hub) == here(folder)
 
 
@@ -348,14 +341,14 @@ def test_two_pushes_at_once_end_with_one_of_the_two_models(hub, api, tmp_path):
     assert files == {name: (last / name).read_bytes() for name in files}
 
 
-# ---------------------------------------------------------------------------------------------- in the background
+# ------------------------------------------------------------ in the background
 
 
 @pytest.fixture
 def background(hub, api, monkeypatch):
     """Pushes of BackgroundPushes by the client of this test."""
     prepare_repo(REPO, api=api)
-    monkeypatch.setattr(publishing, "HfApi", lambda: api)
+    monkeypatch.setattr(push, "HfApi", lambda: api)
     pushes = BackgroundPushes(REPO)
     yield pushes
     pushes.close()
@@ -393,7 +386,7 @@ def test_a_background_push_that_fails_is_told_and_the_next_has_everything(hub, b
     background.push(folders[0], "0")
     while folders[0].exists():
         time.sleep(0.01)
-    assert "Training goes on" in caplog.text and commits(hub) == []
+    assert "Training continues" in caplog.text and commits(hub) == []
     fault.clear()
     background.push(folders[1], "1")
     while folders[1].exists():
@@ -413,7 +406,7 @@ def test_closing_waits_for_the_push_on_its_way_and_drops_the_one_that_waits(hub,
 
 
 def test_a_process_that_has_to_end_waits_for_no_further_attempt(hub, background, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(publishing, "FIRST_WAIT", 60)
+    monkeypatch.setattr(push, "FIRST_WAIT", 60)
     hub.fail("info", 500, times=None)
     (folder,) = snapshots(tmp_path, 1)
     background.push(folder, "0")
@@ -425,10 +418,10 @@ def test_a_process_that_has_to_end_waits_for_no_further_attempt(hub, background,
 
 
 def test_an_export_is_what_a_push_sends(hub, api, folder, tmp_path):
-    """The same names and bytes, but for the card, which names the repository that it is pushed to."""
+    """The same names and bytes; the card names the repository that it is for."""
     (folder / "checkpoint-5").mkdir()
     (folder / "checkpoint-5" / "optimizer.bin").write_bytes(b"not for others")
-    names = publishing.export_folder(folder, tmp_path / "copy", "user/model")
+    names = push.export_folder(folder, tmp_path / "copy", "user/model")
     push_folder(folder, prepare_repo("user/model", api=api), api=api)
     pushed = {name: data for name, data in hub.repos["user/model"].files().items() if name != ".gitattributes"}
     copied = {
@@ -437,5 +430,5 @@ def test_an_export_is_what_a_push_sends(hub, api, folder, tmp_path):
         if path.is_file()
     }
     assert sorted(copied) == names and copied == pushed
-    with pytest.raises(ValueError, match="is there and not empty"):
-        publishing.export_folder(folder, tmp_path / "copy")
+    with pytest.raises(ValueError, match="copy is not empty"):
+        push.export_folder(folder, tmp_path / "copy")

@@ -1,0 +1,141 @@
+"""Distances between two sets of feature vectors or pixels. Pure: tensors in, numbers out.
+
+For features a (N, d) and b (M, d):
+
+    Frechet    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))                arXiv 1706.08500
+    kernel     E k(a, a') + E k(b, b') - 2 E k(a, b),  k(x, y) = (x.y / d + 1)^3  arXiv 1801.01401
+    precision  share of generated inside the k-nearest-neighbour balls of real    arXiv 1904.06991
+    recall     share of real inside those of generated
+
+The Frechet distance is biased by the numbers of images. The kernel distance is unbiased and has a
+standard error. Statistics are computed in float64.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from .features import import_eval
+
+NEIGHBORS = 3  # k of precision and recall, as published
+SUBSETS = 10  # of the jackknife
+CHUNK_ROWS = 1024  # rows of a distance matrix at a time
+
+
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Squared Frechet distance between Gaussians fitted to features a (N, d) and b (M, d).
+
+    Computed by torchmetrics in float64. N and M must be at least 2. With N or M <= d a covariance
+    is singular and the distance is biased upwards.
+    """
+    features_as_given = nn.Identity()
+    features_as_given.num_features = a.shape[1]  # type: ignore[assignment]
+    # Every process already has all features: the metric must not gather them again.
+    metric = import_eval("torchmetrics.image.fid").FrechetInceptionDistance(
+        feature=features_as_given, sync_on_compute=False
+    )
+    for features, real in ((a, True), (b, False)):
+        for rows in features.cpu().split(CHUNK_ROWS):
+            metric.update(rows.double(), real=real)
+    return max(0.0, float(metric.compute()))  # rounding can make it negative for equal sets
+
+
+def kernel_distance(a: torch.Tensor, b: torch.Tensor, subsets: int = SUBSETS, seed: int = 0) -> tuple[float, float]:
+    """Unbiased squared MMD of features a (N, d) and b (M, d), and its standard error.
+
+    All pairs count. The standard error is the jackknife's: both sets are split at random (`seed`)
+    into disjoint subsets, and the distances that leave one of them out are compared. It is right
+    where the sets differ and up to sqrt(2) too large where they do not. The usual deviation over
+    overlapping random subsets shrinks to zero as the subsets grow.
+
+    Raises:
+        ValueError: fewer than 3 images on either side, or fewer than 2 subsets.
+    """
+    fewest = min(len(a), len(b))
+    parts = min(subsets, fewest)
+    if parts < 2 or fewest - math.ceil(fewest / parts) < 2:
+        raise ValueError(f"{len(a)} and {len(b)} images in {subsets} subsets; must be at least 3 images and 2 subsets")
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (
+        [f[rows].double() for rows in torch.randperm(len(f), generator=generator).tensor_split(parts)] for f in (a, b)
+    )
+    within_x, within_y, between = _kernel_sums(x, x), _kernel_sums(y, y), _kernel_sums(x, y)
+    sizes_x, sizes_y = (torch.tensor([len(part) for part in f], dtype=torch.float64) for f in (x, y))
+
+    def distance(kept: torch.Tensor) -> float:
+        n, m = sizes_x[kept].sum(), sizes_y[kept].sum()
+        xx, yy, xy = (sums[kept][:, kept].sum() for sums in (within_x, within_y, between))
+        return float(xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m))
+
+    without_one = np.array([distance(torch.arange(parts) != i) for i in range(parts)])
+    error = math.sqrt((parts - 1) * float(np.mean((without_one - without_one.mean()) ** 2)))
+    return distance(torch.ones(parts, dtype=torch.bool)), error
+
+
+def _kernel_sums(x: list[torch.Tensor], y: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of k over all pairs of subsets i of x and j of y: (len(x), len(y)) float64.
+
+    Where `y is x`, pairs of an image with itself do not count.
+    """
+    polynomial = import_eval("torchmetrics.image.kid").poly_kernel  # degree 3, gamma 1 / d, coefficient 1
+    same = y is x
+    sums = torch.zeros(len(x), len(y), dtype=torch.float64)
+    for i, f in enumerate(x):
+        for j, g in enumerate(y[: i + 1] if same else y):
+            sums[i, j] = torch.stack([polynomial(rows, g).sum() for rows in f.split(CHUNK_ROWS)]).sum().cpu()
+            if same:
+                sums[j, i] = sums[i, j]
+        if same:
+            sums[i, i] -= ((f.square().sum(1) / f.shape[1] + 1) ** 3).sum().cpu()
+    return sums
+
+
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = NEIGHBORS) -> tuple[float, float]:
+    """Precision and recall of generated features (M, d) and real ones (N, d).
+
+    Precision is the share of generated features inside the real manifold, recall the share of real
+    ones inside the generated manifold. A manifold is the union of balls around its points, each
+    reaching to the k-th nearest other point.
+
+    Raises:
+        ValueError: k or fewer images on either side.
+    """
+    if min(len(real), len(generated)) <= k:
+        raise ValueError(f"{len(real)} and {len(generated)} images; must be more than k = {k} on either side")
+
+    def share_inside(points: torch.Tensor, manifold: torch.Tensor) -> float:
+        # k + 1: the nearest point is the point itself
+        radii = torch.cat([d.kthvalue(k + 1, dim=1).values for d in _squared_distances(manifold, manifold)])
+        return float(torch.cat([(d <= radii).any(1) for d in _squared_distances(points, manifold)]).double().mean())
+
+    return share_inside(generated, real), share_inside(real, generated)
+
+
+def nearest_squared_distances(points: torch.Tensor, chunks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """(N,) float64: squared distance of points (N, d) to the nearest row of all chunks (M, d).
+
+    Infinite where there are no chunks.
+    """
+    points = points.double()
+    nearest = torch.full((len(points),), math.inf, dtype=torch.float64, device=points.device)
+    for chunk in chunks:
+        for squared in _squared_distances(chunk.to(points.device), points):
+            nearest = torch.minimum(nearest, squared.min(0).values)
+    return nearest
+
+
+def root_mean_square(x: torch.Tensor) -> float:
+    """sqrt(mean(x^2)) over all elements."""
+    return math.sqrt(float(x.square().mean()))
+
+
+def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:
+    """|a_i - b_j|^2 in float64, some rows i at a time. Exact for 8-bit pixels: sums of integers."""
+    b = b.double()
+    norms = b.square().sum(1)
+    for rows in a.split(CHUNK_ROWS):
+        rows = rows.double()
+        yield (rows.square().sum(1, keepdim=True) + norms - 2 * (rows @ b.T)).clamp(min=0)

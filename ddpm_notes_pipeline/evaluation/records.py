@@ -1,0 +1,347 @@
+"""What was measured and how a model was trained, as dataclasses, and their JSON.
+
+The formats of evaluation.json (`Evaluation`), training_run.json (`TrainingRecord`) and the rows of
+metrics.jsonl (`figures_of`) are defined here and nowhere else. `from_dict` reads files of any
+version: it ignores unknown keys, and missing ones take their default.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+T = TypeVar("T")
+Key = tuple[str, str, int]  # what makes the samples, path, number of steps
+Estimate = tuple[float, float]  # value, standard error
+
+
+def _from_dict(record: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from the entries that it has fields for."""
+    names = {f.name for f in fields(record)}  # type: ignore[arg-type]
+    return record(**{name: value for name, value in values.items() if name in names})
+
+
+class JSONFile:
+    """A dataclass that is kept in the file `FILE` of a model's folder."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return _from_dict(cls, values)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """None where there is no file."""
+        path = folder / cls.FILE
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------ bits/dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundRecord:
+    """bits/dim of one variance and path: a row of `results` in evaluation.json.
+
+    Attributes:
+        variance_type, path, num_inference_steps: variance, "even" or "best", number of steps K.
+        decoder_variance: of p(x_0 | x_t) at the end of the path; None: the network's own.
+        total, standard_error: the bound in bits/dim, and its standard error over the images.
+        prior, diffusion, decoder, standard_errors: its parts, and their standard errors by name.
+        network_evaluations: images that the network was evaluated on, in all.
+    """
+
+    variance_type: str
+    path: str
+    num_inference_steps: int
+    decoder_variance: float | None = None
+    total: float
+    standard_error: float
+    prior: float
+    diffusion: float
+    decoder: float
+    standard_errors: dict[str, float]
+    network_evaluations: int | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.variance_type, self.path, self.num_inference_steps
+
+
+# ------------------------------------------------------------ samples
+
+
+OVER_FEATURES = ("frechet_distance", "kernel_distance", "kernel_distance_standard_error", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class MetricProtocol:
+    """What the figures of `SampleMetrics` depend on besides the model.
+
+    Attributes:
+        network, weights, num_features, preprocessing: of the features; None if only pixels were
+            compared.
+        num_generated, num_real: images on either side.
+        image_shape: (C, H, W) of both, before the network's resizing.
+        real, split, fingerprint: name, split and pixel digest of the real images, if they are an
+            `ImageSet`.
+        num_train, num_nearest, num_held_out_nearest: training images, and the generated and
+            held-out images (at most 1000, evenly spaced) whose nearest training image was found.
+        source: what the caller knows of the files: JPEG or PNG, how they were resized.
+        sampling: how the samples were made: steps, variance, seeds.
+        notes: warnings that were given.
+    """
+
+    network: str | None
+    weights: str | None
+    num_features: int | None
+    preprocessing: str | None
+    num_generated: int
+    num_real: int
+    image_shape: tuple[int, ...]
+    real: str | None = None
+    split: str | None = None
+    fingerprint: str | None = None
+    num_train: int | None = None
+    num_nearest: int | None = None
+    num_held_out_nearest: int | None = None
+    source: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    arithmetic: str = "features float32, statistics float64"
+    pixels: str = "pixel statistics: scale 0..1, root mean square over pixels"
+    neighbors: int = 3
+    kernel_subsets: int = 10
+
+
+@dataclass(frozen=True)
+class SampleMetrics:
+    """Distances of samples from images, and the protocol that they depend on.
+
+    Attributes:
+        protocol: see `MetricProtocol`.
+        frechet_distance, kernel_distance, kernel_distance_standard_error, precision, recall: over
+            features; None without a network.
+        pixel_mean_error, pixel_variance_error: root mean square over pixels of the difference
+            between the sets' per-pixel means (variances), scale 0..1.
+        nearest_train_distance: median over samples of the root mean square distance to the nearest
+            training image, scale 0..1.
+        held_out_nearest_train_distance: the same for held-out images.
+    """
+
+    protocol: MetricProtocol
+    _: KW_ONLY
+    frechet_distance: float | None = None
+    kernel_distance: float | None = None
+    kernel_distance_standard_error: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    pixel_mean_error: float
+    pixel_variance_error: float
+    nearest_train_distance: float | None = None
+    held_out_nearest_train_distance: float | None = None
+
+    def figures(self) -> dict[str, float]:
+        """The measured figures by name, without the protocol."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "protocol"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the figures and "protocol".
+
+        Figures over features carry the network in their name: "recall (efficientnet-lite0)".
+        """
+        suffix = f" ({self.protocol.network})"
+        named = {name + suffix if name in OVER_FEATURES else name: value for name, value in self.figures().items()}
+        protocol = asdict(self.protocol)
+        protocol |= {"image_shape": list(self.protocol.image_shape), "notes": list(self.protocol.notes)}
+        return named | {"protocol": protocol}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        protocol = _from_dict(MetricProtocol, values["protocol"])
+        figures = {name.removesuffix(f" ({protocol.network})"): value for name, value in values.items()}
+        return _from_dict(cls, figures | {"protocol": protocol})
+
+
+def figures_of(result: SampleMetrics) -> dict[str, float]:
+    """A row of metrics.jsonl, but for its step: the figures and the number of samples."""
+    return result.figures() | {"images": result.protocol.num_generated}
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """Metrics of samples, or of real images in their place: a row of `metrics` in evaluation.json.
+
+    Attributes:
+        images: "samples", or "held-out SPLIT" for the row of real images.
+        metrics: the figures and their protocol.
+        variance_type: of Algorithm 2. sampler: name of another sampler.
+        path, num_inference_steps: of samples.
+        kernel_distances: of each set of samples, where there were several.
+    """
+
+    images: str
+    metrics: SampleMetrics
+    variance_type: str | None = None
+    sampler: str | None = None
+    path: str | None = None
+    num_inference_steps: int | None = None
+    kernel_distances: list[float | None] | None = None
+
+    SETS_KEY: ClassVar[str] = "kernel_distance of each set"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether these are samples, not real images."""
+        return self.images == "samples"
+
+    @property
+    def name(self) -> str:
+        """What made the images: Algorithm 2's variance, another sampler, or "held-out SPLIT"."""
+        return self.variance_type or self.sampler or self.images
+
+    @property
+    def key(self) -> Key:
+        """Only of samples."""
+        return self.name, self.path or "", self.num_inference_steps or 0
+
+    @property
+    def kernel(self) -> Estimate:
+        """Kernel distance and its standard error; nan without a network."""
+        value, error = self.metrics.kernel_distance, self.metrics.kernel_distance_standard_error
+        return math.nan if value is None else value, math.nan if error is None else error
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the samples were made, as far as it applies."""
+        names = ("variance_type", "sampler", "path", "num_inference_steps")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def as_dict(self) -> dict[str, Any]:
+        sets = {} if self.kernel_distances is None else {self.SETS_KEY: self.kernel_distances}
+        return {"images": self.images, **self.settings, **sets, **self.metrics.as_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        more = {"metrics": SampleMetrics.from_dict(values), "kernel_distances": values.get(cls.SETS_KEY)}
+        return _from_dict(cls, {**values, **more})
+
+
+# ------------------------------------------------------------ files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(JSONFile):
+    """evaluation.json: the protocol of the bounds, the bounds, and metrics of samples.
+
+    Attributes:
+        data, split, images, dims, fingerprint: the images that bits/dim were measured on: name,
+            split, number, dims of each, digest of their pixels.
+        weights: digest of the measured weights, by which the card knows that the figures belong to
+            its model; None if unknown.
+        seed: of the noise.
+        evaluations_per_image: network evaluations an image, or "all".
+        results: a row for each variance and path.
+        metrics: of held-out images and of samples, each row with its own protocol.
+    """
+
+    unit: str = "bits/dim"
+    data: str
+    split: str
+    images: int
+    dims: int
+    fingerprint: str | None = None
+    seed: int = 0
+    evaluations_per_image: int | str = "all"
+    weights: str | None = None
+    results: list[BoundRecord]
+    metrics: list[SampleRecord] = field(default_factory=list)
+
+    FILE = "evaluation.json"
+
+    @property
+    def samples(self) -> list[SampleRecord]:
+        """The rows of samples, without that of held-out images."""
+        return [row for row in self.metrics if row.is_sampled]
+
+    @property
+    def protocol(self) -> str:
+        """What the bounds were measured on and how, in words."""
+        each = self.evaluations_per_image
+        terms = "every term of the bound" if each == "all" else f"{each} network evaluations an image (unbiased)"
+        return (
+            f"{self.images} images of {self.data}, split {self.split}, {self.dims} dims each, "
+            f"{terms}, noise seed {self.seed}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["results"] = [asdict(row) for row in self.results]
+        values["metrics"] = [row.as_dict() for row in self.metrics]
+        return {name: value for name, value in values.items() if name != "metrics" or value}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        results = [_from_dict(BoundRecord, row) for row in values["results"]]
+        metrics = [SampleRecord.from_dict(row) for row in values.get("metrics") or []]
+        return _from_dict(cls, {**values, "results": results, "metrics": metrics})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord(JSONFile):
+    """training_run.json: on what, how, on which hardware and for how long a model was trained.
+
+    Attributes:
+        data, split, images, images_skipped, dims, fingerprint, data_license: the training images;
+            `images` is None for a stream, dims is [C, H, W].
+        hub_dataset, base_model: Hub ids, where the data and the initial weights come from there.
+        objective, loss, loss_steps: mean loss over that many last steps; None if none was finite.
+        steps, train_batch_size, seed, weights: optimizer steps, images of a step, which weights
+            were saved, in words.
+        mixed_precision, processes, hardware: what it ran on.
+        seconds, steps_of_launch, images_per_second: of the last launch.
+        date, versions, command: ISO date, version of each package, command that repeats the run.
+    """
+
+    data: str
+    split: str
+    images: int | None
+    images_skipped: int = 0
+    dims: list[int] | None = None
+    fingerprint: str
+    data_license: str | None = None
+    hub_dataset: str | None = None
+    base_model: str | None = None
+    objective: str
+    loss: float | None
+    loss_steps: int
+    steps: int
+    train_batch_size: int
+    seed: int
+    weights: str
+    mixed_precision: str
+    processes: int
+    hardware: str
+    seconds: float
+    steps_of_launch: int
+    images_per_second: float
+    date: str
+    versions: dict[str, str]
+    command: str
+
+    FILE = "training_run.json"
+
+    @property
+    def images_seen(self) -> int:
+        """Images that training has seen, repetitions included."""
+        return self.steps * self.train_batch_size

@@ -1,0 +1,129 @@
+"""The tables of bounds and of samples, with the same columns for a terminal and for Markdown."""
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .records import BoundRecord, Evaluation, SampleRecord
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: its head. cell: a record's text in it. width: of its cells in a terminal.
+    """
+
+    name: str
+    cell: Callable[[Any], str]
+    width: int
+
+
+def markdown(columns: Sequence[Column], records: Iterable[Any]) -> str:
+    """A Markdown table, without a newline at its end."""
+    lines = ["|".join(["", *(f" {column.name} " for column in columns), ""]), f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(column.cell(record) for column in columns)} |" for record in records]
+    return "\n".join(lines)
+
+
+def text_header(columns: Sequence[Column]) -> str:
+    """Heads of the columns and a rule, for a terminal."""
+    names = " | ".join(f"{column.name:>{column.width}}" for column in columns)
+    return names + "\n" + "-+-".join("-" * column.width for column in columns)
+
+
+def text_line(columns: Sequence[Column], record: Any) -> str:
+    """One row, for a terminal."""
+    return " | ".join(f"{column.cell(record):>{column.width}}" for column in columns)
+
+
+# ------------------------------------------------------------ bounds
+
+
+def bound_columns(digits: int = 4, emphasis: str = "") -> list[Column]:
+    """Variance, path, K, the three parts and their total in bits/dim, with standard errors.
+
+    `emphasis` is put around the totals.
+    """
+
+    def part(name: str) -> Callable[[BoundRecord], str]:
+        return lambda row: f"{getattr(row, name):.{digits}f} ± {row.standard_errors[name]:.{digits}f}"
+
+    return [
+        Column("variance", lambda row: row.variance_type, 13),
+        Column("path", lambda row: row.path, 4),
+        Column("K", lambda row: str(row.num_inference_steps), 5),
+        Column("L_T", part("prior"), 17),
+        Column("sum of KLs", part("diffusion"), 19),
+        Column("L_0", part("decoder"), 17),
+        Column(
+            "total, bits/dim",
+            lambda row: f"{emphasis}{row.total:.{digits}f} ± {row.standard_error:.{digits}f}{emphasis}",
+            19,
+        ),
+    ]
+
+
+TERMINAL_COLUMNS = [
+    *bound_columns(digits=5),
+    Column(
+        "decoder var", lambda row: "network's" if row.decoder_variance is None else f"{row.decoder_variance:.3e}", 11
+    ),
+    Column("evaluations", lambda row: str(row.network_evaluations), 11),
+]
+
+
+def bound_table(evaluation: Evaluation) -> str:
+    """The bounds as a Markdown table."""
+    return markdown(bound_columns(emphasis="**"), evaluation.results)
+
+
+# ------------------------------------------------------------ samples
+
+
+def _metric(name: str, form: str) -> Callable[[SampleRecord], str]:
+    def cell(row: SampleRecord) -> str:
+        value = getattr(row.metrics, name)
+        return "" if value is None else format(value, form)
+
+    return cell
+
+
+SAMPLE_COLUMNS = [
+    Column("images", lambda row: row.name, 13),
+    Column("path", lambda row: row.path or "", 8),
+    Column("K", lambda row: str(row.num_inference_steps or ""), 5),
+    Column("n", lambda row: str(row.metrics.protocol.num_generated), 6),
+    Column("kernel distance", lambda row: "{:.5f} ± {:.5f}".format(*row.kernel), 19),
+    Column("Frechet", _metric("frechet_distance", ".4g"), 10),
+    Column("precision", _metric("precision", ".3f"), 9),
+    Column("recall", _metric("recall", ".3f"), 6),
+    Column("mean err", _metric("pixel_mean_error", ".4f"), 8),
+    Column("var err", _metric("pixel_variance_error", ".4f"), 8),
+    Column("nearest", _metric("nearest_train_distance", ".4f"), 8),
+]
+
+
+def sample_caption(records: Sequence[SampleRecord]) -> str:
+    """What the table of samples shows, and how it was measured."""
+    protocol = records[-1].metrics.protocol
+    return (
+        f"Distances from {protocol.num_real} images of {protocol.real}, split {protocol.split}, over "
+        f"{protocol.num_features} features of {protocol.network} (no Inception: no FID); {protocol.preprocessing}. "
+        "Perfect samples would get the row of held-out images. Kernel distances compare at any n, Frechet distances only "
+        "at equal n. The errors of each pixel's mean and variance, and the median distance to the nearest training image, "
+        "are root mean squares over pixels in [0, 1]: samples much nearer than held-out images are copies."
+    )
+
+
+def sample_text(records: Sequence[SampleRecord]) -> str:
+    """Caption and table for a terminal."""
+    lines = (text_line(SAMPLE_COLUMNS, record) for record in records)
+    return "\n".join([textwrap.fill(sample_caption(records), 120), text_header(SAMPLE_COLUMNS), *lines])
+
+
+def sample_table(records: Sequence[SampleRecord]) -> str:
+    """The samples as a Markdown table."""
+    return markdown(SAMPLE_COLUMNS, records)

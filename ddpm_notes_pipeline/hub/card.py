@@ -1,0 +1,284 @@
+"""The model card of a Hub folder: what the model is, how it loads, was measured and trained.
+
+Filled from the folder's own files by model_card.md.jinja. It is written anew after every run or
+measurement, and keeps what its owner wrote (owner_edits.py).
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from diffusers import UNet2DModel
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors import safe_open
+
+from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord
+from ..evaluation.reports import bound_table, sample_caption, sample_table
+from ..scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
+from .owner_edits import merge, newest_card, repository_of
+
+logger = logging.getLogger(__name__)
+
+BLOCKS = ("about", "use", "measured", "training", "limits")  # of the template, in the card's order
+PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "loss.png")
+HEADLINE_STEPS = (10, 50)
+TASK = "unconditional-image-generation"
+_SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the files of a folder say.
+
+    Attributes:
+        repo_id: "user/name" in the snippets.
+        unet: the network's config. scheduler: the model's.
+        parameters: number of weights.
+        weights: digest of the weights (`weights_digest`).
+        run, evaluation: None if unknown.
+        pictures: names of those that are there.
+        space_id: "user/name" of the demo, if there is one.
+    """
+
+    repo_id: str
+    unet: dict[str, Any]
+    scheduler: DDPMNotesScheduler
+    parameters: int
+    weights: str
+    run: TrainingRecord | None
+    evaluation: Evaluation | None
+    pictures: frozenset[str]
+    space_id: str | None = None
+
+    @property
+    def T(self) -> int:
+        return len(self.scheduler)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        side = self.unet["sample_size"]
+        return (self.unet["in_channels"], *((side, side) if isinstance(side, int) else side))
+
+    @property
+    def null_label(self) -> int | None:
+        return (self.unet.get(PRIVATE_ENTRY) or {}).get("null_label")
+
+    @property
+    def num_labels(self) -> int:
+        """How many class labels it takes, the null label not counted; 0: unconditional."""
+        return self.null_label or self.unet.get("num_class_embeds") or 0
+
+
+def write_card(
+    folder: Path | str,
+    repo_id: str | None = None,
+    license: str | None = None,
+    published: str | None = None,
+    space_id: str | None = None,
+) -> str:
+    """Write the folder's README.md from its other files, and return its text.
+
+    Args:
+        folder: written by `DDPMNotesPipeline.save_pretrained`; training_run.json, evaluation.json
+            and pictures in it are used if they are there.
+        repo_id: "user/name" in the snippets; None: that of the card before, or the folder's name.
+        license: of the model, as the Hub names licences; None: that of the card before, or
+            apache-2.0.
+        published: text of the card on the Hub, if there is one: what its owner wrote there is kept.
+        space_id: "user/name" of the model's demo Space; None: that of the card before, if any.
+
+    Raises:
+        ValueError: no pipeline in the folder, or a card whose metadata is not YAML.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    local = path.read_text(encoding="utf-8") if path.exists() else None
+    links = (match.group(1) for card in (local, published) if (match := _SPACE_LINK.search(card or "")))
+    facts = read_facts(folder, repo_id or repository_of(local), space_id or next(links, None))
+    before, edits_get_lost = newest_card(local, published)
+    if edits_get_lost:
+        copy = folder / "README.local.md"
+        copy.write_text(local or "", encoding="utf-8")
+        logger.warning("%s was edited here and on the Hub: it keeps the Hub's edits, yours are in %s", path, copy)
+    text = merge(facts.repo_id, _metadata(facts, license), _render(facts), before)
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = None) -> CardFacts:
+    """What the folder's files say. An evaluation of other weights is left out.
+
+    Raises:
+        ValueError: no pipeline in the folder.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} has no model_index.json; must be a folder that DDPMNotesPipeline.save_pretrained wrote"
+        )
+    weights, evaluation = weights_digest(folder), Evaluation.read(folder)
+    if evaluation is not None and evaluation.weights != weights:
+        logger.warning("%s is about other weights than the folder's: not on the card", folder / Evaluation.FILE)
+        evaluation = None
+    pictures = {name for name in PICTURES if (folder / name).is_file()}
+    return CardFacts(
+        repo_id=repo_id or folder.resolve().name,
+        unet=dict(UNet2DModel.load_config(folder / "unet")),
+        scheduler=DDPMNotesScheduler.from_pretrained(folder / "scheduler"),
+        parameters=_count_parameters(folder / "unet"),
+        weights=weights,
+        run=TrainingRecord.read(folder),
+        evaluation=evaluation,
+        pictures=frozenset(pictures - {"bits_per_dim.png"} if evaluation is None else pictures),
+        space_id=space_id,
+    )
+
+
+def weights_digest(folder: Path | str) -> str:
+    """sha256 over the UNet's weight files, by which an evaluation is known to be the model's."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(folder) / "unet").glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _count_parameters(folder: Path) -> int:
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())
+    return count
+
+
+def _render(facts: CardFacts) -> dict[str, str]:
+    """The generated blocks by name."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown
+    )
+    channels, height, width = facts.shape
+    images = facts.run and facts.run.images
+    labels = [i % facts.num_labels for i in range(4)] if facts.num_labels else None
+    template = environment.get_template("model_card.md.jinja")
+    context = template.new_context(
+        {
+            **{name: getattr(facts, name) for name in ("T", "unet", "scheduler", "run", "evaluation", "pictures")},
+            **{function.__name__: function for function in (bound_table, sample_caption, sample_table)},
+            "name": facts.repo_id.split("/")[-1],
+            "repo": json.dumps(facts.repo_id, ensure_ascii=False),
+            "space_id": facts.space_id,
+            "num_labels": facts.num_labels,
+            "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel"),
+            "pixels": f"{height}x{width}",
+            "channels": channels,
+            "parameters": f"{facts.parameters / 1e6:.2f} M weights",
+            "images": "a stream of images" if images is None else f"{images} images",
+            "steps": min(100, facts.T),
+            "labels": "" if labels is None else f", class_labels={labels}",
+            "guidance": "" if facts.null_label is None else ", guidance_scale=2.0",
+            "learned_variance": facts.scheduler.config.variance_type in LEARNED_VARIANCES,
+        }
+    )
+    return {name: "".join(template.blocks[name](context)) for name in BLOCKS}
+
+
+# ------------------------------------------------------------ metadata
+
+
+def _metadata(facts: CardFacts, license: str | None) -> dict[str, Any]:
+    """What the Hub reads; `license` only if one is asked for."""
+    results = (
+        [] if facts.evaluation is None else _eval_results(facts.evaluation, facts.scheduler.variance_type, facts.T)
+    )
+    run = facts.run
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=["diffusers", "ddpm", "ddpm_notes_pipeline", "bits-per-dim"]
+        + (["class-conditional"] if facts.num_labels else []),
+        datasets=[run.hub_dataset] if run and run.hub_dataset else None,
+        base_model=run.base_model if run else None,
+        model_name=facts.repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    return data.to_dict()
+
+
+def headline(rows: Sequence[BoundRecord], own_variance: str, T: int) -> list[BoundRecord]:
+    """The rows that stand for a table: own variance at T, and the lowest bounds at K = 10 and 50.
+
+    If the table has none of these: the row with the lowest bound.
+    """
+    own = [row for row in rows if row.key == (own_variance, "even", T)]
+    best = [[row for row in rows if row.num_inference_steps == K] for K in HEADLINE_STEPS]
+    chosen = own[:1] + [_lowest(at_K) for at_K in best if at_K] or [_lowest(rows)]
+    return list({row.key: row for row in chosen}.values())
+
+
+def _lowest(rows: Sequence[BoundRecord]) -> BoundRecord:
+    return min(rows, key=lambda row: row.total)
+
+
+def _eval_results(evaluation: Evaluation, own_variance: str, T: int) -> list[EvalResult]:
+    """Bounds of the headline rows, and the kernel distance of their samples.
+
+    If those were not sampled, the lowest kernel distance of all rows.
+    """
+    bounds = headline(evaluation.results, own_variance, T)
+    measured = [row for row in evaluation.samples if row.metrics.kernel_distance is not None]
+    samples = [row for row in measured if row.key in {bound.key for bound in bounds}]
+    samples = samples or sorted(measured, key=lambda row: row.kernel)[:1]
+    return [_bound_result(row, evaluation) for row in bounds] + [_kernel_result(row) for row in samples]
+
+
+def _bound_result(row: BoundRecord, evaluation: Evaluation) -> EvalResult:
+    what = f"bits/dim, {row.variance_type}, {row.num_inference_steps} {row.path} steps"
+    protocol = {name: getattr(evaluation, name) for name in ("images", "dims", "split", "evaluations_per_image")}
+    settings = {name: getattr(row, name) for name in ("num_inference_steps", "variance_type", "path")}
+    estimate = (row.total, row.standard_error)
+    return _result("bits_per_dim", what, estimate, evaluation.data, evaluation.split, {**protocol, **settings})
+
+
+def _kernel_result(row: SampleRecord) -> EvalResult:
+    protocol = row.metrics.protocol
+    what = f"kernel distance ({protocol.network}), {row.name}, {row.num_inference_steps} {row.path} steps"
+    settings = {
+        "network": protocol.network,
+        "preprocessing": protocol.preprocessing,
+        "images": protocol.num_generated,
+        "real_images": protocol.num_real,
+        "split": protocol.split,
+        "dims": math.prod(protocol.image_shape),
+        **row.settings,
+        "seeds": protocol.sampling["seeds"],
+    }
+    return _result("kernel_distance", what, row.kernel, protocol.real, protocol.split, settings)
+
+
+def _result(
+    kind: str, what: str, estimate: Estimate, data: str | None, split: str | None, settings: dict[str, Any]
+) -> EvalResult:
+    value, error = (round(number, 6) for number in estimate)
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=data or "",
+        dataset_name=data or "",
+        dataset_split=split,
+        metric_type=kind,
+        metric_value=value,
+        metric_name=what,
+        metric_args={"standard_error": error, **settings},
+    )

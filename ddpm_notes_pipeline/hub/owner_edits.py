@@ -1,0 +1,149 @@
+"""A card that is generated again and again and keeps what its owner wrote.
+
+Generated text stands in blocks between comments that a reader does not see:
+
+    <!-- generated:use 0123456789ab -->
+    ...
+    <!-- /generated:use -->
+
+Everything outside the blocks is the owner's. A block whose digest no longer fits its text was
+edited by hand: it is the owner's too. The last line names the repository, the blocks that the card
+was written with, and a digest of all above it.
+"""
+
+import hashlib
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+DEFAULT_LICENSE = "apache-2.0"
+# What this or an earlier version generated is replaced: metrics of the model-index, tags.
+GENERATED_METRICS = ("bits_per_dim", "kernel_distance", "frechet_distance", "precision", "recall")
+GENERATED_TAGS = ("class-conditional",)
+_BLOCK = re.compile(r"<!-- generated:(\w+) ([0-9a-f]{12}) -->\n(.*?)<!-- /generated:\1 -->\n?", re.DOTALL)
+_LAST_LINE = re.compile(r"<!-- card of (\S+): (.*?); ([0-9a-f]{12}) -->\n?")
+
+
+def merge(repo_id: str, metadata: dict[str, Any], blocks: dict[str, str], before: str | None) -> str:
+    """A card of these blocks that keeps everything the owner of the card `before` did.
+
+    Added text stays where it is, edited blocks stay as edited, removed blocks stay removed.
+
+    Args:
+        repo_id: of the repository that the card is for.
+        metadata: generated entries. The owner's win, but not over a `license`.
+        blocks: generated text by name, in order.
+        before: the card so far; None: there is none.
+
+    Raises:
+        ValueError: a card whose metadata is not YAML.
+    """
+    owners: dict[str, Any] = {}
+    items: list[tuple[str, str]] = [(name, "") for name in blocks]
+    if before is not None:
+        card = ModelCard(_unix(before), ignore_metadata_errors=False)
+        owners = card.data.to_dict()
+        items, known = _parse(card.text)
+        items += [(name, "") for name in blocks if name not in known]
+    body = ""
+    for name, kept in items:
+        if name:
+            body += kept or (_generated(name, blocks[name]) if name in blocks else "")
+            body += "\n"
+        elif kept.strip():
+            body += f"{kept.strip()}\n\n"
+    data = ModelCardData(**_merged_metadata(metadata, owners), ignore_metadata_errors=True)
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return f"{text}<!-- card of {repo_id}: {' '.join(blocks)}; {_digest(text)} -->\n"
+
+
+def repository_of(card: str | None) -> str | None:
+    """The repository that a card was written for, if it was generated."""
+    found = _LAST_LINE.search(card or "")
+    return found.group(1) if found else None
+
+
+def newest_card(local: str | None, published: str | None) -> tuple[str | None, bool]:
+    """Which of two copies to build on, and whether the edits of the local one get lost by that.
+
+    The published one, unless only the local one was edited.
+    """
+    if published is None or local is None or not _was_edited(local):
+        return (local if published is None else published), False
+    if set(_owners_text(published)) <= set(_owners_text(local)):
+        return local, False
+    return published, True
+
+
+def _merged_metadata(generated: dict[str, Any], owners: dict[str, Any]) -> dict[str, Any]:
+    """The owner's entries, else the generated ones; lists joined; generated metrics replaced."""
+    joined = ("tags", "datasets", "model-index")
+    merged = {**generated, **{name: value for name, value in owners.items() if name not in joined}}
+    merged["license"] = generated.get("license") or merged.get("license") or DEFAULT_LICENSE
+    for name in ("tags", "datasets"):
+        ours = _as_list(generated.get(name))
+        values = [value for value in _as_list(owners.get(name)) if value not in GENERATED_TAGS] + ours
+        if values:
+            merged[name] = list(dict.fromkeys(values))
+    index_name, results = _results(generated)
+    owners_name, owners_results = _results(owners)
+    results += [result for result in owners_results if result.metric_type not in GENERATED_METRICS]
+    merged.pop("model-index", None)
+    return {**merged, "eval_results": results, "model_name": owners_name or index_name} if results else merged
+
+
+def _results(metadata: dict[str, Any]) -> tuple[str | None, list[EvalResult]]:
+    """Name and results of a model-index, if there is one."""
+    index = metadata.get("model-index")
+    return model_index_to_eval_results(index) if index else (None, [])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _unix(card: str) -> str:
+    return card.replace("\r\n", "\n")
+
+
+def _digest(text: str) -> str:
+    """Of what a reader sees: trailing spaces and line ends, which editors change, do not count."""
+    lines = "\n".join(line.rstrip() for line in _unix(text).strip().split("\n"))
+    return hashlib.sha256(lines.encode()).hexdigest()[:12]
+
+
+def _generated(name: str, text: str) -> str:
+    return f"<!-- generated:{name} {_digest(text)} -->\n{text}<!-- /generated:{name} -->\n"
+
+
+def _parse(body: str) -> tuple[list[tuple[str, str]], set[str]]:
+    """A body in order, and the names of all blocks that the card was ever written with.
+
+    Items are ("", text of the owner) and (name of a block, its text with the comments if the owner
+    edited it, else "").
+    """
+    last_lines = _LAST_LINE.findall(body)
+    body = _LAST_LINE.sub("", body)
+    items, end = [], 0
+    for block in _BLOCK.finditer(body):
+        items.append(("", body[end : block.start()]))
+        name, digest, text = block.groups()
+        items.append((name, "" if _digest(text) == digest else block.group(0)))
+        end = block.end()
+    items.append(("", body[end:]))
+    return items, {name for _, names, _ in last_lines for name in names.split()} | {name for name, _ in items if name}
+
+
+def _was_edited(card: str) -> bool:
+    """Whether a card was changed since it was generated."""
+    card = _unix(card)
+    last = _LAST_LINE.search(card)
+    return last is None or _digest(card[: last.start()]) != last.group(3) or bool(card[last.end() :].strip())
+
+
+def _owners_text(card: str) -> list[tuple[str, str]]:
+    """What in a card is the owner's."""
+    body = ModelCard(_unix(card), ignore_metadata_errors=True).text
+    return [(name, text.strip()) for name, text in _parse(body)[0] if text.strip()]
