@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from ..data import HELD_OUT, MODES, ImageSet, hold_out, load_images
+from ..data import HELD_OUT, MODES, ImageSet, hold_out
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line
 from ..evaluation.samples import SampleTable
 from ..evaluation.tables import results_table
@@ -26,6 +26,7 @@ from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from ..variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
+from .images import load_split
 
 # Of --table, beside T. At T only fixed_large is sampled, as the reference.
 TABLE_STEPS = (10, 25, 50, 100)
@@ -103,23 +104,9 @@ def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: 
     shared = data.validation_share is not None and split in (data.train_split, HELD_OUT)
     if split == HELD_OUT and not shared:
         raise ValueError(f"--split is {HELD_OUT}; it needs --validation_share, which says which images those are")
+    split_read, most = (data.train_split, data.max_train_samples) if shared else (split, max_images)
     with accelerator.local_main_process_first():
-        found = load_images(
-            dataset_name=data.dataset_name,
-            dataset_config_name=data.dataset_config_name,
-            train_data_dir=data.train_data_dir,
-            split=data.train_split if shared else split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            resolution=data.resolution,
-            center_crop=True,
-            image_mode=data.image_mode,
-            max_samples=data.max_train_samples if shared else max_images,
-            cache_dir=data.cache_dir,
-            on_bad_image=data.on_bad_image,
-            streaming=data.streaming,
-            show_progress=accelerator.is_local_main_process,
-        )
+        found = load_split(accelerator, data, split_read, most)
     if data.validation_share is None or not shared:
         return found
     training, held_out = hold_out(found, data.validation_share, seed)
