@@ -191,15 +191,29 @@ class Xet:
         for store in stores:
             for shard in (store / "xet/xorbs/shards").glob("*.mdb"):
                 if xet_hash := self.files_in(shard).get(sha256):
-                    # From a copy: the client keeps its own store locked until its commit is done.
-                    with tempfile.TemporaryDirectory(dir=self.root) as folder:
-                        copy, target = Path(folder, "store"), Path(folder, "out")
-                        shutil.copytree(store / "xet/xorbs", copy / "xet/xorbs")  # finished content only
-                        with session().new_file_download_group(**self.connection(copy)) as group:
-                            group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), str(target))
-                        data = target.read_bytes()
+                    data = self.read(store, xet_hash, size)
                     return data if hashlib.sha256(data).hexdigest() == sha256 else None
         return None
+
+    def read(self, store: Path, xet_hash: str, size: int) -> bytes:
+        """Content of a store, from a copy: the client keeps its own locked until its commit is done.
+
+        Another client may be writing into the store, so that a copy has a file's name before its
+        content: then it is copied again.
+        """
+        for attempt in range(20):
+            with tempfile.TemporaryDirectory(dir=self.root) as folder:
+                copy, target = Path(folder, "store"), Path(folder, "out")
+                shutil.copytree(store / "xet/xorbs", copy / "xet/xorbs")
+                try:
+                    with session().new_file_download_group(**self.connection(copy)) as group:
+                        group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), str(target))
+                    return target.read_bytes()
+                except RuntimeError:
+                    if attempt == 19:
+                        raise
+            time.sleep(0.1)
+        raise AssertionError("the last attempt returns or raises")
 
     @staticmethod
     def connection(store: Path) -> dict[str, Any]:
