@@ -196,7 +196,7 @@ class Xet:
         return None
 
     def read(self, store: Path, xet_hash: str, size: int) -> bytes:
-        """Content of a store, from a copy: the client keeps its own locked until its commit is done.
+        """Content of a store, from a copy: the client keeps its own locked until it has committed.
 
         Another client may be writing into the store, so that a copy has a file's name before its
         content: then it is copied again.
