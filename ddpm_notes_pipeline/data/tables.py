@@ -163,7 +163,7 @@ def _check_label_column(features: dict[str, Any], asked: str, folder: ImageFolde
         f"label_column {asked!r} {problem}; columns: {', '.join(features)}; "
         f"of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
     )
-    if folder is not None and not folder.metadata:
+    if folder is not None and not folder.metadata and None in folder.classes:
         message += (
             ". A folder has the column 'label' where every image is in a sub-folder, its class; "
             f"{folder.classes.count(None)} of {folder.num_files} images are in none"

@@ -365,10 +365,12 @@ class TrainingRun:
     def _description(self) -> str:
         """The first line: images, network, steps, batch, processes."""
         run, unet, images, progress = self.settings.run, self.learner.unet, self.images.train, self.progress
+        validation = self.images.validation
+        held_out = "" if validation is None else f", bits/dim on {count_of(validation)} of {validation.split!r}"
         processes, parts = self.accelerator.num_processes, run.gradient_accumulation_steps
         share = run.train_batch_size // processes
         return (
-            f"{count_of(images)} of {dims(images)} from {images.name}, {unet.num_parameters() / 1e6:.2f} M weights in "
+            f"{count_of(images)} of {dims(images)} from {images.name}{held_out}, {unet.num_parameters() / 1e6:.2f} M weights in "
             f"levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {progress.first} to "
             f"{progress.steps} of {run.train_batch_size} images in all, {share} per process in {parts} accumulation "
             f"step(s) of {share // parts}, on {processes} process(es) of {self.accelerator.device.type}, "

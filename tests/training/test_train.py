@@ -210,7 +210,8 @@ def test_a_held_out_share_is_measured_and_never_trained_on(train, tmp_path):
     """evaluate.py finds the same images again, from the settings that training wrote."""
     done = train(*TINY, "--validation_share", 0.05, "--seed", 3, "--output_dir", tmp_path / "run")
     assert "1366 images of 1x8x8 from digits" in done.stdout  # 0.05 of 1438 are 72
-    assert "bits/dim on 72 images of 'held_out'" in done.stdout
+    assert "1x8x8 from digits, bits/dim on 72 images of 'held_out', " in done.stdout
+    assert re.search(r"^Learned: .* ± .* bits/dim on 72 images of 'held_out'", done.stdout, re.MULTILINE)
     measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert (measured["split"], measured["images"]) == ("held_out", 72)
     run = json.loads((tmp_path / "run" / "training_run.json").read_text())
