@@ -13,13 +13,12 @@ Timesteps are counted as diffusers does, t = 0..T-1, and **s = -1 is the data x_
 The tables are float64 and logarithmic, so that 1 - alpha_bar keeps its digits at both ends.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 
 Timesteps = int | torch.Tensor
 
@@ -201,6 +200,34 @@ class GaussianChain:
         return index
 
 
+def cosine_betas(T: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """alpha_bar(u) / alpha_bar(0) of arXiv 2102.09672, eq. 17; the two ends are not used."""
+    return capped_betas(np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2)
+
+
+def laplace_betas(T: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """arXiv 2407.03297, table 1 (mu = 0, b = 0.5): alpha_bar = snr / (1 + snr)."""
+    u = np.arange(1, T + 1) / T
+    log_snr = -0.5 * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
+    return capped_betas(np.append(1.0, 1 / (1 + np.exp(-log_snr))))
+
+
+def capped_betas(alpha_bar: np.ndarray) -> np.ndarray:
+    """The betas of an alpha_bar at 0..T, at most 0.999."""
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+# name -> (T, beta_start, beta_end) -> betas, float64
+SCHEDULES: dict[str, Callable[[int, float, float], np.ndarray]] = {
+    "linear": lambda T, start, end: np.linspace(start, end, T),
+    "scaled_linear": lambda T, start, end: np.linspace(start**0.5, end**0.5, T) ** 2,
+    "squaredcos_cap_v2": cosine_betas,
+    "sigmoid": lambda T, start, end: (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))) + start,
+    "laplace": laplace_betas,
+}
+BETA_SCHEDULES = tuple(SCHEDULES)
+
+
 def make_betas(T: int, beta_start: float, beta_end: float, schedule: str, trained_betas: Any = None) -> np.ndarray:
     """The T betas of a named schedule (or your own, checked), float64.
 
@@ -218,20 +245,8 @@ def make_betas(T: int, beta_start: float, beta_end: float, schedule: str, traine
         betas = np.asarray(trained_betas, dtype=np.float64)
         if betas.shape != (T,):
             raise ValueError(f"trained_betas has shape {betas.shape}; it must be ({T},), as num_train_timesteps says")
-    elif schedule == "linear":
-        betas = np.linspace(beta_start, beta_end, T)
-    elif schedule == "scaled_linear":
-        betas = np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
-    elif schedule == "sigmoid":
-        betas = (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, T))) + beta_start
-    elif schedule == "squaredcos_cap_v2":  # arXiv 2102.09672, eq. 17: alpha_bar(u) / alpha_bar(0)
-        alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    elif schedule == "laplace":  # arXiv 2407.03297, table 1 (mu = 0, b = 0.5): snr / (1 + snr)
-        u = np.arange(1, T + 1) / T
-        log_snr = -0.5 * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
-        alpha_bar = np.append(1.0, 1 / (1 + np.exp(-log_snr)))
-        betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    elif schedule in SCHEDULES:
+        betas = SCHEDULES[schedule](T, beta_start, beta_end)
     else:
         raise ValueError(f"beta_schedule is {schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}")
     wrong = ~((betas > 0) & (betas < 1))

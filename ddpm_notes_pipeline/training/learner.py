@@ -87,7 +87,7 @@ class Learner:
             last_epoch=done - 1,
         )
 
-    def update(self, step: int, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def update(self, step: int, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """Forward, backward, clip, optimizer, average. Collective: every rank must call it.
 
         Args:
@@ -95,7 +95,7 @@ class Learner:
             batch: this rank's share of the global batch, from `StepBatches`.
 
         Returns:
-            Loss of this rank's share, gradient norm, and learning rate; without a sync.
+            The row of loss.jsonl, read from the device later: no sync here.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
         torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
@@ -115,7 +115,7 @@ class Learner:
             gathered = (self.accelerator.gather(value).cpu() for value in (t.to(device), losses))
             self.timestep_sampler.update(*gathered)
         self.guard.watch(step + 1, t, losses, grad_norm)
-        return (losses * weight).mean(), grad_norm, learning_rate
+        return {"loss": (losses * weight).mean(), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _backward(self, batch: dict[str, torch.Tensor], t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Accumulate gradients of the weighted mean loss; returns the unweighted losses (B,)."""

@@ -26,8 +26,11 @@ from .trackers import PROJECT, Tracker
 LOGS = ("loss.jsonl", "validation.jsonl", "metrics.jsonl", PROJECT, "wandb")
 
 
+AVERAGED = {"loss"}  # over processes; the other figures of a step are the same on every rank
+
+
 class LossLog:
-    """Loss, gradient norm and learning rate of every step, one JSON line each.
+    """The figures of every step, one JSON line each.
 
     `add` keeps them on the device; `write`, now and then, averages and writes them.
     """
@@ -37,16 +40,16 @@ class LossLog:
     ) -> None:
         self.accelerator, self.path, self.step, self.batch_size = accelerator, path, done, batch_size
         self.tracker = tracker
-        self.waiting: list[tuple[torch.Tensor, Any, float]] = []
+        self.waiting: list[dict[str, torch.Tensor | float]] = []
         self.rows = keep_rows(accelerator, path, done)
         if accelerator.is_main_process:
             path.touch()  # fails now if the folder cannot be written to
         self.seconds, self.since = 0.0, time.monotonic()  # of training alone, since the last write
         self.pauses = 0.0  # seconds, over the whole run
 
-    def add(self, loss: torch.Tensor, grad_norm: Any, learning_rate: float) -> None:
-        """Remember one step, without a sync."""
-        self.waiting.append((loss, torch.as_tensor(grad_norm, device=loss.device), learning_rate))
+    def add(self, figures: dict[str, torch.Tensor | float]) -> None:
+        """Remember the figures of one step (numbers or scalars on the device), without a sync."""
+        self.waiting.append(figures)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -61,21 +64,29 @@ class LossLog:
 
     def write(self, bar: Any) -> None:
         """Average over processes and write the steps added since the last call. Collective."""
-        losses = self.accelerator.reduce(torch.stack([loss for loss, _, _ in self.waiting]), "mean").tolist()
+        columns = {name: self._column(name) for name in self.waiting[0]}
+        losses = columns["loss"]
         # read after the sync, when the steps are done
         seconds = self.seconds + time.monotonic() - self.since
         self.seconds, self.since = 0.0, time.monotonic()
         rate = len(losses) * self.batch_size / seconds if seconds > 0 else math.nan
-        new = []
-        for loss, (_, norm, learning_rate) in zip(losses, self.waiting, strict=True):
-            self.step += 1
-            new.append({"step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": learning_rate})
+        rows = zip(*columns.values(), strict=True)
+        new = [{"step": self.step + i} | dict(zip(columns, row)) for i, row in enumerate(rows, start=1)]
+        self.step += len(new)
         self.waiting.clear()
         with failing_together(self.accelerator, f"could not write {self.path}"):
             self.rows += write_rows(self.accelerator, self.path, new)
         if self.tracker is not None:
             self.tracker.log({**new[-1], "images_per_second": rate})
         bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}, {rate:.0f} images/s")
+
+    def _column(self, name: str) -> list[float]:
+        """A figure of the steps that are waiting."""
+        values: Any = [figures[name] for figures in self.waiting]
+        if not isinstance(values[0], torch.Tensor):
+            return values
+        column = torch.stack(values)
+        return (self.accelerator.reduce(column, "mean") if name in AVERAGED else column).tolist()
 
     def history(self) -> tuple[list[int], list[float]]:
         """Steps and losses since the start of the run; NaN for non-finite losses."""

@@ -159,7 +159,7 @@ class TrainingRun:
 
     def update(self, step: int, batch: dict[str, torch.Tensor]) -> None:
         """One optimizer step."""
-        self.logs.loss.add(*self.learner.update(step, batch))
+        self.logs.loss.add(self.learner.update(step, batch))
         self.progress.bad_images = batch.get("bad_images")
         self.progress.bar.update()
 

@@ -31,11 +31,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ddpm_notes_pipeline.core.gaussian_chain import BETA_SCHEDULES
 from ddpm_notes_pipeline.oracles import CoinDenoiser, GaussianDenoiser
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler, discretized_gaussian_log_likelihood
 
 LN2 = math.log(2)
-SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+SCHEDULES = BETA_SCHEDULES
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 many = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ddpm_notes_pipeline.core.gaussian_chain import BETA_SCHEDULES
+from ddpm_notes_pipeline.objectives import OBJECTIVES, TIMESTEP_SAMPLINGS, WEIGHTINGS
+from ddpm_notes_pipeline.scheduling_ddpm_notes import PREDICTION_TYPES
 from ddpm_notes_pipeline.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -94,6 +97,20 @@ EVERYTHING = {
 NOT_STREAMED = {"metric_interval": 7, "validation_share": 0.04}  # not together with --streaming
 
 OF_ONE_LAUNCH = ("overwrite_output_dir", "resume_from_checkpoint")
+
+CHOICES = {
+    "ddpm_beta_schedule": BETA_SCHEDULES,
+    "prediction_type": PREDICTION_TYPES,
+    "objective": OBJECTIVES,
+    "loss_weighting": WEIGHTINGS,
+    "timestep_sampling": TIMESTEP_SAMPLINGS,
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_flag_has_the_choices_of_what_it_sets(name):
+    assert typing.get_args(TYPES[name]) == CHOICES[name]
+
 
 # --------------------------------------------------------------------- where a value is from
 
