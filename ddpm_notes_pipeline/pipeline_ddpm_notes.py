@@ -188,6 +188,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
             output = self.unet(x, t, class_labels=labels, return_dict=False)[0]
         else:
             null = torch.full_like(labels, self.null_label or 0)
+            t = t if t.ndim == 0 else torch.cat([t, t])
             both = self.unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, null]), return_dict=False)[0]
             conditional, unconditional = both.chunk(2)
             C = x.shape[1]

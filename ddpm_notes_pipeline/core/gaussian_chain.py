@@ -15,6 +15,7 @@ The tables are float64 and logarithmic, so that 1 - alpha_bar keeps its digits a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,53 +64,53 @@ class StepPair:
         )
         return StepPair(*steps, *logs)
 
-    @property
+    @cached_property
     def alpha_bar_t(self) -> torch.Tensor:
         return self.log_alpha_bar_t.exp()
 
-    @property
+    @cached_property
     def alpha_bar_s(self) -> torch.Tensor:
         return self.log_alpha_bar_s.exp()
 
-    @property
+    @cached_property
     def one_minus_alpha_bar_t(self) -> torch.Tensor:
         return -torch.expm1(self.log_alpha_bar_t)
 
-    @property
+    @cached_property
     def one_minus_alpha_bar_s(self) -> torch.Tensor:
         return -torch.expm1(self.log_alpha_bar_s)
 
-    @property
+    @cached_property
     def a(self) -> torch.Tensor:
         """alpha_bar_t / alpha_bar_s: the signal that a jump from s to t keeps."""
         return (self.log_alpha_bar_t - self.log_alpha_bar_s).exp()
 
-    @property
+    @cached_property
     def b(self) -> torch.Tensor:
         """1 - a: the noise that a jump from s to t adds (beta_t where s = t - 1)."""
         return -torch.expm1(self.log_alpha_bar_t - self.log_alpha_bar_s)
 
-    @property
+    @cached_property
     def c_0(self) -> torch.Tensor:
         """Coefficient of x_0 in the posterior's mean (Ho et al. 2020, eq. 7)."""
         return self.alpha_bar_s.sqrt() * self.b / self.one_minus_alpha_bar_t
 
-    @property
+    @cached_property
     def c_t(self) -> torch.Tensor:
         """Coefficient of x_t in the posterior's mean."""
         return self.a.sqrt() * self.one_minus_alpha_bar_s / self.one_minus_alpha_bar_t
 
-    @property
+    @cached_property
     def posterior_variance(self) -> torch.Tensor:
         """Variance of q(x_s | x_t, x_0); 0 at the data."""
         return self.one_minus_alpha_bar_s * self.b / self.one_minus_alpha_bar_t
 
-    @property
+    @cached_property
     def snr_t(self) -> torch.Tensor:
         """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t)."""
         return self.alpha_bar_t / self.one_minus_alpha_bar_t
 
-    @property
+    @cached_property
     def snr_gain(self) -> torch.Tensor:
         """SNR_s - SNR_t = c_0^2 / posterior variance (arXiv 2107.00630, eq. 13); inf at s = -1."""
         return self.alpha_bar_s * self.b / (self.one_minus_alpha_bar_t * self.one_minus_alpha_bar_s)

@@ -146,6 +146,7 @@ def _files_below(root: Path) -> list[str]:
             continue
         seen.add(real)
         below[:] = [name for name in below if not name.startswith((".", "__"))]
-        shown = [name for name in names if not name.startswith((".", "__"))]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in shown]
+        here = Path(folder).relative_to(root).as_posix()
+        prefix = "" if here == "." else f"{here}/"
+        found += [prefix + name for name in names if not name.startswith((".", "__"))]
     return found

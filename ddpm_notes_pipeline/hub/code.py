@@ -26,7 +26,7 @@ SHIPPED = (
 FOOTER = """
 # ---------------------------------------------------------------- a module of its own
 
-if not __name__.startswith("ddpm_notes_pipeline_"):
+if "__isolated__" not in globals():
     # diffusers runs the pipeline.py of every local folder as one and the same module, each over the
     # names of the last: functions of one version would find constants of another. So what this file
     # defines lives in a module named by its digest, and this one holds the same names.
@@ -38,7 +38,7 @@ if not __name__.startswith("ddpm_notes_pipeline_"):
     _name = "ddpm_notes_pipeline_" + hashlib.sha256(_source.encode()).hexdigest()[:16]
     if _name not in sys.modules:
         _module = sys.modules[_name] = types.ModuleType(_name, __doc__)
-        _module.__file__ = __file__
+        _module.__file__, _module.__isolated__ = __file__, True
         exec(compile(_source, __file__, "exec"), vars(_module))
         # what the class saves again: the file may be replaced while the class lives on
         _module.DDPMNotesPipeline.hub_source = _source

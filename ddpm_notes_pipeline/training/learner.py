@@ -51,6 +51,8 @@ class Learner:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.network, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.parameters = list(unet.parameters())  # once: walking the network takes time at every step
+        self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
         if run.torch_compile:
             unet.compile()
@@ -98,19 +100,20 @@ class Learner:
             The row of loss.jsonl, read from the device later: no sync here.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
-        torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
+        if self.has_dropout:
+            torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
         position = torch.arange(share) + rank * share
         t, weight = self.timestep_sampler.sample(batch["u"], position, self.run.train_batch_size)
         weight = weight.to(device, torch.float32, non_blocking=True)
         losses = self._backward(batch, t, weight)
-        grad_norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.run.max_grad_norm)
+        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm)
         applied = self.guard.update(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         if self.average is not None:
-            self.average.step(self.unet.parameters(), applied)
+            self.average.step(self.parameters, applied)
         if self.run.timestep_sampling == "loss_second_moment":
             gathered = (self.accelerator.gather(value).cpu() for value in (t.to(device), losses))
             self.timestep_sampler.update(*gathered)
@@ -171,5 +174,6 @@ class Learner:
             self.average.copy_to(self.unet.parameters())
 
     def unwrap(self) -> None:
-        """Drop the wrapper for several processes; the network stays usable."""
-        self.network = self.unet
+        """Keep the network alone, ready to sample; drop its wrapper and all that trained it."""
+        self.network = self.unet.eval()
+        self.optimizer = self.lr_scheduler = self.average = None

@@ -148,10 +148,10 @@ def summary(
             f"Learned:   {steps} steps on {count_of(images.train)}{bad_images}, {run.objective} loss "
             f"{sum(tail) / len(tail):.4f} over the last {len(tail)} steps; {validation_words(images, logs)}"
             f"{skipped_updates}{rate:.0f} images/s, {seconds / 60:.1f} min.",
-            f"Where:     {run.output_dir}/ holds the {weights} weights, samples.png (look at it), loss.png, "
+            f"Where:     {Path(run.output_dir)}/ holds the {weights} weights, samples.png (look at it), loss.png, "
             f"loss.jsonl{validated} and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
-            f"P.from_pretrained({run.output_dir!r})().images[0].save('one.png')\"",
+            f"P.from_pretrained({str(Path(run.output_dir))!r})().images[0].save('one.png')\"",
             f"Longer:    {longer}",
             f"Your own:  {own_images_command(run.command, folder, f'outputs/{output_dir}')}",
         ]

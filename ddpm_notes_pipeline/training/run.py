@@ -38,7 +38,7 @@ from .learner import Learner
 from .logs import LOGS, RunLogs, warning_once
 from .measurements import VALIDATION_EVALUATIONS, Measurements
 from .networks import make_model
-from .results import open_repo, publish, run_record, save_model, summary
+from .results import NotPublishedError, open_repo, publish, run_record, save_model, summary
 from .stops import Stopped, Stops, failing_together
 from .trackers import Tracker, find_tracker
 
@@ -210,16 +210,20 @@ class TrainingRun:
             if self.accelerator.is_main_process:
                 self._write_model(bits_per_dim)
         self._write_samples()
-        try:
-            if self.accelerator.is_main_process:
-                print(summary(self.settings, self.images, logs, self.learner.guard.skipped, rate, seconds), flush=True)
+        fault = None
+        if self.accelerator.is_main_process:
+            print(summary(self.settings, self.images, logs, self.learner.guard.skipped, rate, seconds), flush=True)
+            try:
                 if self.repo_id is not None:
                     publish(self.output_dir, self.repo_id, run, self.pushes)
-        finally:
-            # DDP before the process group, or its destructor may hang.
-            self.learner.unwrap()
-            self.accelerator.free_memory()
-            self.accelerator.end_training()
+            except NotPublishedError as error:
+                fault = error
+        # DDP before the process group, or its destructor may hang.
+        self.learner.unwrap()
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+        if fault is not None:
+            raise fault
 
     # ----------------------------------------------------------------- its parts
 
