@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,11 +53,15 @@ class Learner:
         )
         self.network, self.optimizer = accelerator.prepare(unet, optimizer)
         self.parameters = list(unet.parameters())  # once: walking the network takes time at every step
-        self.has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
         self.guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
         if run.torch_compile:
             unet.compile()
         self.lr_scheduler: Any = None  # by `schedule`
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Whether a step draws random numbers inside the network."""
+        return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.unet.modules())
 
     @property
     def null_label(self) -> int | None:
