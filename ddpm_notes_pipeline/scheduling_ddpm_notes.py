@@ -33,7 +33,7 @@ from .core.gaussian_chain import (
     shorten,
     widest_float,
 )
-from .core.levels import discretized_gaussian_log_likelihood
+from .core.levels import LevelPosterior, Levels, discretized_gaussian_log_likelihood
 from .stock_config import PRIVATE_ENTRY as PRIVATE_ENTRY  # imported from here by others
 from .stock_config import StockConfigMixin
 
@@ -99,6 +99,9 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             measured on data.
         decoder_variance (`float` or `dict`, *optional*): variance of the decoder p(x_0 | x_t) for a
             path that ends at timestep 0, or {last timestep: variance}.
+        levels (`dict`, *optional*): what is known of the 8-bit levels of the images, fitted on
+            training images (`core.levels.Levels` as a dictionary). x0_hat is then the mean of the
+            level given the network's guess, and the decoder the probability of the level.
         eta (`float`, *optional*): None samples by Algorithm 2 with `variance_type`; a number in
             [0, 1] is DDIM's eta (arXiv 2010.02502), which replaces the variance type: 0 is
             deterministic, 1 is fixed_small.
@@ -114,7 +117,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
     order = 1
     init_noise_sigma = 1.0
     stock_class = "DDPMScheduler"
-    private_settings = ("original_sample_mse", "decoder_variance", "eta")
+    private_settings = ("original_sample_mse", "decoder_variance", "levels", "eta")
     private_variance_types = ("optimal",)
     learned_variance_types = LEARNED_VARIANCES
 
@@ -138,6 +141,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         rescale_betas_zero_snr: bool = False,
         original_sample_mse: list[float] | None = None,
         decoder_variance: float | dict[int, float] | None = None,
+        levels: dict[str, Any] | None = None,
         eta: float | None = None,
     ) -> None:
         _check_config(self.config)
@@ -158,6 +162,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         self.eta = _check_eta(eta)
         self.original_sample_mse = _check_original_sample_mse(original_sample_mse, variance_type, num_train_timesteps)
         self.decoder_variance = _check_decoder_variance(decoder_variance, num_train_timesteps)
+        self.levels = levels
+        self._posterior = None if levels is None else LevelPosterior(Levels.from_config(levels), num_train_timesteps)
         self.hide_private_settings()
 
         self.num_inference_steps: int | None = None
@@ -348,13 +354,15 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             x_t: the noisy image, (B, C, ...).
             t: its timestep.
             clip: clip or threshold x0_hat as the config describes; None: if the config says so.
+                Fitted `levels` take the place of both; with False it is the raw guess.
 
         Returns:
             x0_hat, shape of x_t, in float32 or the wider type of the two.
         """
         _check_images(x_t=x_t)
         output, _ = self._split_output(model_output, x_t)
-        return self._original_sample(output, x_t, self.chain.pair(t, -1), clip)
+        pair = self.chain.pair(t, -1)
+        return self._refined(self._original_sample(output, x_t, pair), pair, clip)
 
     def predict_noise(
         self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timesteps, clip: bool | None = None
@@ -372,7 +380,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance of the reverse step p(x_s | x_t): c_0 x0_hat + c_t x_t, and its type's.
 
-        At s = -1 it is the decoder p(x_0 | x_t): mean x0_hat, variance the decoder's.
+        At s = -1 it is the decoder p(x_0 | x_t): mean x0_hat, variance the decoder's; with fitted
+        `levels` the mean and variance of the level.
 
         Returns:
             mean (shape of x_t) and variance (broadcasts), in float32 or the inputs' wider type.
@@ -380,8 +389,14 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         _check_images(x_t=x_t)
         output, v = self._split_output(model_output, x_t)
         pair = self.chain.pair(t, s)
-        x_0 = self._original_sample(output, x_t, pair, clip)
-        return self._mean(x_0, x_t, pair), self._variance(pair, v, x_0)
+        guess = self._original_sample(output, x_t, pair)
+        mean = self._mean(self._refined(guess, pair, clip), x_t, pair)
+        variance = self._variance(pair, v, guess)
+        if self._posterior is None or pair.none_at_data:
+            return mean, variance
+        is_data = _per_image(pair.s, x_t) < 0
+        level = self._posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
+        return torch.where(is_data, level[0], mean), torch.where(is_data, level[1], variance)
 
     def step(
         self,
@@ -392,6 +407,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         return_dict: bool = True,
     ) -> DDPMNotesSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step of Algorithm 2: x_s = mean + std z, and the mean alone where s = -1.
+
+        With fitted `levels` the image at s = -1 has the occurring level nearest to each mean.
 
         Args:
             model_output: the network's output at (sample, timestep), channels of the sample or
@@ -412,12 +429,16 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         output, v = self._split_output(model_output, x_t)
         pair = self.chain.pair(*self._step_on_path(timestep))
 
-        x_0 = self._original_sample(output, x_t, pair)
+        guess = self._original_sample(output, x_t, pair)
+        x_0 = self._refined(guess, pair)
         x_s = mean = self._mean(x_0, x_t, pair)
         if not pair.all_at_data:  # std is 0 at the data
             std = self._variance(pair, v, x_0).sqrt().masked_fill(_per_image(pair.s, x_t) < 0, 0)
             noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
             x_s = mean + std * noise
+        if self._posterior is not None and not pair.none_at_data:
+            level, _ = self._posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
+            x_s = torch.where(_per_image(pair.s, x_t) < 0, self._posterior.nearest(level), x_s)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMNotesSchedulerOutput(x_s, x_0) if return_dict else (x_s, x_0)
@@ -446,10 +467,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         output, v = model_output.chunk(2, dim=1)
         return output, v if learned else None
 
-    def _original_sample(
-        self, output: torch.Tensor, x_t: torch.Tensor, pair: StepPair, clip: bool | None = None
-    ) -> torch.Tensor:
-        """x0_hat from the network's guess alone, in the wider type of the two."""
+    def _original_sample(self, output: torch.Tensor, x_t: torch.Tensor, pair: StepPair) -> torch.Tensor:
+        """The network's guess as a guess of x_0, in the wider type of the two."""
         dtype = torch.promote_types(torch.promote_types(x_t.dtype, torch.float32), output.dtype)
         x_0 = output.to(dtype)
         if self.config.prediction_type != "sample":
@@ -458,10 +477,35 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
                 x_0 = (x_t - std * x_0) / signal
             else:  # v = signal eps - std x_0 (arXiv 2202.00512)
                 x_0 = signal * x_t - std * x_0
-        return self._clip(x_0, clip)
+        return x_0
+
+    def _refined(self, guess: torch.Tensor, pair: StepPair, clip: bool | None = None) -> torch.Tensor:
+        """x0_hat as the reverse step uses it: the mean of the level given the guess, or clipped."""
+        x_0 = self._clip(guess, clip)
+        if self._posterior is None or clip is False:
+            return x_0
+        blur = self._posterior.guess_blur[pair.t]  # 0 where the guess is not refined
+        if blur.is_cpu:  # only those images that need it
+            rows = (blur > 0).expand(len(x_0)).nonzero().flatten().to(x_0.device, non_blocking=True)
+            if not len(rows):
+                return x_0
+            mean, _ = self._posterior.mean_variance(guess[rows], _per_image(blur, guess).expand_as(guess)[rows])
+            return x_0.index_put((rows,), mean)
+        blur = _per_image(blur, guess)
+        mean, _ = self._posterior.mean_variance(guess, torch.where(blur > 0, blur, 1))
+        return torch.where(blur > 0, mean, x_0)
+
+    def _decoder_blur(self, pair: StepPair, v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        """Blur of the guess in the levels' decoder, shaped to broadcast against x."""
+        assert self._posterior is not None
+        blur = _per_image(self._posterior.decoder_blur[pair.t], x)
+        if v is None or self._posterior.decoder_scale is None:
+            return blur
+        floor, excess = self._log_variance(pair, v, x)
+        return torch.where(_per_image(pair.t, x) == 0, self._posterior.decoder_scale * (floor + excess).exp(), blur)
 
     def _clip(self, x_0: torch.Tensor, clip: bool | None = None) -> torch.Tensor:
-        """x0_hat clipped or thresholded as the config says; `clip` overrides whether."""
+        """A guess of x_0 clipped or thresholded as the config says; `clip` overrides whether."""
         config = self.config
         if not (config.thresholding or config.clip_sample if clip is None else clip):
             return x_0
@@ -520,18 +564,22 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
 
     # ----------------------------------------------------------------------- the terms of the bound
 
-    def prior_kl(self, x_0: torch.Tensor, t: Timesteps | None = None) -> torch.Tensor:
+    def prior_kl(self, x_0: torch.Tensor, t: Timesteps | None = None, per_pixel: bool = False) -> torch.Tensor:
         """KL(q(x_t | x_0), N(0, I)): what the chain's start still knows of the image.
 
         Args:
             x_0: images in [-1, 1], (B, ...).
             t: the path's first timestep; None takes that of `scheduler.timesteps`.
+            per_pixel: not summed over dims.
 
         Returns:
-            nats per image, summed over dims, (B,) float64.
+            nats per image, summed over dims, (B,) float64; or per pixel, shape of x_0.
         """
         _check_images(x_0=x_0)
         pair = self.chain.pair(self.timesteps[0] if t is None else t, -1).to(x_0.device)
+        if per_pixel:
+            signal, noise = (_per_image(c, x_0) for c in (pair.alpha_bar_t, pair.prior_kl(0)))
+            return signal * x_0**2 / 2 + noise
         _per_image(pair.t, x_0)  # there is one timestep, or one an image
         dims = x_0[0].numel()
         mean_square = x_0.flatten(1).pow(2).sum(1, dtype=widest_float(x_0.device)) / dims
@@ -545,11 +593,13 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         t: Timesteps,
         s: Timesteps,
         clip: bool | None = None,
+        per_pixel: bool = False,
     ) -> torch.Tensor:
         """One term of the bound for each image (the notes' figures 6-8 and 12).
 
         At s >= 0 it is KL(q(x_s | x_t, x_0), p(x_s | x_t)). At s = -1 it is the decoder's cost,
-        -log p(x_0 | x_t), by the exact mass of each 8-bit pixel's bin.
+        -log p(x_0 | x_t), by the exact mass of each 8-bit pixel's bin, or with fitted `levels` by
+        the probability of each pixel's level.
 
         Args:
             model_output: the network's output at (x_t, t).
@@ -557,9 +607,11 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             x_t: a sample of q(x_t | x_0), same shape.
             t, s: the pair, int or (B,), s < t.
             clip: as in `predict_original_sample`.
+            per_pixel: not summed over dims.
 
         Returns:
-            nats, summed over dims, (B,) float64; differentiable in model_output.
+            nats, summed over dims, (B,) float64, or per pixel, shape of x_0; differentiable in
+            model_output.
 
         Raises:
             ValueError: shapes or timesteps that do not fit; an eta other than None and 1, as the
@@ -573,38 +625,43 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         _check_images(x_0=x_0, x_t=x_t)
         output, v = self._split_output(model_output, x_t)
         pair = self.chain.pair(t, s)
-        x_0_hat = self._original_sample(output, x_t, pair, clip)
-        floor, excess = self._log_variance(pair, v, x_t)
+        guess = self._original_sample(output, x_t, pair)
+        terms = self._posterior_kl(x_0, self._refined(guess, pair, clip), pair, v)
+        if not pair.none_at_data:
+            is_data = pair.s < 0
+            if is_data.is_cpu:  # the decoder of those images alone that need it
+                rows = is_data.expand(len(x_0)).nonzero().flatten().to(x_0.device, non_blocking=True)
+                at_data = self.chain.pair(pair.t.expand(len(x_0))[is_data.expand(len(x_0))], -1)
+                cost = self._decoder_cost(x_0[rows], guess[rows], at_data, None if v is None else v[rows], clip)
+                terms = terms.index_put((rows,), cost)
+            else:
+                terms = torch.where(_per_image(is_data, x_0), self._decoder_cost(x_0, guess, pair, v, clip), terms)
+        return terms if per_pixel else terms.flatten(1).sum(1)
 
-        kl = _posterior_kl(x_0, x_0_hat, pair, excess)
-        if pair.none_at_data:
-            return kl
-        is_data = pair.s < 0
-        if is_data.is_cpu:  # the decoder of those images alone that need it
-            rows = is_data.expand(len(kl)).nonzero().flatten().to(kl.device, non_blocking=True)
-            log_variance = (floor + excess).expand(len(kl), *excess.shape[1:])[rows]
-            return kl.index_put((rows,), _decoder_cost(x_0[rows], x_0_hat[rows], log_variance))
-        return torch.where(is_data.to(kl.device), _decoder_cost(x_0, x_0_hat, floor + excess), kl)
+    def _posterior_kl(
+        self, x_0: torch.Tensor, x_0_hat: torch.Tensor, pair: StepPair, v: torch.Tensor | None
+    ) -> torch.Tensor:
+        """KL(q(x_s | x_t, x_0), p(x_s | x_t)) in nats per pixel, float64. Meaningless at the data.
+
+        The means of the two Gaussians are c_0 (x_0 - x0_hat) apart and their log variances
+        `excess`: (excess + exp(-excess) - 1 + c_0^2 (x_0 - x0_hat)^2 / variance) / 2.
+        """
+        _, excess = self._log_variance(pair, v, x_0)
+        gain = pair.snr_gain.masked_fill(pair.s < 0, 0)  # c_0^2 / posterior variance
+        weight = _per_image(gain, x_0, excess.dtype) * torch.exp(-excess)  # c_0^2 / variance
+        return 0.5 * (excess + torch.expm1(-excess) + weight.to(x_0_hat.dtype) * (x_0 - x_0_hat) ** 2)
+
+    def _decoder_cost(
+        self, x_0: torch.Tensor, guess: torch.Tensor, pair: StepPair, v: torch.Tensor | None, clip: bool | None
+    ) -> torch.Tensor:
+        """-log P(x_0 | x_t), nats per pixel, float64."""
+        if self._posterior is not None:
+            return -self._posterior.log_mass(x_0, guess, self._decoder_blur(pair, v, guess))
+        floor, excess = self._log_variance(pair, v, guess)
+        return -discretized_gaussian_log_likelihood(x_0, self._clip(guess, clip), floor + excess)
 
 
 # ---------------------------------------------------------------------------------------- functions
-
-
-def _posterior_kl(x_0: torch.Tensor, x_0_hat: torch.Tensor, pair: StepPair, excess: torch.Tensor) -> torch.Tensor:
-    """KL(q(x_s | x_t, x_0), p(x_s | x_t)) in nats, summed over dims, (B,) float64.
-
-    The means of the two Gaussians are c_0 (x_0 - x0_hat) apart and their log variances `excess`:
-    (excess + exp(-excess) - 1 + c_0^2 |x_0 - x0_hat|^2 / variance) / 2. Of no meaning at the data.
-    """
-    gain = pair.snr_gain.masked_fill(pair.s < 0, 0)  # c_0^2 / posterior variance
-    weight = _per_image(gain, x_0, excess.dtype) * torch.exp(-excess)  # c_0^2 / variance
-    per_pixel = excess + torch.expm1(-excess) + weight.to(x_0_hat.dtype) * (x_0 - x_0_hat) ** 2
-    return 0.5 * per_pixel.flatten(1).sum(1)
-
-
-def _decoder_cost(x_0: torch.Tensor, x_0_hat: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """-log P(x_0 | x_t), nats, summed over dims, (B,) float64."""
-    return -discretized_gaussian_log_likelihood(x_0, x_0_hat, log_variance).flatten(1).sum(1)
 
 
 def _signal_and_std(pair: StepPair, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,10 +36,15 @@ class Table:
         self.values = values
         self._copies: dict[torch.device, torch.Tensor] = {}
 
+    def on(self, device: torch.device) -> torch.Tensor:
+        """All values on a device."""
+        if device not in self._copies:
+            dtype = widest_float(device) if self.values.is_floating_point() else self.values.dtype
+            self._copies[device] = self.values.to(device, dtype)
+        return self._copies[device]
+
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        if index.device not in self._copies:
-            self._copies[index.device] = self.values.to(index.device)
-        return self._copies[index.device][index]
+        return self.on(index.device)[index]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,31 @@
-"""8-bit pixels: the 256 levels k / 127.5 - 1, k = 0..255, and how likely each one is."""
+"""8-bit pixels: the 256 levels x_k = k / 127.5 - 1, k = 0..255, and how likely each one is.
+
+Two answers to "how likely is level k, given the network's guess h of the pixel?":
+
+    Gaussian   the mass that N(h, variance) puts on the bin around x_k (Ho et al. 2020, eq. 13)
+    levels     p(k | h) = pi_k exp(-(x_k - h)^2 / (2 blur)) / sum over j of the same
+
+The Gaussian cannot know that most levels hardly occur: four fifths of MNIST's pixels are black. The
+second is Bayes' rule: h is a blurred sight of a level whose prior probability is pi_k. Its mean is
+also the better guess of a pixel that must be one of these levels. With flat pi, h = x_t /
+sqrt(alpha_bar) and blur = 1 / SNR it is the decoder of VDM (arXiv 2107.00630); here pi and blur are
+fitted on training images (variances.py).
+"""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .gaussian_chain import widest_float
+from .gaussian_chain import Table, widest_float
 
+NUM_LEVELS = 256
 HALF_PIXEL = 1 / 255  # half the distance between two neighbouring levels
+UNIFORM_SHARE = 2.0**-16  # of the decoder: the code of a level of weight 0 takes 24 bits, not infinitely many
+LOGITS_AT_ONCE = 2**18  # what a processor keeps in its cache
 
 
 def to_model_range(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -119,3 +136,173 @@ def discretized_gaussian_log_likelihood(
     lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
     log_upper = torch.special.log_ndtr(upper)
     return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What is fitted about the levels of a data set and about a network's guesses of them.
+
+    Attributes:
+        weights: pi, 256 numbers of at least 0 for each channel; a weight of 0 is a level that never
+            occurs.
+        decoder_blur: {t: blur} of the decoder p(x_0 | x_t) at some timesteps; between them its
+            logarithm is interpolated in log(t + 1).
+        guess_blur: the same of x0_hat in a step to s >= 0. Beyond the largest t the guess is left
+            as it is.
+        decoder_scale: where the network outputs a variance and the path ends at t = 0, the blur of
+            each pixel is that variance times this; None takes `decoder_blur` there, too.
+
+    Raises:
+        ValueError: weights of another number, negative, not finite, or all 0; a blur that is not
+            above 0.
+    """
+
+    weights: list[list[float]]
+    decoder_blur: dict[int, float]
+    guess_blur: dict[int, float]
+    decoder_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for c, row in enumerate(self.weights):
+            if len(row) != NUM_LEVELS:
+                raise ValueError(f"levels has {len(row)} weights for channel {c}; it must have {NUM_LEVELS}")
+            if not all(math.isfinite(w) and w >= 0 for w in row) or not any(row):
+                raise ValueError(
+                    f"levels has weights from {min(row)} to {max(row)} for channel {c}; they must be finite, "
+                    "at least 0, and not all 0"
+                )
+        if not self.weights or not self.decoder_blur:
+            raise ValueError("levels has no weights or no decoder_blur; it must have both")
+        scale = {} if self.decoder_scale is None else {0: self.decoder_scale}
+        for t, blur in (*self.decoder_blur.items(), *self.guess_blur.items(), *scale.items()):
+            if t < 0 or not (math.isfinite(blur) and blur > 0):
+                raise ValueError(f"levels has a blur of {blur!r} at timestep {t}; it must be finite and above 0")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Levels":
+        """From a config's entry; JSON turns a dictionary's keys into strings."""
+        blurs = {name: {int(t): float(v) for t, v in config[name].items()} for name in ("decoder_blur", "guess_blur")}
+        return cls(
+            weights=[list(map(float, row)) for row in config["weights"]],
+            **blurs,
+            decoder_scale=config.get("decoder_scale"),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """As a config's entry, of 6 digits."""
+        config: dict[str, Any] = {
+            "weights": [[_rounded(w) for w in row] for row in self.weights],
+            "decoder_blur": {t: _rounded(blur) for t, blur in self.decoder_blur.items()},
+            "guess_blur": {t: _rounded(blur) for t, blur in self.guess_blur.items()},
+        }
+        if self.decoder_scale is not None:
+            config["decoder_scale"] = _rounded(self.decoder_scale)
+        return config
+
+
+class LevelPosterior:
+    """p(k | h) of the levels that occur, for each channel, and its blurs.
+
+    Args:
+        fitted: weights and blurs.
+        T: number of timesteps.
+
+    Attributes:
+        decoder_blur: of each last timestep. decoder_scale: as of `Levels`.
+        guess_blur: of each timestep, 0 where the guess is not refined.
+
+    Methods take h of shape (B, C, ...) and a blur that broadcasts against it, and compute in
+    float64, 2^18 numbers at a time.
+    """
+
+    def __init__(self, fitted: Levels, T: int) -> None:
+        self.decoder_scale = fitted.decoder_scale
+        self.decoder_blur = Table(_interpolated(fitted.decoder_blur, T))
+        self.guess_blur = Table(_interpolated(fitted.guess_blur, T, beyond=0))
+        pi = torch.tensor(fitted.weights, dtype=torch.float64)
+        levels = (2 * torch.arange(NUM_LEVELS, dtype=torch.float64) - 255) / 255
+        self._log_weights = [Table(row.log() - row.sum().log()) for row in pi]
+        self._occurring = [Table(row.nonzero().flatten()) for row in pi]
+        self._levels = Table(levels)
+
+    def mean_variance(self, h: torch.Tensor, blur: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance of the level given h, shape and dtype of h.
+
+        Raises:
+            ValueError: h has another number of channels than the weights.
+        """
+        self._check_channels(h)
+        moments = []
+        for c in range(h.shape[1]):
+            rows = []
+            for levels, logits in self._logits(h, blur, c):
+                p = logits.softmax(1)
+                mean = p @ levels
+                rows.append(torch.stack([mean, (p * (levels - mean[:, None]) ** 2).sum(1)]))
+            moments.append(torch.cat(rows, 1).reshape(2, len(h), *h.shape[2:]))
+        means, variances = torch.stack(moments, 2).to(h.dtype)
+        return means, variances
+
+    def log_mass(self, x_0: torch.Tensor, h: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
+        """log p(level of x_0 | h), nats, elementwise, float64; a 2^-16th of it is uniform.
+
+        Args:
+            x_0: levels in [-1, 1], shape of h.
+        """
+        self._check_channels(h)
+        k = ((x_0.to(widest_float(h.device)) + 1) * 127.5).round().long()
+        channels = []
+        for c in range(h.shape[1]):
+            occurring, rows = self._occurring[c].on(h.device), []
+            for k_n, (_, logits) in zip(_pixels(k, c, len(occurring)), self._logits(h, blur, c), strict=True):
+                place = torch.searchsorted(occurring, k_n).clamp(max=len(occurring) - 1)
+                own = logits.log_softmax(1).gather(1, place[:, None])[:, 0]
+                rows.append(own.masked_fill(occurring[place] != k_n, -math.inf))
+            channels.append(torch.cat(rows).reshape(len(h), *h.shape[2:]))
+        log_p = torch.stack(channels, 1) + math.log1p(-UNIFORM_SHARE)
+        return torch.logaddexp(log_p, torch.full_like(log_p, math.log(UNIFORM_SHARE / NUM_LEVELS)))
+
+    def nearest(self, x: torch.Tensor) -> torch.Tensor:
+        """The occurring level nearest to each pixel, shape and dtype of x."""
+        channels = []
+        for c in range(x.shape[1]):
+            levels = self._levels[self._occurring[c].on(x.device)]
+            between = (levels[1:] + levels[:-1]) / 2
+            channels.append(levels[torch.bucketize(x[:, c].to(levels.dtype), between)])
+        return torch.stack(channels, 1).to(x.dtype)
+
+    def _check_channels(self, h: torch.Tensor) -> None:
+        if h.ndim < 2 or h.shape[1] != len(self._occurring):
+            raise ValueError(
+                f"levels has weights of {len(self._occurring)} channel(s) and the images have shape {tuple(h.shape)}; "
+                f"they must be (B, {len(self._occurring)}, ...)"
+            )
+
+    def _logits(self, h: torch.Tensor, blur: torch.Tensor, c: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The levels that occur (L,) and their logits (n, L), n pixels of a channel at a time."""
+        occurring = self._occurring[c].on(h.device)
+        levels, log_weights = self._levels[occurring], self._log_weights[c][occurring]
+        blur = blur.to(levels.dtype).expand_as(h)
+        for h_n, blur_n in zip(_pixels(h, c, len(levels)), _pixels(blur, c, len(levels)), strict=True):
+            yield levels, log_weights - (levels - h_n[:, None]) ** 2 / (2 * blur_n[:, None])
+
+
+def _pixels(images: torch.Tensor, c: int, levels: int) -> tuple[torch.Tensor, ...]:
+    """A channel's pixels, as many at a time as give `LOGITS_AT_ONCE` logits."""
+    return images[:, c].flatten().split(max(1, LOGITS_AT_ONCE // levels))
+
+
+def _interpolated(blur: dict[int, float], T: int, beyond: float | None = None) -> torch.Tensor:
+    """A blur at every timestep, (T,) float64; `beyond` the largest known one, if it is given."""
+    if not blur:
+        return torch.zeros(T, dtype=torch.float64)
+    known = sorted(blur)
+    log_blur = np.interp(np.log1p(np.arange(T)), np.log1p(known), [math.log(blur[t]) for t in known])
+    table = torch.from_numpy(np.exp(log_blur))
+    if beyond is not None:
+        table[known[-1] + 1 :] = beyond
+    return table
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,306 @@
+"""Fits the levels of 8-bit data, and the blurs of a network's guesses of them, on training images.
+
+With h the network's guess of a pixel, p(k | h) is proportional to pi_k exp(-(x_k - h)^2 / (2 blur))
+(core/levels.py), with pi_k the share of level k among the training pixels to a power gamma: a power
+below 1, as plain shares count the background twice where the network knows better.
+
+    decoder  gamma and 1 / blur maximise the likelihood, which is concave in both: Newton's method
+    guess    a blur of its own minimises the squared error of E[x_k | h], weighted as in the bound
+
+All are functions of (x_t, t) fitted on other images: the bound stays a bound.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from .core.levels import HALF_PIXEL, LOGITS_AT_ONCE, NUM_LEVELS, LevelPosterior, Levels, to_model_range
+from .core.seeding import seeded_generator
+from .pipeline_ddpm_notes import DDPMNotesPipeline, is_ddpm
+from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
+
+STREAM = 3  # of random numbers, apart from those of bits_per_dim and of the variances
+TIMESTEPS = 20
+PIXELS = 2**15  # of each channel, over all images, that the fit looks at
+SMALLEST_BLUR = 1e-7  # an exact guess would have none
+
+
+@dataclass
+class LevelFit:
+    """Fitted levels, and how well they fit.
+
+    Attributes:
+        levels: `DDPMNotesScheduler`'s setting of that name.
+        gamma: the weights are the shares of the levels to this power.
+        decoder_costs: {t: (nats/dim, its standard error over images)} for paths that end at t.
+        guess_errors: {t: (without, with, standard error of the difference)}: mean squared error of
+            x0_hat, weighted as in the bound's term.
+        num_images, network_evaluations: in all.
+    """
+
+    levels: dict[str, Any]
+    gamma: float
+    decoder_costs: dict[int, tuple[float, float]]
+    guess_errors: dict[int, tuple[float, float, float]]
+    num_images: int
+    network_evaluations: int
+
+
+@dataclass
+class Guesses:
+    """A network's guesses of some pixels of N images at one timestep, float64 (N, C, P) each.
+
+    Attributes:
+        raw: x0_hat as the network says it. clipped: as the scheduler's config clips it.
+        variance: of the decoder p(x_0 | x_t), where the network outputs it; else None.
+        weight: of the squared error in the bound's term, posterior variance / variance.
+    """
+
+    raw: torch.Tensor
+    clipped: torch.Tensor
+    variance: torch.Tensor | None
+    weight: torch.Tensor
+
+
+def level_counts(batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """How often each level occurs in each channel, (C, 256) int64.
+
+    Args:
+        batches: of uint8 images (B, C, H, W).
+
+    Raises:
+        ValueError: no images.
+    """
+    counts = None
+    for pixels in batches:
+        channels = [torch.bincount(channel.flatten(), minlength=NUM_LEVELS) for channel in pixels.transpose(0, 1)]
+        counts = torch.stack(channels) + (0 if counts is None else counts)
+    if counts is None:
+        raise ValueError("images is empty; it must have at least one image")
+    return counts
+
+
+@torch.no_grad()
+def fit_levels(
+    pipeline: DDPMNotesPipeline,
+    images: Any,
+    class_labels: Any = None,
+    counts: torch.Tensor | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+) -> LevelFit:
+    """Fit the levels' weights and blurs to the network's guesses of training images.
+
+    The guess is refined up to the last timestep at which that lowers the bound's own term by more
+    than a standard error.
+
+    Args:
+        pipeline: its scheduler must be a DDPM; levels that it has already are ignored.
+        images, class_labels: as of `DDPMNotesPipeline.bits_per_dim`; about a hundred training
+            images, without augmentation. Never those whose bits are reported.
+        counts: (C, 256), how often each level occurs in the training set; None counts `images`,
+            which may lack rare levels.
+        batch_size: noisy images through the network at once.
+        seed: of the noise, and of the pixels that are looked at.
+        accelerator: splits the network's work over its processes; each returns the same result,
+            whatever their number. Collective: every rank must call it.
+
+    Raises:
+        ValueError: images that `bits_per_dim` refuses, or none.
+    """
+    if not is_ddpm(pipeline.scheduler):
+        raise ValueError(f"the scheduler is {type(pipeline.scheduler).__name__}; it must be a DDPMNotesScheduler")
+    scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, levels=None)
+    batches = list(pipeline.image_batches(images, class_labels))
+    counts = level_counts(pixels for pixels, _ in batches) if counts is None else counts
+    grid = np.unique(np.geomspace(1, len(scheduler), TIMESTEPS + 4).round().astype(int) - 1).tolist()
+    x_0, guesses = _evaluate(pipeline, scheduler, batches, grid, batch_size, seed, accelerator)
+
+    shares = (counts / counts.sum(1, keepdim=True)).double()
+    first = guesses[0]
+    gamma, precision = most_likely(shares, x_0, first.raw, first.variance)
+    weights = shares.pow(gamma)  # 0 stays 0
+    weights /= weights.sum(1, keepdim=True)
+    decoder_scale = None if first.variance is None else 1 / precision
+    decoder_blur = {
+        t: 1 / most_likely(weights, x_0, guess.raw, gamma=1)[1] for t, guess in zip(grid, guesses, strict=True)
+    }
+
+    posterior = LevelPosterior(Levels(weights.tolist(), decoder_blur, {}), len(scheduler))
+    costs, errors, guess_blur = {}, {}, {}
+    for t, guess in zip(grid, guesses, strict=True):
+        blur = torch.tensor(decoder_blur[t], dtype=torch.float64)
+        scaled = t == 0 and first.variance is not None
+        cost = -posterior.log_mass(x_0, guess.raw, first.variance * decoder_scale if scaled else blur)
+        costs[t] = _mean_and_error(cost)
+    for t, guess in zip(grid, guesses, strict=True):
+        before = guess.weight * (guess.clipped - x_0) ** 2
+        blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[t])
+        gain, error = _mean_and_error(before - after)
+        errors[t] = (float(before.mean()), float(after.mean()), error)
+        if not gain > error:
+            break
+        guess_blur[t] = blur
+    levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale).to_config()
+    return LevelFit(levels, gamma, costs, errors, len(x_0), len(x_0) * len(grid))
+
+
+def most_likely(
+    weights: torch.Tensor,
+    x_0: torch.Tensor,
+    guess: torch.Tensor,
+    variance: torch.Tensor | None = None,
+    gamma: float | None = None,
+) -> tuple[float, float]:
+    """gamma and precision that maximise sum log p(level of x_0 | guess), by Newton's method.
+
+    p(k | h) is proportional to weights_k^gamma exp(-precision (x_k - h)^2 / (2 variance)): an
+    exponential family, whose gradient and curvature are the mean and covariance of its two
+    features under p.
+
+    Args:
+        weights: (C, 256). x_0, guess: (N, C, P). variance: the same shape; None is 1.
+        gamma: fixed where it is given.
+
+    Returns:
+        gamma and precision (1 / blur, or 1 / scale of the variance), which is at most 1e7.
+    """
+    best = torch.tensor([1.0 if gamma is None else gamma, 1.0], dtype=torch.float64)
+    spread = ((x_0 - guess) ** 2 / (1 if variance is None else variance)).mean()
+    best[1] = 1 / max(float(spread), SMALLEST_BLUR)
+    value, gradient, curvature = _likelihood(weights, x_0, guess, variance, best)
+    for _ in range(30):
+        if gamma is None:
+            step = torch.linalg.solve(curvature + 1e-12 * curvature.diag().diag(), gradient)
+        else:
+            step = torch.stack([torch.zeros_like(gradient[1]), gradient[1] / curvature[1, 1]])
+        gain = 0.0
+        for shorter in 0.5 ** torch.arange(12):
+            tried = best + shorter * step
+            if not 0 < tried[1] <= 1 / SMALLEST_BLUR:
+                tried[1] = best[1] / 4 if tried[1] <= 0 else 1 / SMALLEST_BLUR
+            found = _likelihood(weights, x_0, guess, variance, tried)
+            if found[0] > value:
+                gain, best = found[0] - value, tried
+                value, gradient, curvature = found
+                break
+        if gain < 1e-6:
+            break
+    return float(best[0]), float(best[1])
+
+
+def _likelihood(
+    weights: torch.Tensor,
+    x_0: torch.Tensor,
+    guess: torch.Tensor,
+    variance: torch.Tensor | None,
+    parameters: torch.Tensor,
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Mean log-likelihood in (gamma, precision), its gradient and minus its curvature."""
+    value, gradient, curvature, n = 0.0, torch.zeros(2).double(), torch.zeros(2, 2).double(), 0
+    for c in range(x_0.shape[1]):
+        occurring = weights[c].nonzero().flatten()
+        levels, log_weights = (2 * occurring.double() - 255) / 255, weights[c][occurring].log()
+        scale = torch.ones_like(guess[:, c]) if variance is None else variance[:, c]
+        rows = max(1, LOGITS_AT_ONCE // len(levels))
+        columns = (tensor.flatten().split(rows) for tensor in (x_0[:, c], guess[:, c], scale))
+        for x, h, v in zip(*columns, strict=True):
+            distance = -((levels - h[:, None]) ** 2) / (2 * v[:, None])
+            p = (parameters[0] * log_weights + parameters[1] * distance).softmax(1)
+            own = torch.bucketize(x - HALF_PIXEL, levels).clamp(max=len(levels) - 1)
+            known = (levels[own] - x).abs() < HALF_PIXEL  # pixels of levels that have no weight say nothing
+            own, p, distance = own[known], p[known], distance[known]
+            features = log_weights.expand_as(distance), distance
+            mean = [(p * feature).sum(1) for feature in features]
+            off = [feature - m[:, None] for feature, m in zip(features, mean)]
+            value += float(p.gather(1, own[:, None]).log().sum())
+            gradient += torch.stack(
+                [(feature.gather(1, own[:, None])[:, 0] - m).sum() for feature, m in zip(features, mean)]
+            )
+            curvature += torch.stack([torch.stack([(p * a * b).sum() for a in off]) for b in off])
+            n += len(x)
+    return value / n, gradient / n, curvature / n
+
+
+def least_squares_blur(
+    posterior: LevelPosterior, x_0: torch.Tensor, guess: Guesses, start: float
+) -> tuple[float, torch.Tensor]:
+    """The blur whose mean of the level has the least weighted squared error, and that error.
+
+    Golden sections of log blur, from a sixteenth of `start` to sixteen times as much.
+    """
+
+    def error(log_blur: float) -> torch.Tensor:
+        mean, _ = posterior.mean_variance(guess.raw, torch.tensor(math.exp(log_blur), dtype=torch.float64))
+        return guess.weight * (mean - x_0) ** 2
+
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = math.log(start / 16), math.log(start * 16)
+    tried: dict[float, torch.Tensor] = {}
+    for _ in range(8):
+        inner = (high - ratio * (high - low), low + ratio * (high - low))
+        tried |= {point: error(point) for point in inner if point not in tried}
+        if tried[inner[0]].mean() < tried[inner[1]].mean():
+            high = inner[1]
+        else:
+            low = inner[0]
+    best = min(tried, key=lambda point: float(tried[point].mean()))
+    return math.exp(best), tried[best]
+
+
+def _evaluate(
+    pipeline: DDPMNotesPipeline,
+    scheduler: DDPMNotesScheduler,
+    batches: list[tuple[torch.Tensor, torch.Tensor | None]],
+    grid: list[int],
+    batch_size: int,
+    seed: int,
+    accelerator: Accelerator | None,
+) -> tuple[torch.Tensor, list[Guesses]]:
+    """Pixels x_0 (N, C, P) of the images, and the network's guesses of them at each timestep."""
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device, dtype, learned = (
+        pipeline.execution_device,
+        pipeline.sample_dtype,
+        scheduler.variance_type in LEARNED_VARIANCES,
+    )
+    x_0 = torch.cat([to_model_range(pixels) for pixels, _ in batches])
+    labels = None if batches[0][1] is None else torch.cat([labels for _, labels in batches])
+    N, dims = len(x_0), x_0[0, 0].numel()
+    kept = torch.randperm(dims, generator=seeded_generator(seed, STREAM, N))[: max(1, PIXELS // N)].sort().values
+    # every guess has its own noise, whichever process makes it; the others leave zeros
+    found = torch.zeros(4, N * len(grid), x_0.shape[1], len(kept))
+    mine = torch.arange(N * len(grid))[rank::processes]
+    with pipeline.image_progress_bar(desc="levels", unit="image", total=len(mine), disable=rank > 0) as bar:
+        for items in mine.split(batch_size):
+            image, t = items % N, torch.tensor(grid)[items // N]
+            noise = [torch.randn(x_0.shape[1:], generator=seeded_generator(seed, STREAM, int(item))) for item in items]
+            x_t = scheduler.add_noise(x_0[image].to(device, dtype), torch.stack(noise).to(device, dtype), t)
+            output = pipeline.predict(x_t, t, None if labels is None else labels[image]).to(dtype)
+            raw = scheduler.predict_original_sample(output, x_t, t, clip=False)
+            clipped = scheduler.predict_original_sample(output, x_t, t)
+            _, decoder_variance = scheduler.reverse_mean_variance(output, x_t, t, -1)
+            _, variance = scheduler.reverse_mean_variance(output, x_t, t, t - 1)
+            _, least = scheduler.posterior_mean_variance(x_t, x_t, t, t - 1)
+            weight = torch.where(t.to(device).reshape(-1, 1, 1, 1) == 0, 1, least / variance)
+            for row, value in zip(found, (raw, clipped, decoder_variance, weight), strict=True):
+                row[items] = value.expand_as(raw).flatten(2)[:, :, kept].float().cpu()
+            bar.update(len(items))
+    if accelerator is not None:
+        found = accelerator.reduce(found.to(device), "sum").cpu()
+    guesses = []
+    for raw, clipped, decoder_variance, weight in found.double().unflatten(1, (len(grid), N)).transpose(0, 1):
+        guesses.append(Guesses(raw, clipped, decoder_variance if learned else None, weight))
+    return x_0.flatten(2)[:, :, kept].double(), guesses
+
+
+def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean over everything, and its standard error over images."""
+    per_image = values.flatten(1).mean(1)
+    return float(per_image.mean()), float(per_image.std()) / math.sqrt(len(per_image))
