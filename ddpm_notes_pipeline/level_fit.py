@@ -12,7 +12,7 @@ All are functions of (x_t, t) fitted on other images: the bound stays a bound.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,13 @@ class Guesses:
     """A network's guesses of some pixels of N images at one timestep, float64 (N, C, P) each.
 
     Attributes:
+        t: the timestep.
         raw: x0_hat as the network says it. clipped: as the scheduler's config clips it.
-        variance: of the decoder p(x_0 | x_t), where the network outputs it; else None.
+        variance: of the decoder p(x_0 | x_t) at t = 0, where the network outputs it; else None.
         weight: of the squared error in the bound's term, posterior variance / variance.
     """
 
+    t: int
     raw: torch.Tensor
     clipped: torch.Tensor
     variance: torch.Tensor | None
@@ -123,72 +125,60 @@ def fit_levels(
     x_0, guesses = _evaluate(pipeline, scheduler, batches, grid, batch_size, seed, accelerator)
 
     shares = (counts / counts.sum(1, keepdim=True)).double()
-    first = guesses[0]
-    gamma, precision = most_likely(shares, x_0, first.raw, first.variance)
+    gamma, precision = most_likely(shares, x_0, guesses[0])
+    decoder_scale = None if guesses[0].variance is None else 1 / precision
     weights = shares.pow(gamma)  # 0 stays 0
     weights /= weights.sum(1, keepdim=True)
-    decoder_scale = None if first.variance is None else 1 / precision
-    decoder_blur = {
-        t: 1 / most_likely(weights, x_0, guess.raw, gamma=1)[1] for t, guess in zip(grid, guesses, strict=True)
-    }
+    decoder_blur = {guess.t: 1 / most_likely(weights, x_0, replace(guess, variance=None), 1.0)[1] for guess in guesses}
 
     posterior = LevelPosterior(Levels(weights.tolist(), decoder_blur, {}), len(scheduler))
     costs, errors, guess_blur = {}, {}, {}
-    for t, guess in zip(grid, guesses, strict=True):
-        blur = torch.tensor(decoder_blur[t], dtype=torch.float64)
-        scaled = t == 0 and first.variance is not None
-        cost = -posterior.log_mass(x_0, guess.raw, first.variance * decoder_scale if scaled else blur)
-        costs[t] = _mean_and_error(cost)
-    for t, guess in zip(grid, guesses, strict=True):
+    for guess in guesses:
+        blur = torch.tensor(decoder_blur[guess.t]) if guess.variance is None else guess.variance / precision
+        costs[guess.t] = _mean_and_error(-posterior.log_mass(x_0, guess.raw, blur))
+    for guess in guesses:
         before = guess.weight * (guess.clipped - x_0) ** 2
-        blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[t])
+        best_blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[guess.t])
         gain, error = _mean_and_error(before - after)
-        errors[t] = (float(before.mean()), float(after.mean()), error)
+        errors[guess.t] = (float(before.mean()), float(after.mean()), error)
         if not gain > error:
             break
-        guess_blur[t] = blur
+        guess_blur[guess.t] = best_blur
     levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale).to_config()
     return LevelFit(levels, gamma, costs, errors, len(x_0), len(x_0) * len(grid))
 
 
 def most_likely(
-    weights: torch.Tensor,
-    x_0: torch.Tensor,
-    guess: torch.Tensor,
-    variance: torch.Tensor | None = None,
-    gamma: float | None = None,
+    weights: torch.Tensor, x_0: torch.Tensor, guess: Guesses, gamma: float | None = None
 ) -> tuple[float, float]:
-    """gamma and precision that maximise sum log p(level of x_0 | guess), by Newton's method.
+    """The gamma and precision that maximise the mean of log p(level of x_0 | guess).
 
     p(k | h) is proportional to weights_k^gamma exp(-precision (x_k - h)^2 / (2 variance)): an
-    exponential family, whose gradient and curvature are the mean and covariance of its two
-    features under p.
+    exponential family with two features. The gradient is theirs at the true level minus their mean
+    under p, the curvature their covariance: Newton's method, with steps that never lose.
 
     Args:
-        weights: (C, 256). x_0, guess: (N, C, P). variance: the same shape; None is 1.
-        gamma: fixed where it is given.
+        weights: (C, 256). x_0: (N, C, P). guess: its variance is 1 where it is None.
+        gamma: given where it is not to be fitted.
 
     Returns:
-        gamma and precision (1 / blur, or 1 / scale of the variance), which is at most 1e7.
+        gamma and precision: 1 / blur, or 1 / scale of the variance.
     """
-    best = torch.tensor([1.0 if gamma is None else gamma, 1.0], dtype=torch.float64)
-    spread = ((x_0 - guess) ** 2 / (1 if variance is None else variance)).mean()
-    best[1] = 1 / max(float(spread), SMALLEST_BLUR)
-    value, gradient, curvature = _likelihood(weights, x_0, guess, variance, best)
+    variance = torch.ones_like(x_0) if guess.variance is None else guess.variance
+    start = 1 / max(float(((x_0 - guess.raw) ** 2 / variance).mean()), SMALLEST_BLUR)
+    best = torch.tensor([1.0 if gamma is None else gamma, start], dtype=torch.float64)
+    free = slice(0 if gamma is None else 1, 2)
+    value, gradient, curvature = _likelihood(weights, x_0, guess.raw, variance, best)
     for _ in range(30):
-        if gamma is None:
-            step = torch.linalg.solve(curvature + 1e-12 * curvature.diag().diag(), gradient)
-        else:
-            step = torch.stack([torch.zeros_like(gradient[1]), gradient[1] / curvature[1, 1]])
+        step = torch.zeros(2, dtype=torch.float64)
+        step[free] = torch.linalg.lstsq(curvature[free, free], gradient[free, None]).solution[:, 0]
         gain = 0.0
-        for shorter in 0.5 ** torch.arange(12):
-            tried = best + shorter * step
-            if not 0 < tried[1] <= 1 / SMALLEST_BLUR:
-                tried[1] = best[1] / 4 if tried[1] <= 0 else 1 / SMALLEST_BLUR
-            found = _likelihood(weights, x_0, guess, variance, tried)
+        for length in 0.5 ** torch.arange(12):
+            tried = best + length * step
+            tried[1] = tried[1].clamp(best[1] / 4, 1 / SMALLEST_BLUR)
+            found = _likelihood(weights, x_0, guess.raw, variance, tried)
             if found[0] > value:
-                gain, best = found[0] - value, tried
-                value, gradient, curvature = found
+                gain, best, (value, gradient, curvature) = found[0] - value, tried, found
                 break
         if gain < 1e-6:
             break
@@ -196,36 +186,25 @@ def most_likely(
 
 
 def _likelihood(
-    weights: torch.Tensor,
-    x_0: torch.Tensor,
-    guess: torch.Tensor,
-    variance: torch.Tensor | None,
-    parameters: torch.Tensor,
+    weights: torch.Tensor, x_0: torch.Tensor, h: torch.Tensor, variance: torch.Tensor, parameters: torch.Tensor
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Mean log-likelihood in (gamma, precision), its gradient and minus its curvature."""
-    value, gradient, curvature, n = 0.0, torch.zeros(2).double(), torch.zeros(2, 2).double(), 0
+    """The mean of log p in (gamma, precision), its gradient (2,) and minus its curvature (2, 2)."""
+    value, gradient, curvature = 0.0, torch.zeros(2).double(), torch.zeros(2, 2).double()
     for c in range(x_0.shape[1]):
         occurring = weights[c].nonzero().flatten()
         levels, log_weights = (2 * occurring.double() - 255) / 255, weights[c][occurring].log()
-        scale = torch.ones_like(guess[:, c]) if variance is None else variance[:, c]
-        rows = max(1, LOGITS_AT_ONCE // len(levels))
-        columns = (tensor.flatten().split(rows) for tensor in (x_0[:, c], guess[:, c], scale))
-        for x, h, v in zip(*columns, strict=True):
-            distance = -((levels - h[:, None]) ** 2) / (2 * v[:, None])
-            p = (parameters[0] * log_weights + parameters[1] * distance).softmax(1)
-            own = torch.bucketize(x - HALF_PIXEL, levels).clamp(max=len(levels) - 1)
-            known = (levels[own] - x).abs() < HALF_PIXEL  # pixels of levels that have no weight say nothing
-            own, p, distance = own[known], p[known], distance[known]
-            features = log_weights.expand_as(distance), distance
-            mean = [(p * feature).sum(1) for feature in features]
-            off = [feature - m[:, None] for feature, m in zip(features, mean)]
-            value += float(p.gather(1, own[:, None]).log().sum())
-            gradient += torch.stack(
-                [(feature.gather(1, own[:, None])[:, 0] - m).sum() for feature, m in zip(features, mean)]
-            )
-            curvature += torch.stack([torch.stack([(p * a * b).sum() for a in off]) for b in off])
-            n += len(x)
-    return value / n, gradient / n, curvature / n
+        columns = (images[:, c].flatten().split(LOGITS_AT_ONCE // len(levels)) for images in (x_0, h, variance))
+        for x, h_n, variance_n in zip(*columns, strict=True):
+            own = torch.searchsorted(levels, x - HALF_PIXEL).clamp(max=len(levels) - 1)[:, None]
+            known = (levels[own[:, 0]] - x).abs() < HALF_PIXEL  # a level of weight 0 says nothing
+            distance = -((levels - h_n[:, None]) ** 2) / (2 * variance_n[:, None])
+            features = torch.stack([log_weights.expand_as(distance), distance])[:, known]  # (2, n, levels)
+            log_p = torch.tensordot(parameters, features, dims=1).log_softmax(1)
+            off = features - (log_p.exp() * features).sum(2, keepdim=True)
+            value += float(log_p.gather(1, own[known]).sum())
+            gradient += off.gather(2, own[known].expand(2, -1, 1)).sum((1, 2))
+            curvature += torch.einsum("anl,bnl,nl->ab", off, off, log_p.exp())
+    return value / x_0.numel(), gradient / x_0.numel(), curvature / x_0.numel()
 
 
 def least_squares_blur(
@@ -271,7 +250,8 @@ def _evaluate(
         scheduler.variance_type in LEARNED_VARIANCES,
     )
     x_0 = torch.cat([to_model_range(pixels) for pixels, _ in batches])
-    labels = None if batches[0][1] is None else torch.cat([labels for _, labels in batches])
+    known = [label for _, label in batches if label is not None]
+    labels = torch.cat(known) if known else None
     N, dims = len(x_0), x_0[0, 0].numel()
     kept = torch.randperm(dims, generator=seeded_generator(seed, STREAM, N))[: max(1, PIXELS // N)].sort().values
     # every guess has its own noise, whichever process makes it; the others leave zeros
@@ -295,8 +275,9 @@ def _evaluate(
     if accelerator is not None:
         found = accelerator.reduce(found.to(device), "sum").cpu()
     guesses = []
-    for raw, clipped, decoder_variance, weight in found.double().unflatten(1, (len(grid), N)).transpose(0, 1):
-        guesses.append(Guesses(raw, clipped, decoder_variance if learned else None, weight))
+    for step, values in zip(grid, found.double().unflatten(1, (len(grid), N)).unbind(1), strict=True):
+        raw, clipped, own, weight = values
+        guesses.append(Guesses(step, raw, clipped, own if learned and step == 0 else None, weight))
     return x_0.flatten(2)[:, :, kept].double(), guesses
 
 

@@ -309,6 +309,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
         first_image: int = 0,
         pilot_images: Any = None,
         guidance_scale: float = 1.0,
+        return_map: bool = False,
     ) -> BitsPerDimOutput:
         """The bound on -log2 P(x_0) / dims: the bits a dimension that encoding the images takes.
 
@@ -339,6 +340,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
                 labels of their own where `class_labels` has one for each of `images`. The first 16
                 are used. Default: those of `images`.
             guidance_scale: must be 1, as guided sampling has no bound.
+            return_map: also give the bits of each pixel (`maps`, held in memory, one an image) and
+                of each class of levels at each timestep (`by_level`).
 
         Raises:
             ValueError: images off the 256-level grid, not finite, of another range or channels;
@@ -347,7 +350,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
         """
         scheduler = self._bound_scheduler(num_inference_steps, timesteps, evaluations_per_image, guidance_scale)
         batches = self.image_batches(images, class_labels)
-        bound = Bound(scheduler, self.predict, self.execution_device, self.sample_dtype, clip, batch_size, seed)
+        device, dtype = self.execution_device, self.sample_dtype
+        bound = Bound(scheduler, self.predict, device, dtype, clip, batch_size, seed, return_map)
         draws = not full and len(scheduler.timesteps) > evaluations_per_image
         # read ahead: how images are batched must not decide which of them the ranges are chosen on
         held, pilot = first_images(batches, PILOT_IMAGES if draws and pilot_images is None else 1)
@@ -371,7 +375,10 @@ class DDPMNotesPipeline(DiffusionPipeline):
                 number += len(pixels)
                 bar.update(len(pixels))
         self.maybe_free_model_hooks()
-        return BitsPerDimOutput.from_parts(torch.cat(parts), bound.per_timestep, dims, bound.evaluations)
+        maps, by_level = (torch.stack(bound.maps), bound.by_level) if return_map else (None, None)
+        return BitsPerDimOutput.from_parts(
+            torch.cat(parts), bound.per_timestep, dims, bound.evaluations, maps, by_level
+        )
 
     def image_batches(self, images: Any, class_labels: Any = None, need_labels: bool = False) -> Iterator[ImageBatch]:
         """(uint8 (B, C, H, W), labels (B,) int64 or None) for whatever `images` is, on the CPU.

@@ -47,6 +47,11 @@ class BitsPerDimOutput(BaseOutput):
         parts_per_image: (N, 3) float64: prior, diffusion, decoder.
         dims: C*H*W, what the bits are divided by.
         network_evaluations: images that the network was evaluated on, in all.
+        maps: (N, C, H, W) float32, bits of each pixel, unbiased; an image's sum is its total times
+            dims. None unless asked for.
+        by_level: (T + 1, 3) float64, bits/dim of each timestep, and last of the prior, that are
+            spent on pixels of the lowest level (0), of levels between, and of the highest (255).
+            None unless asked for.
     """
 
     total: float
@@ -60,6 +65,8 @@ class BitsPerDimOutput(BaseOutput):
     parts_per_image: torch.Tensor
     dims: int
     network_evaluations: int
+    maps: torch.Tensor | None = None
+    by_level: torch.Tensor | None = None
 
     def __str__(self) -> str:
         parts = f"prior {self.prior:.4f}, steps {self.diffusion:.4f}, decoder {self.decoder:.4f}"
@@ -70,9 +77,15 @@ class BitsPerDimOutput(BaseOutput):
 
     @classmethod
     def from_parts(
-        cls, parts: torch.Tensor, per_timestep: torch.Tensor, dims: int, network_evaluations: int
+        cls,
+        parts: torch.Tensor,
+        per_timestep: torch.Tensor,
+        dims: int,
+        network_evaluations: int,
+        maps: torch.Tensor | None = None,
+        by_level: torch.Tensor | None = None,
     ) -> "BitsPerDimOutput":
-        """From (N, 3) parts of each image, and the sum over images of each timestep's term (T,)."""
+        """From (N, 3) parts of each image, and sums over images of each timestep's term (T,)."""
         n = len(parts)
         names = ("prior", "diffusion", "decoder")
         errors = (parts.std(0) if n > 1 else torch.full((3,), math.nan)) / math.sqrt(n)
@@ -87,6 +100,8 @@ class BitsPerDimOutput(BaseOutput):
             parts_per_image=parts,
             dims=dims,
             network_evaluations=network_evaluations,
+            maps=maps,
+            by_level=None if by_level is None else by_level / n,
         )
 
 
@@ -135,11 +150,14 @@ class Bound:
         clip: whether x0_hat is clipped; None as the scheduler's config says.
         batch_size: noisy images through the network at once.
         seed: of all noise.
+        keep_maps: keep the bits of each pixel.
 
     Attributes:
         terms: which terms are evaluated for each image; all of them until `draw_terms`.
         evaluations: images that the network was evaluated on so far.
         per_timestep: (T,) float64, sum over the images so far of each timestep's term, bits/dim.
+        by_level: (T + 1, 3) float64, the same by class of level, and last of the prior's.
+        maps: (C, H, W) bits of each pixel, for each image so far.
     """
 
     scheduler: Any
@@ -149,6 +167,7 @@ class Bound:
     clip: bool | None
     batch_size: int
     seed: int
+    keep_maps: bool = False
     evaluations: int = 0
     terms: AllTerms | RandomTerms = field(init=False)
 
@@ -156,6 +175,8 @@ class Bound:
         self.t = self.scheduler.timesteps
         self.s = torch.cat([self.t[1:], torch.tensor([-1])])
         self.per_timestep = torch.zeros(len(self.scheduler), dtype=torch.float64)
+        self.by_level = torch.zeros(len(self.scheduler) + 1, 3, dtype=torch.float64)
+        self.maps: list[torch.Tensor] = []
         self.terms = AllTerms(len(self.t))
 
     def draw_terms(self, n: int, pilot: Iterable[ImageBatch]) -> None:
@@ -166,7 +187,7 @@ class Bound:
         nats = []
         for i, (pixels, labels) in enumerate(pilot):
             noise = torch.randn((len(grid), *pixels.shape[1:]), generator=seeded_generator(self.seed, 0, 1 + i))
-            nats.append(self._nats(to_model_range(pixels), labels, grid, noise))
+            nats.append(self._nats(to_model_range(pixels), labels, grid, noise).flatten(1).sum(1))
         self.terms = RandomTerms(n, pilot_probabilities(grid, torch.stack(nats), density))
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor | None, first: int) -> torch.Tensor:
@@ -183,10 +204,12 @@ class Bound:
         index, weight = (torch.cat(column) for column in zip(*draws))
         noise = torch.cat([torch.randn((M, *x_0.shape[1:]), generator=generator) for generator in generators])
         repeated = None if labels is None else labels.repeat_interleave(M)
-        nats = self._nats(x_0.repeat_interleave(M, 0), repeated, index, noise)
+        nats = self._nats(x_0.repeat_interleave(M, 0), repeated, index, noise, per_pixel=self.keep_maps)
 
         bits_per_nat = 1 / (x_0[0].numel() * math.log(2))  # bits/dim
-        terms = nats * weight * bits_per_nat
+        if self.keep_maps:
+            self._keep_maps(pixels, x_0, nats * weight.reshape(-1, 1, 1, 1) / math.log(2), index)
+        terms = nats.flatten(1).sum(1) * weight * bits_per_nat
         self.per_timestep.index_add_(0, self.t[index], terms)
         terms = terms.reshape(B, M)
 
@@ -198,12 +221,30 @@ class Bound:
         decoder = terms[:, -1]
         return torch.stack([prior, steps, decoder], dim=1)
 
+    def _keep_maps(self, pixels: torch.Tensor, x_0: torch.Tensor, bits: torch.Tensor, index: torch.Tensor) -> None:
+        """Add the bits of each pixel, (B * M, C, H, W), to the maps and to the sums by level."""
+        B, dims = len(pixels), pixels[0].numel()
+        prior = self.scheduler.prior_kl(x_0, per_pixel=True) / math.log(2)
+        self.maps.extend((bits.unflatten(0, (B, -1)).sum(1) + prior).float())
+        classes = (pixels > 0).long() + (pixels == 255).long()  # lowest, between, highest
+        for c in range(3):
+            share = (classes == c).double()
+            sums = (bits.unflatten(0, (B, -1)) * share[:, None]).flatten(2).sum(2).flatten() / dims
+            self.by_level[:, c].index_add_(0, self.t[index], sums)
+            self.by_level[-1, c] += float((prior * share).sum()) / dims
+
     def _nats(
-        self, x_0: torch.Tensor, labels: torch.Tensor | None, index: torch.Tensor, noise: torch.Tensor
+        self,
+        x_0: torch.Tensor,
+        labels: torch.Tensor | None,
+        index: torch.Tensor,
+        noise: torch.Tensor,
+        per_pixel: bool = False,
     ) -> torch.Tensor:
         """The path's terms number `index` (R,), one for each row of noise; float64 on the CPU.
 
-        x_0 and labels have R rows, or a single one for all.
+        x_0 and labels have R rows, or a single one for all. The result has shape (R, 1), or that
+        of noise where it is per pixel.
         """
         x_0 = x_0.expand_as(noise)
         labels = None if labels is None else labels.expand(len(noise))
@@ -213,7 +254,8 @@ class Bound:
             t, s = self.t[index[rows]], self.s[index[rows]]
             x_t = self.scheduler.add_noise(x, eps, t)
             output = self.predict(x_t, t, None if labels is None else labels[rows])
-            nats.append(self.scheduler.vlb_terms(output.to(self.dtype), x, x_t, t, s, self.clip).cpu())
+            terms = self.scheduler.vlb_terms(output.to(self.dtype), x, x_t, t, s, self.clip, per_pixel)
+            nats.append(terms.cpu() if per_pixel else terms[:, None].cpu())
         self.evaluations += len(index)
         return torch.cat(nats).double()
 

@@ -380,3 +380,33 @@ def test_a_scheduler_without_a_posterior_is_refused():
 def test_a_ddim_path_is_refused():
     with pytest.raises(ValueError, match=r"eta is 0\.0"):
         pipeline(eta=0.0).bits_per_dim(levels(1), num_inference_steps=2)
+
+
+def test_the_map_of_an_image_adds_up_to_its_bits_and_the_levels_to_the_timesteps():
+    pipe, images = pipeline(), levels(3)
+    result, without = pipe.bits_per_dim(images, return_map=True), pipe.bits_per_dim(images)
+    assert without.maps is None and without.by_level is None
+    assert result.total == without.total
+    assert result.maps.shape == images.shape
+    torch.testing.assert_close(
+        result.maps.double().flatten(1).sum(1) / result.dims, result.per_image, rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(result.by_level[:-1].sum(1), result.per_timestep, rtol=1e-9, atol=1e-12)
+    assert float(result.by_level[-1].sum()) == pytest.approx(result.prior, rel=1e-5)
+
+
+def test_the_map_from_few_terms_has_the_mean_of_the_map_of_all():
+    pipe, images = coin(size=4), coin_images(2, size=4)
+    full = torch.stack([pipe.bits_per_dim(images, full=True, seed=s, return_map=True).maps for s in range(6)])
+    few = torch.stack([pipe.bits_per_dim(images, seed=s, return_map=True).maps for s in range(100)])
+    error = (few.var(0) / len(few) + full.var(0) / len(full)).sqrt()
+    assert float(((few.mean(0) - full.mean(0)) / error).abs().max()) < 4
+    assert float(((few.mean(0) - full.mean(0)) / error).pow(2).mean()) < 2
+
+
+def test_bits_by_level_are_of_the_pixels_of_that_level():
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    images[0, 0, 0, 0], images[1, 0, 1, 2] = 255, 77
+    result = coin(size=4).bits_per_dim(images, return_map=True)
+    bits = [float(result.maps[images == 0].sum()), float(result.maps[images == 77]), float(result.maps[images == 255])]
+    assert (result.by_level.sum(0) * 2 * result.dims).tolist() == pytest.approx(bits, rel=1e-5)

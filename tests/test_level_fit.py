@@ -1,0 +1,154 @@
+"""The fit of levels and blurs: what it finds where the truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
+from ddpm_notes_pipeline.core.levels import to_model_range, to_uint8
+from ddpm_notes_pipeline.level_fit import Guesses, fit_levels, level_counts, most_likely
+from ddpm_notes_pipeline.oracles import CoinDenoiser
+
+T = 60
+LEVELS = (2 * np.arange(256) - 255) / 255
+
+
+class PlainSight(CoinDenoiser):
+    """No denoiser: x_t / sqrt(alpha_bar), which is a level with noise of variance 1 / SNR."""
+
+    def original_sample(self, x_t, alpha_bar):
+        return x_t / alpha_bar.sqrt()
+
+
+def noisy_start(**settings):
+    """Noise at t = 0 that leaves the levels 0, 128 and 255 in doubt."""
+    betas = np.linspace(0.3, 0.5, T).tolist()
+    return DDPMNotesScheduler(num_train_timesteps=T, trained_betas=betas, clip_sample=False, **settings)
+
+
+def plain_sight(scheduler=None, size=16):
+    scheduler = scheduler or noisy_start()
+    pipeline = DDPMNotesPipeline(PlainSight.from_scheduler(scheduler, sample_size=size), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def three_levels(n, size=16, seed=0):
+    """Independent pixels of the levels 0, 128 and 255 with probabilities 0.7, 0.1 and 0.2."""
+    drawn = np.random.default_rng(seed).choice([0, 128, 255], (n, 1, size, size), p=[0.7, 0.1, 0.2])
+    return torch.from_numpy(drawn.astype(np.uint8))
+
+
+def test_of_a_plain_sight_the_fit_finds_the_shares_themselves_and_the_noise():
+    pipeline = plain_sight()
+    fit = fit_levels(pipeline, three_levels(128))
+    assert fit.gamma == pytest.approx(1, abs=0.05)
+    chain = pipeline.scheduler.chain
+    for t in list(fit.levels["decoder_blur"])[:4]:
+        blur = 1 / float(chain.pair(t, -1).snr_t)
+        assert fit.levels["decoder_blur"][t] == pytest.approx(blur, rel=0.1)
+    assert np.flatnonzero(fit.levels["weights"][0]).tolist() == [0, 128, 255]
+
+
+def test_fitted_levels_make_a_plain_sight_as_good_as_bayes_rule():
+    """The decoder's cost at t = 0 is the conditional entropy, by quadrature; no model has less."""
+    pipeline = plain_sight()
+    fit = fit_levels(pipeline, three_levels(128, seed=1))
+    pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, levels=fit.levels)
+    result = pipeline.bits_per_dim(three_levels(400), timesteps=[0])
+    std = float(pipeline.scheduler.chain.pair(0, -1).snr_t) ** -0.5
+    h = np.linspace(-1 - 9 * std, 1 + 9 * std, 20001)
+    joint = np.array([0.7, 0.1, 0.2])[:, None] * np.exp(-((h - LEVELS[[0, 128, 255], None]) ** 2) / (2 * std**2))
+    joint /= std * math.sqrt(2 * math.pi)
+    entropy = -np.trapezoid((joint * np.log2(joint / joint.sum(0))).sum(0), h)
+    assert result.decoder == pytest.approx(entropy, abs=4 * result.standard_errors["decoder"])
+    assert fit.decoder_costs[0][0] / math.log(2) == pytest.approx(entropy, rel=0.03)
+
+
+def test_levels_take_a_coin_to_its_entropy():
+    scheduler = DDPMNotesScheduler(num_train_timesteps=300, beta_end=0.06)
+    pipeline = DDPMNotesPipeline(CoinDenoiser.from_scheduler(scheduler, sample_size=8), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    coins = to_uint8(pipeline.unet.images(96, torch.Generator().manual_seed(0)))
+    before = pipeline.bits_per_dim(coins[64:])
+    fit = fit_levels(pipeline, coins[:64])
+    pipeline.scheduler = DDPMNotesScheduler.from_config(scheduler.config, levels=fit.levels)
+    after = pipeline.bits_per_dim(coins[64:])
+    assert before.decoder > 0.4
+    assert after.decoder < 1e-3
+    assert after.total == pytest.approx(1, abs=0.02 + 3 * after.standard_error)
+
+
+def test_the_likeliest_gamma_and_precision_are_those_of_a_grid():
+    generator = torch.Generator().manual_seed(3)
+    x_0 = to_model_range(three_levels(8, 4)).flatten(2).double()
+    raw = 0.8 * x_0 + 0.5 * torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+    guess = Guesses(0, raw, raw, None, torch.ones_like(raw))
+    shares = torch.zeros(1, 256, dtype=torch.float64)
+    shares[0, [0, 128, 255]] = torch.tensor([0.7, 0.1, 0.2]).double()
+    gamma, precision = most_likely(shares, x_0, guess)
+
+    def mean_log_likelihood(gamma, precision):
+        levels = torch.tensor(LEVELS[[0, 128, 255]])
+        logits = gamma * shares[0, [0, 128, 255]].log() - precision * (levels - raw[..., None]) ** 2 / 2
+        own = (x_0[..., None] - levels).abs().argmin(-1)
+        return float(logits.log_softmax(-1).gather(-1, own[..., None]).mean())
+
+    best = mean_log_likelihood(gamma, precision)
+    for other in [
+        (gamma + 0.02, precision),
+        (gamma - 0.02, precision),
+        (gamma, precision * 1.03),
+        (gamma, precision / 1.03),
+    ]:
+        assert mean_log_likelihood(*other) < best
+    fixed, one = most_likely(shares, x_0, guess, gamma=1.0)
+    assert fixed == 1
+    assert all(mean_log_likelihood(1, one) > mean_log_likelihood(1, one * factor) for factor in (0.97, 1.03))
+
+
+def test_a_learned_variance_scales_each_pixels_blur():
+    """Pixels whose guesses are noisier by a known variance: the scale is 1, one blur is worse."""
+    generator = torch.Generator().manual_seed(4)
+    x_0 = to_model_range(three_levels(64)).flatten(2).double()
+    variance = torch.where(torch.rand(x_0.shape, generator=generator) < 0.5, 0.05, 1.5).double()
+    raw = x_0 + variance.sqrt() * torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+    shares = torch.zeros(1, 256, dtype=torch.float64)
+    shares[0, [0, 128, 255]] = torch.tensor([0.7, 0.1, 0.2]).double()
+    gamma, precision = most_likely(shares, x_0, Guesses(0, raw, raw, variance, torch.ones_like(raw)))
+    assert 1 / precision == pytest.approx(1, rel=0.06)
+    assert gamma == pytest.approx(1, abs=0.06)
+
+
+def test_the_fit_does_not_depend_on_batches_and_ignores_levels_that_are_there():
+    pipeline, images = plain_sight(size=8), three_levels(16, 8)
+    fit = fit_levels(pipeline, images)
+    assert fit_levels(pipeline, images.split(5), batch_size=7).levels == fit.levels
+    assert fit_levels(pipeline, images, seed=1).levels != fit.levels
+    pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, levels=fit.levels)
+    assert fit_levels(pipeline, images).levels == fit.levels
+
+
+def test_counts_of_the_whole_set_give_weights_to_levels_that_the_images_lack():
+    pipeline, images = plain_sight(size=8), three_levels(8, 8)
+    whole = images.clone()
+    whole[0, 0, 0, 0] = 99
+    assert fit_levels(pipeline, images, counts=level_counts([whole])).levels["weights"][0][99] > 0
+
+
+def test_levels_are_counted_by_channel():
+    images = torch.randint(0, 256, (7, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    counts = level_counts(images.split(3))
+    assert counts.tolist() == [np.bincount(images[:, c].flatten().numpy(), minlength=256).tolist() for c in range(3)]
+    with pytest.raises(ValueError, match="at least one image"):
+        level_counts([])
+
+
+def test_other_schedulers_have_no_levels_to_fit():
+    from diffusers import DDIMScheduler
+
+    pipeline = DDPMNotesPipeline(plain_sight().unet, DDIMScheduler())
+    with pytest.raises(ValueError, match="must be a DDPMNotesScheduler"):
+        fit_levels(pipeline, three_levels(2))
