@@ -12,11 +12,9 @@ from ..data import ImageSet
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from .features import load_feature_network
 from .metrics import FEWEST_IMAGES, measure_samples
-from .records import SampleMetrics, SampleRecord, figures_of
+from .records import SampleMetrics, SampleRecord
 from .reports import sample_text
 from .sampling import Stop, sample, with_progress_bar
-
-__all__ = ["SampleTable", "figures_of", "mean_of"]
 
 
 class SampleTable:

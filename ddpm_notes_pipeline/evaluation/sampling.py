@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..data import to_uint8
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
@@ -65,9 +66,7 @@ def sample(
             watch(tensors["latents"], i, len(pipeline.scheduler.timesteps))
         return {}
 
-    config = pipeline.unet.config
-    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    images = torch.zeros(share, config.in_channels, *size, dtype=torch.uint8, device=accelerator.device)
+    images: list[torch.Tensor] = []
     try:
         for first in range(0, len(mine), batch_size):
             rows = mine[first : first + batch_size]
@@ -81,12 +80,12 @@ def sample(
                     return_dict=False,
                     **settings,
                 )[0]
-            images[first : first + len(rows)] = to_uint8(batch.float())
+            images.append(to_uint8(batch.float()).cpu())
     except _Interrupted:
         pass
     if stops is not None and stops.agreed():
         return None
-    return accelerator.gather(images)[:number].cpu()
+    return torch.cat(gather_object(images))
 
 
 def with_progress_bar(pipeline: DDPMNotesPipeline, **options: Any) -> DDPMNotesPipeline:
