@@ -14,7 +14,6 @@ standard error. Statistics are computed in float64.
 import math
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 
 NEIGHBORS = 3  # k of precision and recall, as published
@@ -62,8 +61,8 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor, subsets: int = SUBSETS, se
         xx, yy, xy = (sums[kept][:, kept].sum() for sums in (within_x, within_y, between))
         return float(xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m))
 
-    without_one = np.array([distance(torch.arange(parts) != i) for i in range(parts)])
-    error = math.sqrt((parts - 1) * float(np.mean((without_one - without_one.mean()) ** 2)))
+    without_one = torch.tensor([distance(torch.arange(parts) != i) for i in range(parts)], dtype=torch.float64)
+    error = math.sqrt(parts - 1) * float(without_one.std(correction=0))
     return distance(torch.ones(parts, dtype=torch.bool)), error
 
 

@@ -90,10 +90,7 @@ class FeatureNetwork(nn.Module):
         device = self.mean.device
         x = pixels.to(device).float().expand(-1, 3, -1, -1)
         if x.shape[2:] != self.image_size:
-            x = nn.functional.interpolate(
-                x, self.image_size, mode=self.interpolation, antialias=True, align_corners=False
-            )
-            x = x.clamp(0, 255)
+            x = nn.functional.interpolate(x, self.image_size, mode=self.interpolation, antialias=True).clamp(0, 255)
         x = (x * self.scale - self.mean) / self.std
         # The caller's autocast or TF32 would change the third digit of every feature.
         with torch.autocast(device.type, enabled=False), full_float32():

@@ -119,11 +119,11 @@ def _nearest_training_images(
     reader: ImageReader, train: Any, generated: SetStatistics, held_out: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Median distances of generated and held-out images, and the protocol's counts. Collective."""
-    probes = {"": generated.probes}
+    probes = [generated.probes]
     if held_out is not None:
-        probes["held_out_"] = reader.read("held_out", held_out).probes
-    count, distances = reader.nearest(train, list(probes.values()))
-    of_each = dict(zip(probes, distances))
+        probes.append(reader.read("held_out", held_out).probes)
+    count, distances = reader.nearest(train, torch.cat(probes))
+    of_each = dict(zip(("", "held_out_"), distances.split([len(part) for part in probes])))
     figures = {f"{kind}nearest_train_distance": float(values.median()) for kind, values in of_each.items()}
     return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}
 

@@ -96,12 +96,12 @@ class ImageReader:
         variance = squares.double() / count / 255**2 - mean**2
         return SetStatistics(count, mean, variance, torch.stack([image for _, image in probes]), features)
 
-    def nearest(self, train: Any, probes: list[torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
-        """Number of training images, and the distance of each probe to the nearest one. Collective.
+    def nearest(self, train: Any, probes: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Number of training images, and the distance of each probe to the nearest. Collective.
 
-        Distances are root mean squares over pixels, scale 0..1, a tensor for each tensor of probes.
+        Distances are root mean squares over pixels, scale 0..1.
         """
-        together, count = torch.cat(probes), 0
+        count = 0
         device = with_float64(torch.device("cpu") if self.accelerator is None else self.accelerator.device)
 
         def own_chunks() -> Iterator[torch.Tensor]:
@@ -111,12 +111,11 @@ class ImageReader:
                 if chunk % self.processes == self.rank:
                     yield pixels.flatten(1)
 
-        squared = nearest_squared_distances(together.to(device), own_chunks()).cpu()
+        squared = nearest_squared_distances(probes.to(device), own_chunks()).cpu()
         if not count:
             raise ValueError("train is empty; it must have images")
         squared = torch.stack(self._gather(squared)).min(0).values
-        distances = (squared / together.shape[1]).sqrt() / 255
-        return count, list(distances.split([len(part) for part in probes]))
+        return count, (squared / probes.shape[1]).sqrt() / 255
 
     def _chunks(self, name: str, images: Any, description: str, size: int) -> Iterator[torch.Tensor]:
         """All chunks, on every process, with a progress bar."""

@@ -26,10 +26,6 @@ class Stop(Protocol):
         """Not 0 if any process has to end. Collective: every rank must call it."""
 
 
-class _Interrupted(Exception):
-    """Leaves the sampling loop from its callback."""
-
-
 def sample(
     accelerator: Accelerator,
     pipeline: DDPMNotesPipeline,
@@ -61,28 +57,27 @@ def sample(
 
     def after_step(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         if stops is not None and stops.received:
-            raise _Interrupted
-        if watch is not None and first == 0:
+            pipeline.interrupt = True
+        elif watch is not None and first == 0:
             watch(tensors["latents"], i, len(pipeline.scheduler.timesteps))
         return {}
 
     images: list[torch.Tensor] = []
-    try:
-        for first in range(0, len(mine), batch_size):
-            rows = mine[first : first + batch_size]
-            with accelerator.autocast():
-                batch = pipeline(
-                    batch_size=len(rows),
-                    class_labels=None if class_labels is None else class_labels[rows.start : rows.stop],
-                    generator=[torch.Generator().manual_seed(seed + i) for i in rows],
-                    output_type="latent",
-                    callback_on_step_end=after_step,
-                    return_dict=False,
-                    **settings,
-                )[0]
-            images.append(to_uint8(batch.float()).cpu())
-    except _Interrupted:
-        pass
+    for first in range(0, len(mine), batch_size):
+        rows = mine[first : first + batch_size]
+        with accelerator.autocast():
+            batch = pipeline(
+                batch_size=len(rows),
+                class_labels=None if class_labels is None else class_labels[rows.start : rows.stop],
+                generator=[torch.Generator().manual_seed(seed + i) for i in rows],
+                output_type="latent",
+                callback_on_step_end=after_step,
+                return_dict=False,
+                **settings,
+            )[0]
+        if pipeline.interrupt:
+            break
+        images.append(to_uint8(batch.float()).cpu())
     if stops is not None and stops.agreed():
         return None
     return torch.cat(gather_object(images))

@@ -84,7 +84,7 @@ def measure_bits_per_dim(
         result = silent.bits_per_dim(
             own_images(),
             first_image=first,
-            pilot_images=batches(images, 0, min(PILOT_IMAGES, n), labelled=labelled),  # the same on every rank
+            pilot_images=batches(images, size=PILOT_IMAGES, labelled=labelled),  # the same on every rank
             **settings,
         )
     if stops is not None and stops.agreed():
