@@ -137,12 +137,10 @@ def _load_transformers(name: str, image_size: int | None, revision: str) -> Feat
     # Only its settings are read: the processors themselves need torchvision, or take PIL images.
     processor, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
     model, loading = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
-    missing = [key for key in loading["missing_keys"] if "pooler" not in key]
+    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
     if missing:
-        raise ValueError(
-            f"{name} has no weights for {', '.join(sorted(missing)[:3])} of its {type(model).__name__}: "
-            "its features would be random"
-        )
+        kind, some = type(model).__name__, ", ".join(missing[:3])
+        raise ValueError(f"{name} has no weights for {some} of its {kind}: its features would be random")
     if not hasattr(model, "get_image_features") and getattr(model, "main_input_name", "") != "pixel_values":
         raise ValueError(f"{name} is a {type(model).__name__}; must be a model that takes images (pixel_values)")
     image_size = image_size or _processor_size(name, processor)

@@ -79,7 +79,7 @@ def measure_samples(
     theirs = reader.read("generated", generated, network)
     if min(ours.count, theirs.count) < FEWEST_IMAGES:
         raise ValueError(f"{theirs.count} generated and {ours.count} real images; must be at least {FEWEST_IMAGES}")
-    notes = _different_histories(sets) + _too_few_for_features(ours, theirs)
+    notes = _notes(sets, ours, theirs)
     if accelerator is None or accelerator.is_main_process:
         for note in notes:
             warnings.warn(note, stacklevel=2)
@@ -128,23 +128,19 @@ def _nearest_training_images(
     return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}
 
 
-def _too_few_for_features(real: SetStatistics, generated: SetStatistics) -> list[str]:
-    if real.features is None or min(real.count, generated.count) > real.features.shape[1]:
-        return []
-    return [
-        f"frechet_distance of {generated.count} generated and {real.count} real images over {real.features.shape[1]} "
-        "features: a covariance of so few images is singular and the distance biased upwards; compare it only at equal "
-        "numbers of images, or see kernel_distance"
-    ]
-
-
-def _different_histories(sets: dict[str, Any]) -> list[str]:
-    """A note for each way in which the files of the sets were treated differently."""
-    known = {name: images for name, images in sets.items() if isinstance(images, ImageSet)}
+def _notes(sets: dict[str, Any], real: SetStatistics, generated: SetStatistics) -> list[str]:
+    """What makes the figures of these sets misleading, as far as can be seen."""
     notes = []
+    known = {name: images for name, images in sets.items() if isinstance(images, ImageSet)}
     for attribute, what in (("lossy", "came from JPEG files"), ("resized", "were resized when they were loaded")):
         shares = {name: getattr(images, attribute) / len(images) for name, images in known.items()}
         if shares and min(shares.values()) < max(shares.values()) / 2:
             seen = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
             notes.append(f"of the images, {seen} {what}: part of their distance is due to that")
+    if real.features is not None and min(real.count, generated.count) <= real.features.shape[1]:
+        notes.append(
+            f"frechet_distance of {generated.count} generated and {real.count} real images over "
+            f"{real.features.shape[1]} features: a covariance of so few images is singular and the distance biased "
+            "upwards; compare it only at equal numbers of images, or see kernel_distance"
+        )
     return notes

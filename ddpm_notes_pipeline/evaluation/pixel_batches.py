@@ -35,12 +35,11 @@ def agreed_shape(sets: dict[str, Any]) -> tuple[int, ...] | None:
     Raises:
         ValueError: sets of several shapes, or whose first image is of another range or type.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, images in sets.items():
-        if isinstance(images, ImageSet):
-            shapes[name] = (images.channels, *images.size)
-        elif isinstance(images, (torch.Tensor, np.ndarray)):
-            shapes[name] = tuple(_as_uint8(name, images[:1]).shape[1:])
+    shapes = {
+        name: tuple(next(uint8_batches(name, images, 1)).shape[1:])
+        for name, images in sets.items()
+        if isinstance(images, (ImageSet, torch.Tensor, np.ndarray)) and len(images)
+    }
     if len(set(shapes.values())) > 1:
         seen = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"images are (C, H, W): {seen}; {ONE_SHAPE}")

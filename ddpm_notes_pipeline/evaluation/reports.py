@@ -68,9 +68,7 @@ def bound_columns(digits: int = 4, emphasis: str = "") -> list[Column]:
 
 TERMINAL_COLUMNS = [
     *bound_columns(digits=5),
-    Column(
-        "decoder var", lambda row: "network's" if row.decoder_variance is None else f"{row.decoder_variance:.3e}", 11
-    ),
+    Column("decoder var", lambda row: f"{row.decoder_variance:.3e}" if row.decoder_variance else "network's", 11),
     Column("evaluations", lambda row: str(row.network_evaluations), 11),
 ]
 
