@@ -156,8 +156,7 @@ class SampleMetrics(Record):
 
     def figures(self) -> dict[str, float]:
         """The measured figures by name, without the protocol."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if name != "protocol" and value is not None}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the figures and "protocol".
@@ -289,7 +288,8 @@ class Evaluation(JSONFile):
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return super().as_dict() | {"metrics": [row.as_dict() for row in self.metrics]}
+        values = super().as_dict() | {"metrics": [row.as_dict() for row in self.metrics]}
+        return {name: value for name, value in values.items() if name != "metrics" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -56,9 +56,9 @@ class SampleTable:
             held_out = None
         with accelerator.local_main_process_first():
             features = load_feature_network(network).to(accelerator.device)
-        images_of: dict[str, Any] = {"real": real, "train": real, "held_out": held_out}
+        compared_with: dict[str, Any] = {"real": real, "train": real, "held_out": held_out}
         settings: dict[str, Any] = {"network": features, "cache_dir": cache_dir, "accelerator": accelerator}
-        self.measure = partial(measure_samples, **images_of, **settings, show_progress=False)
+        self.measure = partial(measure_samples, **compared_with, **settings, show_progress=False)
         self.rows: list[SampleRecord] = []
         if held_out is not None:
             self.rows.append(SampleRecord(f"held-out {held_out.split}", self.measure(generated=held_out)))
