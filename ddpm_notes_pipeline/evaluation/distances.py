@@ -15,6 +15,9 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
+
+from .features import import_eval
 
 NEIGHBORS = 3  # k of precision and recall, as published
 SUBSETS = 10  # of the jackknife
@@ -24,14 +27,19 @@ CHUNK_ROWS = 1024  # rows of a distance matrix at a time
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Squared Frechet distance between Gaussians fitted to features a (N, d) and b (M, d).
 
-    N and M must be at least 2. With N or M <= d a covariance is singular and the distance is biased
-    upwards.
+    Computed by torchmetrics in float64. N and M must be at least 2. With N or M <= d a covariance
+    is singular and the distance is biased upwards.
     """
-    a, b = a.cpu().double(), b.cpu().double()
-    S_a, S_b = a.T.cov(), b.T.cov()
-    root = torch.linalg.eigvals(S_a @ S_b).sqrt().real.sum()  # the trace of (S_a S_b)^(1/2)
-    distance = (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * root
-    return max(0.0, float(distance))  # rounding can make it negative for equal sets
+    features_as_given = nn.Identity()
+    features_as_given.num_features = a.shape[1]  # type: ignore[assignment]
+    # Every process already has all features: the metric must not gather them again.
+    metric = import_eval("torchmetrics.image.fid").FrechetInceptionDistance(
+        feature=features_as_given, sync_on_compute=False
+    )
+    for features, real in ((a, True), (b, False)):
+        for rows in features.cpu().split(CHUNK_ROWS):
+            metric.update(rows.double(), real=real)
+    return max(0.0, float(metric.compute()))  # rounding can make it negative for equal sets
 
 
 def kernel_distance(a: torch.Tensor, b: torch.Tensor, subsets: int = SUBSETS, seed: int = 0) -> tuple[float, float]:
@@ -71,14 +79,16 @@ def _kernel_sums(x: list[torch.Tensor], y: list[torch.Tensor]) -> torch.Tensor:
 
     Where `y is x`, pairs of an image with itself do not count.
     """
-    d = x[0].shape[1]
+    polynomial = import_eval("torchmetrics.image.kid").poly_kernel  # degree 3, gamma 1 / d, coefficient 1
+    same = y is x
     sums = torch.zeros(len(x), len(y), dtype=torch.float64)
     for i, f in enumerate(x):
-        for j, g in enumerate(y[: i + 1] if y is x else y):
-            sums[i, j] = sum(float((rows @ g.T / d + 1).pow(3).sum()) for rows in f.split(CHUNK_ROWS))
-    if y is x:
-        with_itself = [float((f.square().sum(1) / d + 1).pow(3).sum()) for f in x]
-        sums += sums.tril(-1).T - torch.tensor(with_itself, dtype=torch.float64).diag()
+        for j, g in enumerate(y[: i + 1] if same else y):
+            sums[i, j] = torch.stack([polynomial(rows, g).sum() for rows in f.split(CHUNK_ROWS)]).sum().cpu()
+            if same:
+                sums[j, i] = sums[i, j]
+        if same:
+            sums[i, i] -= ((f.square().sum(1) / f.shape[1] + 1) ** 3).sum().cpu()
     return sums
 
 
