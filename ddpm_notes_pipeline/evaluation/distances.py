@@ -14,7 +14,6 @@ standard error. Statistics are computed in float64.
 import math
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -70,8 +69,8 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor, subsets: int = SUBSETS, se
         xx, yy, xy = (sums[kept][:, kept].sum() for sums in (within_x, within_y, between))
         return float(xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m))
 
-    without_one = np.array([distance(torch.arange(parts) != i) for i in range(parts)])
-    error = math.sqrt((parts - 1) * float(np.mean((without_one - without_one.mean()) ** 2)))
+    without_one = torch.tensor([distance(torch.arange(parts) != i) for i in range(parts)], dtype=torch.float64)
+    error = math.sqrt(parts - 1) * float(without_one.std(correction=0))
     return distance(torch.ones(parts, dtype=torch.bool)), error
 
 
@@ -125,11 +124,6 @@ def nearest_squared_distances(points: torch.Tensor, chunks: Iterable[torch.Tenso
         for squared in _squared_distances(chunk.to(points.device), points):
             nearest = torch.minimum(nearest, squared.min(0).values)
     return nearest
-
-
-def root_mean_square(x: torch.Tensor) -> float:
-    """sqrt(mean(x^2)) over all elements."""
-    return math.sqrt(float(x.square().mean()))
 
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:

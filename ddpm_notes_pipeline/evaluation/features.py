@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -55,12 +56,10 @@ class FeatureNetwork(nn.Module):
     ) -> None:
         """`network` takes (scale k - mean) / std for pixels k = 0..255; returns features (N, d)."""
         super().__init__()
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
         self.name, self.image_size, self.interpolation, self.scale = name, image_size, interpolation, scale
         self.network = network.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.num_features = int(self(torch.zeros(1, 3, *image_size, dtype=torch.uint8)).shape[1])
 
     @property
@@ -91,18 +90,15 @@ class FeatureNetwork(nn.Module):
         device = self.mean.device
         x = pixels.to(device).float().expand(-1, 3, -1, -1)
         if x.shape[2:] != self.image_size:
-            x = nn.functional.interpolate(
-                x, self.image_size, mode=self.interpolation, antialias=True, align_corners=False
-            )
-            x = x.clamp(0, 255)
+            x = nn.functional.interpolate(x, self.image_size, mode=self.interpolation, antialias=True).clamp(0, 255)
         x = (x * self.scale - self.mean) / self.std
         # The caller's autocast or TF32 would change the third digit of every feature.
-        with torch.autocast(device.type, enabled=False), full_float32(device):
+        with torch.autocast(device.type, enabled=False), full_float32():
             return self.network(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 def load_feature_network(
-    name: str = OFFLINE_NETWORK, image_size: int | None = None, revision: str | None = None
+    name: str = OFFLINE_NETWORK, image_size: int | None = None, revision: str = "main"
 ) -> FeatureNetwork:
     """A feature network by name, on the CPU.
 
@@ -134,20 +130,17 @@ def load_feature_network(
     return _load_transformers(name, image_size, revision)
 
 
-def _load_transformers(name: str, image_size: int | None, revision: str | None) -> FeatureNetwork:
+def _load_transformers(name: str, image_size: int | None, revision: str) -> FeatureNetwork:
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
-    kwargs = {} if revision is None else {"revision": revision}
     # Only its settings are read: the processors themselves need torchvision, or take PIL images.
-    processor, _ = ImageProcessingMixin.get_image_processor_dict(name, **kwargs)
-    model, loading = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **kwargs)
-    missing = [key for key in loading["missing_keys"] if "pooler" not in key]
+    processor, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
+    model, loading = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
     if missing:
-        raise ValueError(
-            f"{name} has no weights for {', '.join(sorted(missing)[:3])} of its {type(model).__name__}: "
-            "its features would be random"
-        )
+        kind, some = type(model).__name__, ", ".join(missing[:3])
+        raise ValueError(f"{name} has no weights for {some} of its {kind}: its features would be random")
     if not hasattr(model, "get_image_features") and getattr(model, "main_input_name", "") != "pixel_values":
         raise ValueError(f"{name} is a {type(model).__name__}; must be a model that takes images (pixel_values)")
     image_size = image_size or _processor_size(name, processor)
@@ -199,11 +192,8 @@ class _TransformersFeatures(nn.Module):
 
 
 @contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """No TF32 on CUDA, for as long as the block lasts."""
-    if device.type != "cuda":
-        yield
-        return
     # Not allow_tf32 or cudnn.flags: reading those raises where a caller has set fp32_precision.
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
@@ -244,7 +234,7 @@ class FeatureFile:
 
     def write(self, features: torch.Tensor) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
+        partial = self.path.with_suffix(f".{uuid.uuid4().hex}.part")
         try:
             save_file({"features": features.contiguous()}, partial, self.metadata)
             os.replace(partial, self.path)
@@ -264,12 +254,6 @@ def feature_file(images: Any, network: FeatureNetwork, cache_dir: Any) -> Featur
         "weights": network.weights,
         "preprocessing": network.preprocessing,
     }
-    folder = Path(cache_dir).expanduser() if cache_dir else _default_cache()
+    folder = Path(cache_dir or Path(datasets.config.HF_CACHE_HOME, "ddpm_notes_pipeline")).expanduser()
     key = hashlib.blake2b(repr(sorted(metadata.items())).encode(), digest_size=16).hexdigest()
     return FeatureFile(folder / f"{key}.features.safetensors", metadata)
-
-
-def _default_cache() -> Path:
-    import datasets
-
-    return Path(datasets.config.HF_CACHE_HOME) / "ddpm_notes_pipeline"

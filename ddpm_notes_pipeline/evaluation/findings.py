@@ -96,8 +96,8 @@ def _verdict(claim: str, pairs: list[tuple[Row, Row]]) -> str:
     """Whether in each pair the first bound is not above the second, and the pairs where it is."""
     against = []
     for a, b in pairs:
-        if _is_higher(a, b):
-            mean, error = _difference(a, b)
+        mean, error = _difference(a, b)
+        if mean > SIGNIFICANT * error:
             names = (f"{row.variance} {row.path} {row.steps}" for row in (a, b))
             against.append(f" is {mean:.4f} ± {error:.4f} above ".join(names))
     if not against:

@@ -19,21 +19,11 @@ import torch
 from accelerate import Accelerator
 
 from ..data import ImageSet
-from .distances import NEIGHBORS, SUBSETS, frechet_distance, kernel_distance, precision_recall, root_mean_square
+from .distances import NEIGHBORS, SUBSETS, frechet_distance, kernel_distance, precision_recall
 from .features import OFFLINE_NETWORK, FeatureNetwork, feature_file, load_feature_network
-from .image_batches import agreed_shape
+from .pixel_batches import agreed_shape
 from .reading import ImageReader, SetStatistics, with_float64
 from .records import MetricProtocol, SampleMetrics
-
-__all__ = [
-    "FEWEST_IMAGES",
-    "MetricProtocol",
-    "SampleMetrics",
-    "frechet_distance",
-    "kernel_distance",
-    "measure_samples",
-    "precision_recall",
-]
 
 FEWEST_IMAGES = 2 * (NEIGHBORS + 1)
 
@@ -89,92 +79,68 @@ def measure_samples(
     theirs = reader.read("generated", generated, network)
     if min(ours.count, theirs.count) < FEWEST_IMAGES:
         raise ValueError(f"{theirs.count} generated and {ours.count} real images; must be at least {FEWEST_IMAGES}")
-    notes = _different_histories(sets) + _too_few_for_features(ours, theirs)
+    notes = _notes(sets, ours, theirs)
     if accelerator is None or accelerator.is_main_process:
         for note in notes:
             warnings.warn(note, stacklevel=2)
     figures = _distances(ours, theirs, network)
-    counts: dict[str, Any] = {}
+    protocol: dict[str, Any] = {}
+    if network is not None:
+        protocol |= {"network": network.name, "weights": network.weights}
+        protocol |= {"num_features": network.num_features, "preprocessing": network.preprocessing}
+    if isinstance(real, ImageSet):
+        protocol |= {"real": real.name, "split": real.split, "fingerprint": real.fingerprint}
     if train is not None:
         nearest, counts = _nearest_training_images(reader, train, theirs, held_out)
         figures |= nearest
-    protocol = MetricProtocol(
-        network=None if network is None else network.name,
-        weights=None if network is None else network.weights,
-        num_features=None if network is None else network.num_features,
-        preprocessing=None if network is None else network.preprocessing,
-        num_generated=theirs.count,
-        num_real=ours.count,
-        image_shape=tuple(ours.mean.shape),
-        **_identity(real),
-        **counts,
-        source=source,
-        sampling=dict(sampling or {}),
-        notes=tuple(notes),
-        neighbors=NEIGHBORS,
-        kernel_subsets=SUBSETS,
-    )
-    return SampleMetrics(protocol, **figures)
+        protocol |= counts
+    protocol |= {"num_generated": theirs.count, "num_real": ours.count, "image_shape": list(ours.mean.shape)}
+    protocol |= {"source": source, "sampling": sampling or {}, "notes": notes}
+    return SampleMetrics(MetricProtocol(**protocol, neighbors=NEIGHBORS, kernel_subsets=SUBSETS), **figures)
 
 
-def _distances(real: SetStatistics, generated: SetStatistics, network: FeatureNetwork | None) -> dict[str, Any]:
+def _distances(real: SetStatistics, generated: SetStatistics, network: FeatureNetwork | None) -> dict[str, float]:
     """The figures of two sets by name, those over features only with a network."""
     figures = {
-        "pixel_mean_error": root_mean_square(generated.mean - real.mean),
-        "pixel_variance_error": root_mean_square(generated.variance - real.variance),
+        f"pixel_{name}_error": float((getattr(generated, name) - getattr(real, name)).square().mean().sqrt())
+        for name in ("mean", "variance")
     }
     if network is None or real.features is None or generated.features is None:
         return figures
     device = with_float64(network.mean.device)
     a, b = real.features.to(device), generated.features.to(device)
-    kernel, error = kernel_distance(a, b)
-    precision, recall = precision_recall(a, b)
-    return figures | {
-        "frechet_distance": frechet_distance(a, b),
-        "kernel_distance": kernel,
-        "kernel_distance_standard_error": error,
-        "precision": precision,
-        "recall": recall,
-    }
+    figures["frechet_distance"] = frechet_distance(a, b)
+    figures["kernel_distance"], figures["kernel_distance_standard_error"] = kernel_distance(a, b)
+    figures["precision"], figures["recall"] = precision_recall(a, b)
+    return figures
 
 
 def _nearest_training_images(
     reader: ImageReader, train: Any, generated: SetStatistics, held_out: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Median distances of generated and held-out images, and the protocol's counts. Collective."""
-    probes = {"": generated.probes}
+    probes = [generated.probes]
     if held_out is not None:
-        probes["held_out_"] = reader.read("held_out", held_out).probes
-    count, distances = reader.nearest(train, list(probes.values()))
-    of_each = dict(zip(probes, distances))
+        probes.append(reader.read("held_out", held_out).probes)
+    count, distances = reader.nearest(train, torch.cat(probes))
+    of_each = dict(zip(("", "held_out_"), distances.split([len(part) for part in probes])))
     figures = {f"{kind}nearest_train_distance": float(values.median()) for kind, values in of_each.items()}
     return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}
 
 
-def _identity(images: Any) -> dict[str, Any]:
-    """What the protocol says of the real images, if they are an `ImageSet`."""
-    if not isinstance(images, ImageSet):
-        return {}
-    return {"real": images.name, "split": images.split, "fingerprint": images.fingerprint}
-
-
-def _too_few_for_features(real: SetStatistics, generated: SetStatistics) -> list[str]:
-    if real.features is None or min(real.count, generated.count) > real.features.shape[1]:
-        return []
-    return [
-        f"frechet_distance of {generated.count} generated and {real.count} real images over {real.features.shape[1]} "
-        "features: a covariance of so few images is singular and the distance biased upwards; compare it only at equal "
-        "numbers of images, or see kernel_distance"
-    ]
-
-
-def _different_histories(sets: dict[str, Any]) -> list[str]:
-    """A note for each way in which the files of the sets were treated differently."""
-    known = {name: images for name, images in sets.items() if isinstance(images, ImageSet)}
+def _notes(sets: dict[str, Any], real: SetStatistics, generated: SetStatistics) -> list[str]:
+    """What makes the figures of these sets misleading, as far as can be seen."""
     notes = []
+    known = {name: images for name, images in sets.items() if isinstance(images, ImageSet)}
     for attribute, what in (("lossy", "came from JPEG files"), ("resized", "were resized when they were loaded")):
         shares = {name: getattr(images, attribute) / len(images) for name, images in known.items()}
         if shares and min(shares.values()) < max(shares.values()) / 2:
             seen = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
             notes.append(f"of the images, {seen} {what}: part of their distance is due to that")
+    if real.features is not None and min(real.count, generated.count) <= real.features.shape[1]:
+        notes.append(
+            f"frechet_distance of {generated.count} generated and {real.count} real images over "
+            f"{real.features.shape[1]} features: a covariance of so few images is singular and the distance biased "
+            "upwards; compare it only at equal numbers of images, or see kernel_distance"
+        )
     return notes

@@ -1,10 +1,10 @@
 """Pictures that a run leaves: losses, samples beside real images, samples as they form."""
 
-import importlib
+import contextlib
 import importlib.util
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ if importlib.util.find_spec("matplotlib") is None:  # fails before anything is t
     raise ImportError('matplotlib is missing: pip install "ddpm_notes_pipeline[train]"')
 
 
-def pyplot() -> Any:
-    """matplotlib's, imported when there is something to draw: training does without its 25 MiB."""
-    importlib.import_module("matplotlib").use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
+@contextlib.contextmanager
+def _figure(path: Path, rows: int, columns: int, **options: Any) -> Iterator[Any]:
+    """The axes of a figure that is saved when the block ends: (rows, columns)."""
+    from matplotlib.figure import Figure  # when there is something to draw: training does without its 25 MiB
+
+    figure = Figure(layout="constrained", **options)
+    yield figure.subplots(rows, columns, sharex=rows > 1, squeeze=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -> Image.Image:
@@ -31,32 +35,28 @@ def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -
     """
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
-    scale = max(1, math.ceil(side / max(height, width)))
     rows = math.ceil(n / columns)
-    gap = scale
-    canvas = np.full(
-        (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, channels), 255, np.uint8
+    gap = scale = max(1, math.ceil(side / max(height, width)))
+    tiles = images.repeat(scale, axis=2).repeat(scale, axis=3)
+    # white left of each image and above it, and where the last row is not full
+    tiles = np.pad(tiles, ((0, rows * columns - n), (0, 0), (gap, 0), (gap, 0)), constant_values=255)
+    height, width = tiles.shape[2:]
+    grid = tiles.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    canvas = np.pad(
+        grid.reshape(rows * height, columns * width, channels), ((0, gap), (0, gap), (0, 0)), constant_values=255
     )
-    for i, image in enumerate(images):
-        top, left = (i // columns) * (height * scale + gap) + gap, (i % columns) * (width * scale + gap) + gap
-        enlarged = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
-        canvas[top : top + height * scale, left : left + width * scale] = enlarged
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
 
 
 def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) -> None:
     """Real images on the left, samples on the right, both (N, C, H, W) uint8."""
-    plt = pyplot()
-    pictures = [("real images", image_grid(real)), (title, image_grid(samples))]
-    width, height = pictures[0][1].size
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5 * height / width + 0.4), layout="constrained")
-    for axis, (name, picture) in zip(axes, pictures, strict=True):
-        grey = picture.mode == "L"
-        axis.imshow(picture, cmap="gray" if grey else None, vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(name, fontsize=10)
-        axis.axis("off")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    pictures = {"real images": image_grid(real), title: image_grid(samples)}
+    width, height = pictures["real images"].size
+    with _figure(path, 1, 2, figsize=(10, 5 * height / width + 0.4)) as axes:
+        for axis, (name, picture) in zip(axes[0], pictures.items(), strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # of RGB the map is ignored
+            axis.set_title(name, fontsize=10)
+            axis.axis("off")
 
 
 class Trajectory:
@@ -100,36 +100,27 @@ def save_losses(
     `validation` has the rows of validation.jsonl: "step", "bits_per_dim" and "standard_error",
     drawn as a band; None where one was not finite.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1 + bool(validation), 1, figsize=(7, 6 if validation else 4), sharex=True, squeeze=False, layout="constrained"
-    )
-    axis = axes[0, 0]
-    values = np.asarray(losses)
-    steps, values = np.asarray(steps)[np.isfinite(values)], values[np.isfinite(values)]
+    at, values = np.asarray(steps), np.asarray(losses)
+    at, values = at[np.isfinite(values)], values[np.isfinite(values)]
     window = max(1, len(values) // 100)
-    axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
-    if len(values) > window:
-        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
-    axis.set(ylabel="loss", title=title)
-    if (values > 0).all():
-        axis.set_yscale("log")
-    axis.legend()
-    if validation:
-        below = axes[1, 0]
-        columns = ("step", "bits_per_dim", "standard_error")
-        at, bits, errors = (np.array([row[name] for row in validation], float) for name in columns)
-        below.plot(at, bits, color="tab:orange", marker="o", markersize=3, label="validation, ± standard error")
-        below.fill_between(at, bits - errors, bits + errors, color="tab:orange", alpha=0.25)
-        wide = np.nanmax(bits) > 10 * np.nanmin(bits) > 0 if np.isfinite(bits).any() else False
-        below.set(ylabel="bits/dim", yscale="log" if wide else "linear")
-        below.legend()
-    for axis in axes[:, 0]:
-        axis.grid(alpha=0.3)
-    axes[-1, 0].set(xlabel="optimizer step")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    with _figure(path, 1 + bool(validation), 1, figsize=(7, 6 if validation else 4)) as axes:
+        above, below = axes[0, 0], axes[-1, 0]
+        above.plot(at, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
+        if len(values) > window:
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            above.plot(at[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
+        above.set(ylabel="loss", title=title, yscale="log" if (values > 0).all() else "linear")
+        if validation:
+            columns = ("step", "bits_per_dim", "standard_error")
+            at, bits, errors = (np.array([row[name] for row in validation], float) for name in columns)
+            below.plot(at, bits, color="tab:orange", marker="o", markersize=3, label="validation, ± standard error")
+            below.fill_between(at, bits - errors, bits + errors, color="tab:orange", alpha=0.25)
+            wide = np.nanmax(bits) > 10 * np.nanmin(bits) > 0 if np.isfinite(bits).any() else False
+            below.set(ylabel="bits/dim", yscale="log" if wide else "linear")
+        below.set(xlabel="optimizer step")
+        for axis in axes[:, 0]:
+            axis.legend()
+            axis.grid(alpha=0.3)
 
 
 def save_bits_per_dim(path: Path, curves: dict[str, np.ndarray], title: str) -> None:
@@ -137,20 +128,18 @@ def save_bits_per_dim(path: Path, curves: dict[str, np.ndarray], title: str) -> 
 
     Terms are means over 50 ranges of timesteps: few evaluations an image resolve no more.
     """
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, bits in curves.items():
-        T = len(bits)
-        edges = np.unique(np.linspace(1, T, min(T, 51)).round().astype(int))
-        means = [bits[a:b].mean() for a, b in itertools.pairwise(edges)]
-        (line,) = left.step(edges[:-1], means, where="post", label=name)
-        left.plot([0], bits[:1], marker="o", color=line.get_color())
-        right.plot(np.arange(T), bits.cumsum(), color=line.get_color(), label=name)
-    left.set(xlabel="timestep t (0, the dot: the decoder)", ylabel="bits/dim of one timestep", yscale="log")
-    right.set(xlabel="timestep t", ylabel="bits/dim of timesteps 0..t", ylim=(0, None))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    right.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    with _figure(path, 1, 2, figsize=(10, 4)) as axes:
+        left, right = axes[0]
+        for name, bits in curves.items():
+            T = len(bits)
+            edges = np.unique(np.linspace(1, T, min(T, 51)).round().astype(int))
+            means = [bits[a:b].mean() for a, b in itertools.pairwise(edges)]
+            (line,) = left.step(edges[:-1], means, where="post", label=name)
+            left.plot([0], bits[:1], marker="o", color=line.get_color())
+            right.plot(np.arange(T), bits.cumsum(), color=line.get_color(), label=name)
+        left.set(xlabel="timestep t (0, the dot: the decoder)", ylabel="bits/dim of one timestep", yscale="log")
+        right.set(xlabel="timestep t", ylabel="bits/dim of timesteps 0..t", ylim=(0, None))
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+        right.legend()
+        left.figure.suptitle(title)

@@ -1,18 +1,22 @@
 """One pass over an image set, split over processes: pixel statistics, probe images, features."""
 
-import math
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..core.image_batches import number_of_images
+from ..data import ImageSet
 from .distances import CHUNK_ROWS, nearest_squared_distances
 from .features import FeatureFile, FeatureNetwork
-from .image_batches import ONE_SHAPE, number_of, uint8_batches
+from .pixel_batches import ONE_SHAPE, uint8_batches
 
+T = TypeVar("T")
 PROBES = 1000  # images of a set, at most, whose nearest training image is found
 
 
@@ -59,66 +63,65 @@ class ImageReader:
         self, name: str, images: Any, network: FeatureNetwork | None = None, cache: FeatureFile | None = None
     ) -> SetStatistics:
         """Statistics of a set, and its features, computed or from the cache. Collective."""
-        features = self._if_everywhere(None if cache is None else cache.read())
-        missing = network if features is None else None
+        features = None if cache is None else cache.read()
+        if all(self._gather(features is not None)):
+            network = None  # nothing to compute
         computed: list[torch.Tensor] = []
         probes: list[tuple[int, torch.Tensor]] = []
         sums = squares = torch.zeros(1, dtype=torch.int64)
-        count, chunks, largest, stride = 0, 0, 0, 1
-        for pixels in self._chunks(name, images, f"{'features of ' if missing else ''}{name} images", self.batch_size):
+        count, stride = 0, 1
+        what = f"{'features of ' if network else ''}{name} images"
+        for chunk, pixels in enumerate(self._chunks(name, images, what, self.batch_size)):
             whole = pixels.long()
-            sums, squares, largest = (
-                sums + whole.sum(0),
-                squares + whole.square().sum(0),
-                max(largest, int(whole.max())),
-            )
-            probes += [(i, pixels[i - count].flatten()) for i in range(count, count + len(pixels)) if i % stride == 0]
+            sums, squares = sums + whole.sum(0), squares + whole.square().sum(0)
+            probes += [(i, image.clone()) for i, image in enumerate(pixels.flatten(1), count) if i % stride == 0]
             while len(probes) > PROBES:
                 stride *= 2
-                probes = [(i, probe) for i, probe in probes if i % stride == 0]
-            if missing is not None and chunks % self.processes == self.rank:
-                computed.append(missing(pixels).cpu())
-            count, chunks = count + len(pixels), chunks + 1
+                probes = [(i, image) for i, image in probes if i % stride == 0]
+            if network is not None and chunk % self.processes == self.rank:
+                computed.append(network(pixels).cpu())
+            count += len(pixels)
         if not count:
             raise ValueError(f"{name} is empty; it must have images")
-        if largest == 1:
+        if sums.any() and torch.equal(sums, squares):  # k^2 = k
             raise ValueError(f"{name} has only 0 and 1 as uint8: floats in [0, 1] cast to uint8? It must be 0..255")
-        if missing is not None:
-            features = self._in_order(computed, chunks, count, missing.num_features)
+        if network is not None:
+            rounds = itertools.zip_longest(*self._gather(computed))  # chunks 0..P-1, P..2P-1, ...
+            features = torch.cat([part for parts in rounds for part in parts if part is not None])
             if not bool(features.isfinite().all()):
-                raise ValueError(f"{missing.name} gives features of {name} images that are not finite")
+                raise ValueError(f"{network.name} gives features of {name} images that are not finite")
             if cache is not None and (self.accelerator is None or self.accelerator.is_local_main_process):
                 cache.write(features)
         mean = sums.double() / count / 255
         variance = squares.double() / count / 255**2 - mean**2
-        return SetStatistics(count, mean, variance, torch.stack([probe for _, probe in probes]), features)
+        return SetStatistics(count, mean, variance, torch.stack([image for _, image in probes]), features)
 
-    def nearest(self, train: Any, probes: list[torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
-        """Number of training images, and the distance of each probe to the nearest one. Collective.
+    def nearest(self, train: Any, probes: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Number of training images, and the distance of each probe to the nearest. Collective.
 
-        Distances are root mean squares over pixels, scale 0..1, a tensor for each tensor of probes.
+        Distances are root mean squares over pixels, scale 0..1.
         """
-        together, chunks, count = torch.cat(probes), 0, 0
+        count = 0
         device = with_float64(torch.device("cpu") if self.accelerator is None else self.accelerator.device)
 
         def own_chunks() -> Iterator[torch.Tensor]:
-            nonlocal chunks, count
-            for pixels in self._chunks("train", train, "nearest train images", CHUNK_ROWS):
-                if chunks % self.processes == self.rank:
+            nonlocal count
+            for chunk, pixels in enumerate(self._chunks("train", train, "nearest train images", CHUNK_ROWS)):
+                count += len(pixels)
+                if chunk % self.processes == self.rank:
                     yield pixels.flatten(1)
-                chunks, count = chunks + 1, count + len(pixels)
 
-        squared = nearest_squared_distances(together.to(device), own_chunks())
+        squared = nearest_squared_distances(probes.to(device), own_chunks()).cpu()
         if not count:
             raise ValueError("train is empty; it must have images")
-        squared = self._gather(squared[None]).min(0).values.cpu()
-        distances = (squared / together.shape[1]).sqrt() / 255
-        return count, list(distances.split([len(part) for part in probes]))
+        squared = torch.stack(self._gather(squared)).min(0).values
+        return count, (squared / probes.shape[1]).sqrt() / 255
 
     def _chunks(self, name: str, images: Any, description: str, size: int) -> Iterator[torch.Tensor]:
         """All chunks, on every process, with a progress bar."""
         options = {"desc": description, "unit": "image", "delay": 2, "leave": False}
-        with tqdm(total=number_of(images), disable=not self.show_progress, **options) as bar:
+        total = len(images) if isinstance(images, ImageSet) else number_of_images(images)
+        with tqdm(total=total, disable=not self.show_progress, **options) as bar:
             for pixels in uint8_batches(name, images, size):
                 shape = tuple(pixels.shape[1:])
                 self.shape = self.shape or shape
@@ -127,23 +130,9 @@ class ImageReader:
                 yield pixels
                 bar.update(len(pixels))
 
-    def _gather(self, x: torch.Tensor) -> torch.Tensor:
-        if self.accelerator is None or self.processes == 1:
-            return x
-        return self.accelerator.gather(x.to(self.accelerator.device)).cpu()
-
-    def _if_everywhere(self, features: torch.Tensor | None) -> torch.Tensor | None:
-        """Cached features if every process has them: all compute, or none."""
-        return features if bool(self._gather(torch.tensor([int(features is not None)])).min()) else None
-
-    def _in_order(self, own: list[torch.Tensor], chunks: int, count: int, num_features: int) -> torch.Tensor:
-        """(count, num_features) from all processes, in the order of the images."""
-        rounds = math.ceil(chunks / self.processes)
-        padded = torch.zeros(rounds, self.batch_size, num_features)
-        for place, features in zip(padded, own):
-            place[: len(features)] = features
-        gathered = self._gather(padded).view(self.processes, rounds, self.batch_size, num_features)
-        return gathered.transpose(0, 1).reshape(-1, num_features)[:count]
+    def _gather(self, own: T) -> list[T]:
+        """What each process has, in the order of their ranks. Collective."""
+        return [own] if self.processes == 1 else gather_object([own])
 
 
 def with_float64(device: torch.device) -> torch.device:

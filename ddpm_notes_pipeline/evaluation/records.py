@@ -1,39 +1,37 @@
 """What was measured and how a model was trained, as dataclasses, and their JSON.
 
 The formats of evaluation.json (`Evaluation`), training_run.json (`TrainingRecord`) and the rows of
-metrics.jsonl (`figures_of`) are defined here and nowhere else. `from_dict` reads files of any
-version: it ignores unknown keys, and missing ones take their default.
+metrics.jsonl (`figures_of`) are those of the fields here. `from_dict` reads files of any version:
+unknown keys are ignored, and missing ones take their default.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
-T = TypeVar("T")
 Key = tuple[str, str, int]  # what makes the samples, path, number of steps
 Estimate = tuple[float, float]  # value, standard error
 
 
-def _from_dict(record: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from the entries that it has fields for."""
-    names = {f.name for f in fields(record)}  # type: ignore[arg-type]
-    return record(**{name: value for name, value in values.items() if name in names})
-
-
-class JSONFile:
-    """A dataclass that is kept in the file `FILE` of a model's folder."""
-
-    FILE: ClassVar[str]
+class Record:
+    """A dataclass as a dictionary for JSON, and back."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return _from_dict(cls, values)
+        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in values.items() if name in names})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload]
+
+
+class JSONFile(Record):
+    """A record that is kept in the file `FILE` of a model's folder."""
+
+    FILE: ClassVar[str]
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -49,7 +47,7 @@ class JSONFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundRecord:
+class BoundRecord(Record):
     """bits/dim of one variance and path: a row of `results` in evaluation.json.
 
     Attributes:
@@ -80,11 +78,8 @@ class BoundRecord:
 # ------------------------------------------------------------ samples
 
 
-OVER_FEATURES = ("frechet_distance", "kernel_distance", "kernel_distance_standard_error", "precision", "recall")
-
-
-@dataclass(frozen=True)
-class MetricProtocol:
+@dataclass(frozen=True, kw_only=True)
+class MetricProtocol(Record):
     """What the figures of `SampleMetrics` depend on besides the model.
 
     Attributes:
@@ -101,13 +96,13 @@ class MetricProtocol:
         notes: warnings that were given.
     """
 
-    network: str | None
-    weights: str | None
-    num_features: int | None
-    preprocessing: str | None
+    network: str | None = None
+    weights: str | None = None
+    num_features: int | None = None
+    preprocessing: str | None = None
     num_generated: int
     num_real: int
-    image_shape: tuple[int, ...]
+    image_shape: list[int]
     real: str | None = None
     split: str | None = None
     fingerprint: str | None = None
@@ -116,21 +111,31 @@ class MetricProtocol:
     num_held_out_nearest: int | None = None
     source: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
     arithmetic: str = "features float32, statistics float64"
     pixels: str = "pixel statistics: scale 0..1, root mean square over pixels"
     neighbors: int = 3
     kernel_subsets: int = 10
 
 
+def figure(head: str | None = None, form: str = ".4f", over_features: bool = False) -> Any:
+    """A field of `SampleMetrics`: None where it was not measured.
+
+    Args:
+        head, form: its column in the table of samples (`reports`); None: no column of its own.
+        over_features: needs a feature network, which its name in JSON then says.
+    """
+    return field(default=None, metadata={"head": head, "form": form, "over_features": over_features})
+
+
 @dataclass(frozen=True)
-class SampleMetrics:
+class SampleMetrics(Record):
     """Distances of samples from images, and the protocol that they depend on.
 
     Attributes:
         protocol: see `MetricProtocol`.
-        frechet_distance, kernel_distance, kernel_distance_standard_error, precision, recall: over
-            features; None without a network.
+        frechet_distance, kernel_distance, kernel_distance_standard_error, precision, recall: see
+            `distances`.
         pixel_mean_error, pixel_variance_error: root mean square over pixels of the difference
             between the sets' per-pixel means (variances), scale 0..1.
         nearest_train_distance: median over samples of the root mean square distance to the nearest
@@ -139,38 +144,35 @@ class SampleMetrics:
     """
 
     protocol: MetricProtocol
-    _: KW_ONLY
-    frechet_distance: float | None = None
-    kernel_distance: float | None = None
-    kernel_distance_standard_error: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    pixel_mean_error: float
-    pixel_variance_error: float
-    nearest_train_distance: float | None = None
-    held_out_nearest_train_distance: float | None = None
+    frechet_distance: float | None = figure("Frechet", ".4g", over_features=True)
+    kernel_distance: float | None = figure(over_features=True)
+    kernel_distance_standard_error: float | None = figure(over_features=True)
+    precision: float | None = figure("precision", ".3f", over_features=True)
+    recall: float | None = figure("recall", ".3f", over_features=True)
+    pixel_mean_error: float | None = figure("mean err")
+    pixel_variance_error: float | None = figure("var err")
+    nearest_train_distance: float | None = figure("nearest")
+    held_out_nearest_train_distance: float | None = figure()
 
     def figures(self) -> dict[str, float]:
         """The measured figures by name, without the protocol."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "protocol"}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if name != "protocol" and value is not None}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the figures and "protocol".
 
         Figures over features carry the network in their name: "recall (efficientnet-lite0)".
         """
+        over_features = {f.name for f in fields(self) if f.metadata.get("over_features")}
         suffix = f" ({self.protocol.network})"
-        named = {name + suffix if name in OVER_FEATURES else name: value for name, value in self.figures().items()}
-        protocol = asdict(self.protocol)
-        protocol |= {"image_shape": list(self.protocol.image_shape), "notes": list(self.protocol.notes)}
-        return named | {"protocol": protocol}
+        named = {name + suffix if name in over_features else name: value for name, value in self.figures().items()}
+        return named | {"protocol": self.protocol.as_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        protocol = _from_dict(MetricProtocol, values["protocol"])
+        protocol = MetricProtocol.from_dict(values["protocol"])
         figures = {name.removesuffix(f" ({protocol.network})"): value for name, value in values.items()}
-        return _from_dict(cls, figures | {"protocol": protocol})
+        return super().from_dict(figures | {"protocol": protocol})
 
 
 def figures_of(result: SampleMetrics) -> dict[str, float]:
@@ -179,7 +181,7 @@ def figures_of(result: SampleMetrics) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class SampleRecord:
+class SampleRecord(Record):
     """Metrics of samples, or of real images in their place: a row of `metrics` in evaluation.json.
 
     Attributes:
@@ -234,7 +236,7 @@ class SampleRecord:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         more = {"metrics": SampleMetrics.from_dict(values), "kernel_distances": values.get(cls.SETS_KEY)}
-        return _from_dict(cls, {**values, **more})
+        return super().from_dict({**values, **more})
 
 
 # ------------------------------------------------------------ files
@@ -268,6 +270,7 @@ class Evaluation(JSONFile):
     metrics: list[SampleRecord] = field(default_factory=list)
 
     FILE = "evaluation.json"
+    PICTURE: ClassVar[str] = "bits_per_dim.png"  # beside it: where the bits are, timestep by timestep
 
     @property
     def samples(self) -> list[SampleRecord]:
@@ -285,16 +288,14 @@ class Evaluation(JSONFile):
         )
 
     def as_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["results"] = [asdict(row) for row in self.results]
-        values["metrics"] = [row.as_dict() for row in self.metrics]
+        values = super().as_dict() | {"metrics": [row.as_dict() for row in self.metrics]}
         return {name: value for name, value in values.items() if name != "metrics" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        results = [_from_dict(BoundRecord, row) for row in values["results"]]
+        results = [BoundRecord.from_dict(row) for row in values["results"]]
         metrics = [SampleRecord.from_dict(row) for row in values.get("metrics") or []]
-        return _from_dict(cls, {**values, "results": results, "metrics": metrics})
+        return super().from_dict({**values, "results": results, "metrics": metrics})
 
 
 @dataclass(frozen=True, kw_only=True)

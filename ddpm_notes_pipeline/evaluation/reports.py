@@ -2,10 +2,10 @@
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from .records import BoundRecord, Evaluation, SampleRecord
+from .records import BoundRecord, Evaluation, SampleMetrics, SampleRecord
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def bound_columns(digits: int = 4, emphasis: str = "") -> list[Column]:
 
 TERMINAL_COLUMNS = [
     *bound_columns(digits=5),
-    Column(
-        "decoder var", lambda row: "network's" if row.decoder_variance is None else f"{row.decoder_variance:.3e}", 11
-    ),
+    Column("decoder var", lambda row: f"{row.decoder_variance:.3e}" if row.decoder_variance else "network's", 11),
     Column("evaluations", lambda row: str(row.network_evaluations), 11),
 ]
 
@@ -83,12 +81,12 @@ def bound_table(evaluation: Evaluation) -> str:
 # ------------------------------------------------------------ samples
 
 
-def _metric(name: str, form: str) -> Callable[[SampleRecord], str]:
+def _figure_column(figure: Field) -> Column:
     def cell(row: SampleRecord) -> str:
-        value = getattr(row.metrics, name)
-        return "" if value is None else format(value, form)
+        value = getattr(row.metrics, figure.name)
+        return "" if value is None else format(value, figure.metadata["form"])
 
-    return cell
+    return Column(figure.metadata["head"], cell, 9)
 
 
 SAMPLE_COLUMNS = [
@@ -97,12 +95,7 @@ SAMPLE_COLUMNS = [
     Column("K", lambda row: str(row.num_inference_steps or ""), 5),
     Column("n", lambda row: str(row.metrics.protocol.num_generated), 6),
     Column("kernel distance", lambda row: "{:.5f} ± {:.5f}".format(*row.kernel), 19),
-    Column("Frechet", _metric("frechet_distance", ".4g"), 10),
-    Column("precision", _metric("precision", ".3f"), 9),
-    Column("recall", _metric("recall", ".3f"), 6),
-    Column("mean err", _metric("pixel_mean_error", ".4f"), 8),
-    Column("var err", _metric("pixel_variance_error", ".4f"), 8),
-    Column("nearest", _metric("nearest_train_distance", ".4f"), 8),
+    *(_figure_column(figure) for figure in fields(SampleMetrics) if figure.metadata.get("head")),
 ]
 
 

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,9 @@ from ..data import ImageSet
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from .features import load_feature_network
 from .metrics import FEWEST_IMAGES, measure_samples
-from .records import SampleMetrics, SampleRecord, figures_of
+from .records import SampleMetrics, SampleRecord
 from .reports import sample_text
 from .sampling import Stop, sample, with_progress_bar
-
-__all__ = ["SampleTable", "figures_of", "mean_of"]
 
 
 class SampleTable:
@@ -51,14 +50,18 @@ class SampleTable:
     ) -> None:
         if images < FEWEST_IMAGES:
             raise ValueError(f"--metric_images is {images}; must be at least {FEWEST_IMAGES}")
-        self.accelerator, self.real, self.cache_dir = accelerator, real, cache_dir
+        self.accelerator, self.real = accelerator, real
         self.images, self.batch_size, self.seed, self.sets = images, batch_size, seed, sets
-        self.held_out = held_out if held_out is not None and held_out.fingerprint != real.fingerprint else None
+        if held_out is not None and held_out.fingerprint == real.fingerprint:
+            held_out = None
         with accelerator.local_main_process_first():
-            self.network = load_feature_network(network).to(accelerator.device)
+            features = load_feature_network(network).to(accelerator.device)
+        compared_with: dict[str, Any] = {"real": real, "train": real, "held_out": held_out}
+        settings: dict[str, Any] = {"network": features, "cache_dir": cache_dir, "accelerator": accelerator}
+        self.measure = partial(measure_samples, **compared_with, **settings, show_progress=False)
         self.rows: list[SampleRecord] = []
-        if self.held_out is not None:
-            self.rows.append(SampleRecord(f"held-out {self.held_out.split}", self._measure(self.held_out, {})))
+        if held_out is not None:
+            self.rows.append(SampleRecord(f"held-out {held_out.split}", self.measure(generated=held_out)))
 
     def add(
         self, pipeline: DDPMNotesPipeline, row: dict[str, Any], stops: Stop | None = None, **settings: Any
@@ -84,28 +87,13 @@ class SampleTable:
         pipeline = with_progress_bar(pipeline, desc=f"sample {what}", unit="step", leave=False, disable=hidden)
         results = []
         for seed in range(first, end, n):
-            images = sample(
-                self.accelerator, pipeline, n, self.batch_size, seed, class_labels=labels, stops=stops, **settings
-            )
+            images = sample(self.accelerator, pipeline, n, self.batch_size, seed, labels, stops, **settings)
             if images is None:
                 return None
-            results.append(self._measure(images, sampling))
+            results.append(self.measure(generated=images, sampling=sampling))
         each = [result.kernel_distance for result in results] if self.sets > 1 else None
         self.rows.append(SampleRecord("samples", mean_of(results), **row, kernel_distances=each))
         return self.rows[-1].metrics
-
-    def _measure(self, images: Any, sampling: dict[str, Any]) -> SampleMetrics:
-        return measure_samples(
-            images,
-            self.real,
-            train=self.real,
-            held_out=self.held_out,
-            network=self.network,
-            sampling=sampling,
-            cache_dir=self.cache_dir,
-            accelerator=self.accelerator,
-            show_progress=False,
-        )
 
     def as_list(self, last: bool = False) -> list[SampleRecord]:
         """The rows; with `last`, of those of samples only the newest."""

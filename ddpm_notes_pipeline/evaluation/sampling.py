@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..data import to_uint8
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
@@ -23,10 +24,6 @@ class Stop(Protocol):
 
     def agreed(self) -> int:
         """Not 0 if any process has to end. Collective: every rank must call it."""
-
-
-class _Interrupted(Exception):
-    """Leaves the sampling loop from its callback."""
 
 
 def sample(
@@ -60,33 +57,30 @@ def sample(
 
     def after_step(pipeline: DDPMNotesPipeline, i: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         if stops is not None and stops.received:
-            raise _Interrupted
-        if watch is not None and first == 0:
+            pipeline.interrupt = True
+        elif watch is not None and first == 0:
             watch(tensors["latents"], i, len(pipeline.scheduler.timesteps))
         return {}
 
-    config = pipeline.unet.config
-    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    images = torch.zeros(share, config.in_channels, *size, dtype=torch.uint8, device=accelerator.device)
-    try:
-        for first in range(0, len(mine), batch_size):
-            rows = mine[first : first + batch_size]
-            with accelerator.autocast():
-                batch = pipeline(
-                    batch_size=len(rows),
-                    class_labels=None if class_labels is None else class_labels[rows.start : rows.stop],
-                    generator=[torch.Generator().manual_seed(seed + i) for i in rows],
-                    output_type="latent",
-                    callback_on_step_end=after_step,
-                    return_dict=False,
-                    **settings,
-                )[0]
-            images[first : first + len(rows)] = to_uint8(batch.float())
-    except _Interrupted:
-        pass
+    images: list[torch.Tensor] = []
+    for first in range(0, len(mine), batch_size):
+        rows = mine[first : first + batch_size]
+        with accelerator.autocast():
+            batch = pipeline(
+                batch_size=len(rows),
+                class_labels=None if class_labels is None else class_labels[rows.start : rows.stop],
+                generator=[torch.Generator().manual_seed(seed + i) for i in rows],
+                output_type="latent",
+                callback_on_step_end=after_step,
+                return_dict=False,
+                **settings,
+            )[0]
+        if pipeline.interrupt:
+            break
+        images.append(to_uint8(batch.float()).cpu())
     if stops is not None and stops.agreed():
         return None
-    return accelerator.gather(images)[:number].cpu()
+    return torch.cat(gather_object(images))
 
 
 def with_progress_bar(pipeline: DDPMNotesPipeline, **options: Any) -> DDPMNotesPipeline:

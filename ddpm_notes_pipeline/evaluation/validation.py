@@ -1,6 +1,5 @@
 """bits/dim of an image set, split over processes: the same number whatever their number."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +7,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..data import ImageSet
 from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from .pictures import save_bits_per_dim
+from .pixel_batches import batches
 from .records import BoundRecord, Evaluation, Key, SampleRecord
 from .sampling import Stop, with_progress_bar
-
-BITS_PER_DIM_PICTURE = "bits_per_dim.png"  # where the bits are, timestep by timestep
 
 
 @dataclass
@@ -41,31 +40,8 @@ class Row:
 
     def record(self) -> BoundRecord:
         """What evaluation.json keeps of it."""
-        names = ("total", "standard_error", "prior", "diffusion", "decoder", "standard_errors", "network_evaluations")
-        return BoundRecord(
-            variance_type=self.variance,
-            path=self.path,
-            num_inference_steps=self.steps,
-            decoder_variance=self.decoder_variance,
-            **{name: getattr(self.result, name) for name in names},
-        )
-
-
-def batches(
-    images: ImageSet, first: int = 0, end: int | None = None, size: int = 256, labelled: bool = False
-) -> Iterator[Any]:
-    """Images first..end-1 in order, `size` at a time: uint8 (B, C, H, W).
-
-    With `labelled`, and a set that has labels, dicts with "pixel_values" and "class_labels".
-    """
-    end = len(images) if end is None else end
-    for i in range(first, end, size):
-        index = range(i, min(i + size, end))
-        pixels = images.take(index)
-        if labelled and images.labels is not None:
-            yield {"pixel_values": pixels, "class_labels": torch.from_numpy(images.labels[index])}
-        else:
-            yield pixels
+        settings = {"variance_type": self.variance, "path": self.path, "num_inference_steps": self.steps}
+        return BoundRecord.from_dict({**self.result, **settings, "decoder_variance": self.decoder_variance})
 
 
 def measure_bits_per_dim(
@@ -96,40 +72,30 @@ def measure_bits_per_dim(
     labelled = pipeline.num_classes is not None
     # a generator does not say how many images it yields: `bits_per_dim`'s bar would have no total
     silent = with_progress_bar(pipeline, disable=True)
-    with pipeline.progress_bar(total=end - first) as bar:
-        bar.unit = "image"
-        if not bar.disable and not bar.desc:
-            bar.set_description("bits/dim")
+    with pipeline.image_progress_bar(desc="bits/dim", unit="image", total=end - first) as bar:
 
         def own_images() -> Iterator[Any]:
-            for i in range(first, end, PILOT_IMAGES):  # a few at a time, to stop soon
-                if i > first and stops is not None and stops.received:
+            for batch in batches(images, first, end, PILOT_IMAGES, labelled):  # a few at a time, to stop soon
+                yield batch
+                bar.update(len(batch["pixel_values"]))
+                if stops is not None and stops.received:
                     return
-                part = range(i, min(i + PILOT_IMAGES, end))
-                yield from batches(images, part.start, part.stop, labelled=labelled)
-                bar.update(len(part))
 
         result = silent.bits_per_dim(
             own_images(),
             first_image=first,
-            pilot_images=batches(images, 0, min(PILOT_IMAGES, n), labelled=labelled),  # the same on every rank
+            pilot_images=batches(images, size=PILOT_IMAGES, labelled=labelled),  # the same on every rank
             **settings,
         )
     if stops is not None and stops.agreed():
         return None
-    return result if processes == 1 else _joined(accelerator, result, n)
-
-
-def _joined(accelerator: Accelerator, result: BitsPerDimOutput, n: int) -> BitsPerDimOutput:
-    """The results of all processes as one of n images. Collective."""
-    own, device = len(result.parts_per_image), accelerator.device
-    # padding rows have 0 in the fourth column
-    parts = torch.zeros((math.ceil(n / accelerator.num_processes), 4), dtype=torch.float64, device=device)
-    parts[:own] = torch.nn.functional.pad(result.parts_per_image, (0, 1), value=1.0).to(device)
-    parts = accelerator.gather(parts).cpu()
-    evaluations = torch.tensor([result.network_evaluations], dtype=torch.float64, device=device)
-    sums = accelerator.reduce(torch.cat([result.per_timestep.to(device) * own, evaluations]), "sum").cpu()
-    return BitsPerDimOutput.from_parts(parts[parts[:, 3] == 1, :3], sums[:-1], result.dims, int(sums[-1]))
+    results = gather_object([result])
+    return BitsPerDimOutput.from_parts(
+        torch.cat([part.parts_per_image for part in results]),
+        torch.stack([part.per_timestep * len(part.per_image) for part in results]).sum(0),
+        result.dims,
+        sum(part.network_evaluations for part in results),
+    )
 
 
 def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float | None:
@@ -173,7 +139,7 @@ def save_evaluation(
         metrics=metrics or [],
     )
     record.write(folder)
-    picture = folder / BITS_PER_DIM_PICTURE
+    picture = folder / Evaluation.PICTURE
     picture.unlink(missing_ok=True)  # of other numbers
     whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
     if whole:

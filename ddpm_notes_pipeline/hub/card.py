@@ -28,7 +28,7 @@ from .owner_edits import merge, newest_card, repository_of
 logger = logging.getLogger(__name__)
 
 BLOCKS = ("about", "use", "measured", "training", "limits")  # of the template, in the card's order
-PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "loss.png")
+PICTURES = ("samples.png", "trajectory.gif", Evaluation.PICTURE, "loss.png")
 HEADLINE_STEPS = (10, 50)
 TASK = "unconditional-image-generation"
 _SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
@@ -137,7 +137,7 @@ def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = 
         weights=weights,
         run=TrainingRecord.read(folder),
         evaluation=evaluation,
-        pictures=frozenset(pictures - {"bits_per_dim.png"} if evaluation is None else pictures),
+        pictures=frozenset(pictures - {Evaluation.PICTURE} if evaluation is None else pictures),
         space_id=space_id,
     )
 

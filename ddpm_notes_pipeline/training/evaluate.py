@@ -9,17 +9,11 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ..data import HELD_OUT, MODES, ImageSet, hold_out
+from ..evaluation.pixel_batches import batches
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line
 from ..evaluation.samples import SampleTable
 from ..evaluation.tables import results_table
-from ..evaluation.validation import (
-    BITS_PER_DIM_PICTURE,
-    Row,
-    batches,
-    decoder_of,
-    measure_bits_per_dim,
-    save_evaluation,
-)
+from ..evaluation.validation import Row, decoder_of, measure_bits_per_dim, save_evaluation
 from ..hub.card import weights_digest, write_card
 from ..hub.push import push_command
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
@@ -282,7 +276,7 @@ def write(
     each = None if evaluation.full else evaluation.evaluations_per_image
     metrics = samples.as_list() if samples else None
     record = save_evaluation(folder, images, rows, weights, evaluation.noise_seed, each, metrics)
-    names = [record.FILE, *(name for name in (BITS_PER_DIM_PICTURE,) if (folder / name).exists())]
+    names = [name for name in (record.FILE, record.PICTURE) if (folder / name).exists()]
     print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
     if samples is not None:
         print(samples)

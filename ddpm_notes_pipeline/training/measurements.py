@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..evaluation.samples import SampleTable, figures_of
+from ..evaluation.records import figures_of
+from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import sample
 from ..evaluation.validation import measure_bits_per_dim
 from ..pipeline_ddpm_notes import BitsPerDimOutput

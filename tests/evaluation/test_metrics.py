@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from ddpm_notes_pipeline.data import load_images
+from ddpm_notes_pipeline.evaluation.distances import frechet_distance, kernel_distance, precision_recall
 from ddpm_notes_pipeline.evaluation.features import FeatureNetwork, full_float32, load_feature_network
-from ddpm_notes_pipeline.evaluation.metrics import frechet_distance, kernel_distance, measure_samples, precision_recall
+from ddpm_notes_pipeline.evaluation.metrics import measure_samples
 from ddpm_notes_pipeline.evaluation.records import SampleMetrics
 from tests.support.launching import launch
 
@@ -341,8 +342,8 @@ def test_sets_whose_files_were_treated_differently_are_warned_of(tmp_path, test_
         (lambda x: x.float().div(255).masked_fill(x == 0, math.nan), "generated has floats from nan"),
         (lambda x: x.expand(-1, 3, -1, -1), r"generated \(3, 8, 8\), real \(1, 8, 8\)"),
         (lambda x: x.repeat(1, 1, 2, 2), r"generated \(1, 16, 16\), real \(1, 8, 8\); must be one shape"),
-        (lambda x: x.permute(0, 2, 3, 1), r"\(1, 8, 8, 1\); must be \(N, C, H, W\) with 1 to 4"),
-        (lambda x: x[0], r"generated has a batch of shape \(1, 8, 8\); must be a tensor \(N, C, H, W\)"),
+        (lambda x: x.permute(0, 2, 3, 1), r"\(1, 8, 8, 1\); must be a tensor \(N, C, H, W\) with 1 to 4"),
+        (lambda x: x[0], r"generated has a batch of shape \(1, 8, 8\); must be a tensor \(N, C, H, W\) with 1 to 4"),
         (lambda x: [x, x.repeat(1, 1, 2, 2)], r"generated has images of shape \(1, 16, 16\) .* beside \(1, 8, 8\)"),
         (lambda x: [x, x.float() / 127.5 - 1], "generated has floats from -1 to 1"),
         (lambda x: x[:7], "7 generated and 1438 real images; must be at least 8"),
@@ -402,7 +403,7 @@ def test_features_do_not_depend_on_the_callers_precision(network, train):
     torch.testing.assert_close(inside, network(pixels), rtol=0, atol=0)
     setting = torch.backends.cudnn.conv
     before = setting.fp32_precision
-    with full_float32(torch.device("cuda")):
+    with full_float32():
         assert setting.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert setting.fp32_precision == before
 

@@ -10,7 +10,8 @@ import torch
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
-from ddpm_notes_pipeline.evaluation.samples import figures_of, mean_of
+from ddpm_notes_pipeline.evaluation.records import figures_of
+from ddpm_notes_pipeline.evaluation.samples import mean_of
 from tests.evaluation.test_evaluate import save_network
 from tests.support.launching import TINY, error_lines, once
 
