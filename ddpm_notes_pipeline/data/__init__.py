@@ -2,10 +2,9 @@
 
 from ..core.levels import to_model_range, to_uint8
 from .batches import StepBatches, step_seed
-from .decoding import MODES
 from .image_set import HELD_OUT, ImageSet, hold_out
 from .images import load_images
-from .sources import EMBEDDED
+from .sources import EMBEDDED, MODES
 from .streaming import ImageStream, StreamedBatches, open_stream
 
 __all__ = [

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .decoding import MODES, Transform
-
-EMBEDDED_LICENSES = {
+MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # image mode -> channels
+EMBEDDED = {  # data set in a package -> its license
     "digits": "CC BY 4.0 (UCI: Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998)",
     "mnist": None,  # its authors state none
 }
-EMBEDDED = tuple(EMBEDDED_LICENSES)
 
 
 @dataclass(frozen=True)
@@ -68,22 +66,28 @@ class ImageSource:
         name, folder = self.dataset_name, self.train_data_dir
         if (name is None) == (folder is None):
             raise ValueError(f"exactly one of dataset_name ({name!r}) and train_data_dir ({folder!r}) must be given")
-        if self.image_mode is not None and self.image_mode not in MODES:
+        if self.image_mode not in (None, *MODES):
             raise ValueError(f"image_mode is {self.image_mode!r}; it must be one of {', '.join(MODES)}, or None")
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {self.on_bad_image!r}; it must be one of error, skip")
-        _ = self.transform  # checks the resolution
+        _ = self.target  # checks the resolution
 
     @cached_property
-    def transform(self) -> Transform:
-        """What is done to each image."""
-        target, given = None, self.resolution
-        if given is not None:
-            sides: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
-            if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
-                raise ValueError(f"resolution is {given!r}; it must be S or (H, W), integers of at least 1, or None")
-            target = (sides[0], sides[-1])
-        return Transform(target, self.center_crop, self.image_mode, self.on_bad_image)
+    def target(self) -> tuple[int, int] | None:
+        """(H, W) in pixels that images are resized to cover; None: they keep their size."""
+        if self.resolution is None:
+            return None
+        sides: Any = self.resolution if isinstance(self.resolution, list | tuple) else [self.resolution]
+        if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
+            raise ValueError(
+                f"resolution is {self.resolution!r}; it must be S or (H, W), integers of at least 1, or None"
+            )
+        return sides[0], sides[-1]
+
+    @property
+    def decoding(self) -> list[Any]:
+        """All that decides how an image is decoded, for keys and fingerprints."""
+        return [self.target, self.center_crop, self.image_mode, self.on_bad_image]
 
     @property
     def path(self) -> Path:
@@ -146,7 +150,7 @@ def read_embedded(source: ImageSource, max_samples: int | None) -> Rows:
         images=((f"{name} image {n}", images[n]) for n in chosen),
         labels=labels[chosen] if labelled else None,
         class_names=[str(digit) for digit in range(10)] if labelled else None,
-        license=EMBEDDED_LICENSES[name],
+        license=EMBEDDED[name],
     )
 
 

@@ -199,7 +199,12 @@ def _labels(table: Table) -> np.ndarray | None:
 def _named_images(table: Table, chosen: np.ndarray) -> Iterator[tuple[str, Any]]:
     for n, row in zip(chosen, table.encoded, strict=True):
         image = row[table.image_column]
-        yield f"row {n} ({image['path']})" if image and image["path"] else f"row {n}", image
+        yield image_name(f"row {n}", image), image
+
+
+def image_name(place: str, image: dict[str, Any] | None) -> str:
+    """What errors call an image: its place in the set and, if it has one, its path."""
+    return f"{place} ({image['path']})" if image and image["path"] else place
 
 
 def _digest_of_files(table: Table) -> str:
