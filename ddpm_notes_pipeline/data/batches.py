@@ -102,8 +102,7 @@ class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise IndexError(f"step {step} must be in 0..{'' if self.num_steps is None else self.num_steps - 1}")
         images = self.images
-        crop_at = self._draw(torch.rand, step, "crop", 2, dtype=torch.float64).numpy() if images.needs_crop else None
-        pixel_values, labels = self.read(step, crop_at)
+        pixel_values, labels = self.read(step, self._draw(torch.rand, step, "crop", 2, dtype=torch.float64).numpy())
         if self.random_flip:
             flipped = self._draw(torch.rand, step, "flip") < 0.5
             pixel_values[flipped] = pixel_values[flipped].flip(-1)
@@ -119,7 +118,7 @@ class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 labels[dropped] = self.null_label
         return item
 
-    def read(self, step: int, crop_at: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, step: int, crop_at: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This process's images, uint8 (b, C, H, W), and labels of a step; `crop_at` is (b, 2)."""
         index, labels = self.indices(step), self.images.labels
         return self.images.take(index, crop_at), None if labels is None else torch.from_numpy(labels[index])

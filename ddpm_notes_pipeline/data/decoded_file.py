@@ -72,16 +72,12 @@ class DecodedFile:
         # A mapped array pickles as its bytes: every DataLoader worker would be sent the whole set.
         return {key: value for key, value in self.__dict__.items() if key not in ("pixels", "offsets")}
 
-    def all_of_size(self, size: tuple[int, int]) -> bool:
-        """Whether every image is H x W."""
-        return len(self.sizes) == 1 and tuple(self.sizes[0]) == size
-
     def take(self, index: np.ndarray, size: tuple[int, int], crop_at: np.ndarray | None) -> np.ndarray:
         """The images at `index` (n integers in [0, N)), cropped to H x W: uint8 (n, C, H, W).
 
         `crop_at`, (n, 2) in [0, 1), places the crops as in `decoding.crop`; None is the centre.
         """
-        if self.all_of_size(size):
+        if len(self.sizes) == 1 and tuple(self.sizes[0]) == size:
             return self.pixels.reshape(-1, self.channels, *size).take(index, axis=0)
         out = np.empty((len(index), self.channels, *size), np.uint8)
         sizes = np.broadcast_to(self.sizes, (self.num_images, 2))

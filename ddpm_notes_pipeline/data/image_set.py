@@ -71,11 +71,6 @@ class ImageSet:
             return None
         return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
 
-    @property
-    def needs_crop(self) -> bool:
-        """Whether any stored image is larger than an image of a batch."""
-        return not self.file.all_of_size(self.size)
-
     def take(self, indices: Any, crop_at: np.ndarray | None = None) -> torch.Tensor:
         """The images at `indices` as uint8 (n, C, H, W).
 

@@ -66,11 +66,6 @@ class ImageStream:
     source = property(attrgetter("first.source"))
 
     @property
-    def needs_crop(self) -> bool:
-        """Whether decoded images may be larger than an image of a batch."""
-        return self.source.target is not None and not self.source.center_crop
-
-    @property
     def num_shards(self) -> int:
         """Files, or parts of them, that can be read apart; 1 with `max_samples`."""
         return self.table.rows.num_shards if self.max_samples is None else 1
@@ -78,9 +73,7 @@ class ImageStream:
     def shard(self, index: int) -> Any:
         """An iterable of the rows of a shard, images as they are stored."""
         rows = self.table.encoded
-        if self.max_samples is not None:
-            return rows.take(self.max_samples)
-        return rows.shard(self.num_shards, index) if self.num_shards > 1 else rows
+        return rows.shard(self.num_shards, index) if self.max_samples is None else rows.take(self.max_samples)
 
     def num_streams(self, batch_size: int) -> int:
         """V: the largest number up to MAX_STREAMS that divides the batch and the shards."""
@@ -121,8 +114,7 @@ def open_stream(
         raise ValueError(f"label_column {label!r} is {table.rows.features[label]}; a stream needs a ClassLabel")
     images = [dataset_config_name, first.name, first.fingerprint, first.split, table.image_column, label]
     settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *first.source.decoding]
-    fingerprint = digest([*images, *settings])
-    return ImageStream(first, table, max_samples, buffer_size, fingerprint, first.skipped)
+    return ImageStream(first, table, max_samples, buffer_size, digest([*images, *settings]), first.skipped)
 
 
 class StreamedBatches(StepBatches):
@@ -138,23 +130,22 @@ class StreamedBatches(StepBatches):
     def __init__(self, images: ImageStream, batch_size: int, seed: int, *args: Any, **settings: Any) -> None:
         super().__init__(cast(Any, images), batch_size, seed, *args, **settings)
         self.num_streams = images.num_streams(batch_size)
+        self.part = batch_size // self.num_streams  # images of a step from one stream
         self._readers: dict[int, StreamReader] = {}
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         item = super().__getitem__(step)
         # Each stream is counted by the process that has the first of its images.
-        part = self.batch_size // self.num_streams
-        counted = [reader for v, reader in self._readers.items() if v * part >= self.share.start]
-        item["bad_images"] = torch.tensor(sum(reader.bad for reader in counted))
+        counted = [reader.bad for v, reader in self._readers.items() if v * self.part >= self.share.start]
+        item["bad_images"] = torch.tensor(sum(counted))
         return item
 
-    def read(self, step: int, crop_at: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, step: int, crop_at: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This process's images and labels of a step."""
         info = torch.utils.data.get_worker_info()
         if info is not None and info.num_workers > 1:
             raise ValueError(f"{info.num_workers} workers read a stream; --dataloader_num_workers must be 0 or 1")
-        part = self.batch_size // self.num_streams  # images of a step from one stream
-        images = []
+        images, part = [], self.part
         for v in range(self.share.start // part, (self.share.stop - 1) // part + 1):
             reader = self._readers.get(v)
             if reader is None or reader.position > step * part:
@@ -163,8 +154,7 @@ class StreamedBatches(StepBatches):
             reader.go_to(step * part + begin)
             images += [reader.read() for _ in range(begin, end)]
             reader.go_to(step * part + part)  # bad images are counted to the end of the part
-        places = [None] * len(images) if crop_at is None else crop_at
-        pixels = [crop(image, self.images.size, at) for (image, _), at in zip(images, places, strict=True)]
+        pixels = [crop(image, self.images.size, at) for (image, _), at in zip(images, crop_at, strict=True)]
         labels = None if self.images.class_names is None else torch.tensor([label for _, label in images])
         return torch.from_numpy(np.stack(pixels)), labels
 

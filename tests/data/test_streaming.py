@@ -117,7 +117,7 @@ def test_any_number_of_processes_sees_the_same_batches(stream, tmp_path, count, 
         table = table_of([random_pixels(8 + n, 13 - n, 3, seed=7 * k + n) for n in range(7)], animal=[0, 1] * 3 + [0])
         write_parquet(source, table, f"train-{k}-of-{count}")
     images = stream(source, label_column="animal", resolution=8)
-    assert images.num_streams(8) == streams and images.needs_crop
+    assert images.num_streams(8) == streams
     whole = StreamedBatches(images, 8, 5, **EVERYTHING)
     for processes in (2, 4, 8):
         shares = [StreamedBatches(images, 8, 5, rank, processes, **EVERYTHING) for rank in range(processes)]
