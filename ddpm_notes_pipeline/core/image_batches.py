@@ -1,5 +1,6 @@
 """Whatever a user calls images, as a stream of uint8 batches with their labels."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,9 +39,9 @@ def image_batches(images: Any, channels: int, class_labels: Any = None, need_lab
     one_each = given is not None and given.numel() != 1
     start = 0
     for batch in [images] if whole else images:
-        pixels, labels = (
-            (batch["pixel_values"], batch.get("class_labels")) if isinstance(batch, dict) else (batch, None)
-        )
+        pixels, labels = batch, None
+        if isinstance(batch, dict):
+            pixels, labels = batch["pixel_values"], batch.get("class_labels")
         pixels = as_pixels(pixels, channels)
         if not len(pixels):
             continue
@@ -66,30 +67,23 @@ def first_images(batches: Iterator[ImageBatch], n: int) -> tuple[list[ImageBatch
     images: list[ImageBatch] = []
     while len(images) < n and (batch := next(batches, None)) is not None:
         held.append(batch)
-        pixels, labels = batch
-        for i in range(min(len(pixels), n - len(images))):
-            images.append((pixels[i : i + 1], None if labels is None else labels[i : i + 1]))
-    return held, images
+        images += _one_by_one([batch])
+    return held, images[:n]
 
 
 def regrouped(batches: Iterable[ImageBatch], n: int) -> Iterator[ImageBatch]:
     """The same images n at a time: a network's rounding depends on the size of its batches."""
-    rest: ImageBatch | None = None
+    for _, images in itertools.groupby(_one_by_one(batches), lambda image: image[0].shape):
+        while group := list(itertools.islice(images, n)):
+            pixels, labels = zip(*group)
+            yield torch.cat(pixels), None if any(label is None for label in labels) else torch.cat(labels)
+
+
+def _one_by_one(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
     for pixels, labels in batches:
-        if rest is not None and rest[0].shape[1:] != pixels.shape[1:]:
-            yield rest
-        elif rest is not None:
-            pixels = torch.cat([rest[0], pixels])
-            labels = None if labels is None or rest[1] is None else torch.cat([rest[1], labels])
-        rest = None
-        for i in range(0, len(pixels), n):
-            part = pixels[i : i + n], None if labels is None else labels[i : i + n]
-            if len(part[0]) < n:
-                rest = part
-            else:
-                yield part
-    if rest is not None:
-        yield rest
+        for i in range(len(pixels)):
+            one = pixels[i : i + 1].clone()  # a view would hold its whole batch
+            yield one, None if labels is None else labels[i : i + 1]
 
 
 def number_of_images(images: Any) -> int | None:
