@@ -99,9 +99,8 @@ def bad_image(name: str, error: Exception) -> ValueError:
 
 def check_size(name: str, pixels: np.ndarray, size: tuple[int, int]) -> None:
     """Require the (H, W) of the first image. An image of another size is not a bad one."""
-    _, height, width = pixels.shape
+    height, width = pixels.shape[1:]
     if (height, width) != size:
         raise ValueError(
-            f"{name} is {height}x{width} (height x width), the first one {size[0]}x{size[1]}; "
-            "set a resolution (--resolution) to bring all images to one size"
+            f"{name} is {height}x{width} (height x width), the first one {size[0]}x{size[1]}; set a resolution (--resolution) to bring all images to one size"
         )

@@ -13,6 +13,7 @@ As in `datasets`, names that begin with "." or "__" are ignored.
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class ImageFolder:
     Attributes:
         root: the folder.
         splits: the image files of each split, as sorted paths below `root`.
-        has_split_folders: whether sub-folders are the splits, rather than the folder being "train".
+        split_folders: the sub-folders of each split; none where the folder itself is "train".
         metadata: paths below `root` of the files that list the rows.
         archives: whether it holds archives, which `datasets` unpacks.
         tables: the number of files that hold rows of data rather than one image.
@@ -47,21 +48,16 @@ class ImageFolder:
 
     root: Path
     splits: dict[str, list[str]]
-    has_split_folders: bool
+    split_folders: dict[str, list[str]]
     metadata: list[str]
     archives: bool
     tables: int
 
-    @property
-    def num_files(self) -> int:
-        """The number of image files in all splits."""
-        return sum(map(len, self.splits.values()))
-
-    @property
+    @cached_property
     def classes(self) -> dict[str, Any]:
         """The class of each image, by its path; None for an image in no sub-folder."""
         paths = [path for paths in self.splits.values() for path in paths]
-        return {path: next(iter(path.split("/")[int(self.has_split_folders) : -1]), None) for path in paths}
+        return {path: next(iter(path.split("/")[bool(self.split_folders) : -1]), None) for path in paths}
 
     def load(self, split: str, streaming: bool = False) -> Any:
         """The rows of a split ("train", "train[:90%]", "train+test").
@@ -71,26 +67,21 @@ class ImageFolder:
             in a class, "label".
 
         Raises:
-            ValueError: there is no such split, or no image in it.
+            ValueError: there is no such split.
         """
         if self.metadata or self.archives:
-            data_files = {"train": ["**"]}
-            if self.has_split_folders:
-                above = [path for path in self.metadata if "/" not in path]
-                tops = {name: sorted({path.partition("/")[0] for path in paths}) for name, paths in self.splits.items()}
-                data_files = {name: [*(f"{top}/**" for top in folders), *above] for name, folders in tops.items()}
-            return datasets.load_dataset(
-                "imagefolder", data_dir=str(self.root), data_files=data_files, split=split, streaming=streaming
-            )
+            above = [path for path in self.metadata if "/" not in path]
+            files = {name: [*(f"{top}/**" for top in tops), *above] for name, tops in self.split_folders.items()}
+            files = files or {"train": ["**"]}
+            return datasets.load_dataset("imagefolder", None, str(self.root), files, split, streaming=streaming)
         sizes = {name: len(paths) for name, paths in self.splits.items()}
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
         paths = [path for part in parts for path in self.splits[part.splitname][part.from_ : part.to]]
         columns = {"image": [str(self.root / path) for path in paths]}
         features = datasets.Features(image=datasets.Image())
-        classes = self.classes
-        if None not in classes.values():
-            columns["label"] = [classes[path] for path in paths]
-            features["label"] = datasets.ClassLabel(names=sorted(set(classes.values())))
+        if None not in self.classes.values():
+            columns["label"] = [self.classes[path] for path in paths]
+            features["label"] = datasets.ClassLabel(names=sorted(set(self.classes.values())))
         table = datasets.Dataset.from_dict(columns, features=features, split=parts[0].splitname)
         return table.to_iterable_dataset(num_shards=max(1, min(len(table), STREAM_SHARDS))) if streaming else table
 
@@ -114,16 +105,19 @@ def read_image_folder(root: Path) -> ImageFolder:
     archives = any(suffix in ARCHIVE_SUFFIXES for suffix in suffixes.values())
     tables = sum(suffix in TABLE_SUFFIXES for suffix in suffixes.values()) - len(metadata)
     top = sorted({path.partition("/")[0] for path in images if "/" in path})
-    has_split_folders = bool(top) and all(name.lower() in SPLIT_OF for name in top)
+    split_folders: dict[str, list[str]] = {}
+    if all(name.lower() in SPLIT_OF for name in top):
+        for name in top:
+            split_folders.setdefault(SPLIT_OF[name.lower()], []).append(name)
     beside = [path for path in images if "/" not in path]
-    if has_split_folders and beside:
+    if split_folders and beside:
         raise ValueError(
             f"{root} has the splits {', '.join(top)} and {len(beside)} images beside them ({beside[0]}, ...), which are in no split; move them into one of its folders"
         )
     splits: dict[str, list[str]] = {}
     for path in images:
-        splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()] if has_split_folders else "train", []).append(path)
-    return ImageFolder(root, splits, has_split_folders, metadata, archives, tables)
+        splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()] if split_folders else "train", []).append(path)
+    return ImageFolder(root, splits, split_folders, metadata, archives, tables)
 
 
 def _files_below(root: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,11 +75,12 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
     chosen = evenly_spaced(len(table.rows), max_samples)
     if len(chosen) < len(table.rows):
         table = replace(table, rows=table.rows.select(chosen, keep_in_memory=True))
+    images = (row[table.image_column] for row in table.encoded)
     return Rows(
         name=source.path.resolve().name if source.path.is_dir() else str(source.dataset_name),
         key=digest([fingerprint, table.image_column, len(chosen), _digest_of_files(table)]),
         count=len(chosen),
-        images=_named_images(table, chosen),
+        images=((image_name(f"row {n}", image), image) for n, image in zip(chosen, images, strict=True)),
         labels=_labels(table),
         class_names=table.class_names,
         license=license or None,
@@ -132,12 +132,12 @@ def _find_image_folder(source: ImageSource) -> ImageFolder | None:
     """The folder, if it is one of image files: a train_data_dir always is."""
     folder = read_image_folder(source.path)
     if source.dataset_name is None:
-        if not folder.num_files and not folder.archives:
+        if not folder.classes and not folder.archives:
             raise FileNotFoundError(f"{source} holds no image or data file")
         return folder
     readme = source.path / "README.md"
     configured = readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
-    return folder if folder.num_files > folder.tables and not configured else None
+    return folder if len(folder.classes) > folder.tables and not configured else None
 
 
 def _find_image_column(features: dict[str, Any], asked: str | None) -> str:
@@ -158,7 +158,7 @@ def _check_label_column(features: dict[str, Any], asked: str | None, folder: Ima
     problem = f"is {features[asked]}" if asked in features else "is not a column"
     known = f"columns: {', '.join(features)}; of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
     if folder is not None and not folder.metadata and (outside := list(folder.classes.values()).count(None)):
-        known += f". A folder has the column 'label' where every image is in a sub-folder, its class; {outside} of {folder.num_files} images are in none"
+        known += f". A folder has the column 'label' where every image is in a sub-folder, its class; {outside} of {len(folder.classes)} images are in none"
     raise ValueError(f"label_column {asked!r} {problem}; {known}")
 
 
@@ -179,16 +179,10 @@ def _labels(table: Table) -> np.ndarray | None:
     """(N,) int64."""
     if table.label_column is None:
         return None
-    column = table.rows.select_columns([table.label_column]).with_format("arrow")[:].column(table.label_column)
+    column = table.rows.select_columns([table.label_column]).with_format("arrow")[:].column(0)
     if column.null_count or (labels := column.to_numpy().astype(np.int64)).min() < 0:
         raise ValueError(f"label_column {table.label_column!r} has rows without a label (null or below 0)")
     return labels
-
-
-def _named_images(table: Table, chosen: np.ndarray) -> Iterator[tuple[str, Any]]:
-    for n, row in zip(chosen, table.encoded, strict=True):
-        image = row[table.image_column]
-        yield image_name(f"row {n}", image), image
 
 
 def image_name(place: str, image: dict[str, Any] | None) -> str:
