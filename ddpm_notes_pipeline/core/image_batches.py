@@ -32,8 +32,7 @@ def image_batches(images: Any, channels: int, class_labels: Any = None, need_lab
     )
     if not whole and not isinstance(images, Iterable):
         raise ValueError(
-            f"images is {type(images).__name__}; it must be 8-bit images as tensors, arrays, PIL images, "
-            "or batches of them"
+            f"images is {type(images).__name__}; it must be 8-bit images as tensors, arrays, PIL images, or batches of them"
         )
     given = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
     one_each = given is not None and given.numel() != 1
@@ -52,8 +51,7 @@ def image_batches(images: Any, channels: int, class_labels: Any = None, need_lab
                 raise _wrong_number_of_labels(given, f"{end}" if whole else f"at least {end}")
         elif need_labels and labels is None:
             raise ValueError(
-                "class_labels has one label for each of images, and pilot_images has no labels; it must be "
-                'batches of {"pixel_values": ..., "class_labels": ...}, or class_labels one label for all'
+                'class_labels has one label for each of images, and pilot_images has no labels; it must be batches of {"pixel_values": ..., "class_labels": ...}, or class_labels one label for all'
             )
         yield pixels, labels
         start = end

@@ -116,5 +116,4 @@ def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, Image
         raise ValueError(f"validation_share is {share} of {len(images)} images; it must leave images in both parts")
     seeds = np.random.SeedSequence([seed, zlib.crc32(HELD_OUT.encode())])
     order = np.random.default_rng(seeds).permutation(len(images))
-    held_out, training = np.sort(order[:count]), np.sort(order[count:])
-    return images.part(training, images.split), images.part(held_out, HELD_OUT)
+    return images.part(np.sort(order[count:]), images.split), images.part(np.sort(order[:count]), HELD_OUT)
