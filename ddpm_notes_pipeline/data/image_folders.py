@@ -72,12 +72,9 @@ class ImageFolder:
         if self.metadata or self.archives:
             above = [path for path in self.metadata if "/" not in path]
             files = {name: [*(f"{top}/**" for top in tops), *above] for name, tops in self.split_folders.items()}
+            files = files or {"train": ["**"]}
             return datasets.load_dataset(
-                "imagefolder",
-                data_dir=str(self.root),
-                data_files=files or {"train": ["**"]},
-                split=split,
-                streaming=streaming,
+                "imagefolder", data_dir=str(self.root), data_files=files, split=split, streaming=streaming
             )
         sizes = {name: len(paths) for name, paths in self.splits.items()}
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)

@@ -172,7 +172,8 @@ def _first_rows(table: Table, split: str, count: int | None) -> Table:
     rows = [{name: read_remote(value) for name, value in row.items()} for row in stream.take(count)]
     if not rows:
         raise ValueError(f"the stream has 0 rows in split {split!r}")
-    return replace(table, rows=datasets.Dataset.from_list(rows, features=stream.features))
+    first = datasets.Dataset.from_list(rows, features=stream.features)
+    return replace(table, rows=first.cast_column(table.image_column, datasets.Image()))
 
 
 def _labels(table: Table) -> np.ndarray | None:
