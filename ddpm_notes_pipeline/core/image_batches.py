@@ -86,16 +86,14 @@ def _one_by_one(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
 
 def number_of_images(images: Any) -> int | None:
     """How many images there are; None where they come one batch after another."""
-    if isinstance(images, dict):
-        return number_of_images(images["pixel_values"])
     if _is_picture(images):
         return 1
+    if isinstance(images, dict):
+        images = images["pixel_values"]
     if isinstance(images, (torch.Tensor, np.ndarray)):
         return len(images) if images.ndim else None
-    if not isinstance(images, (list, tuple)):
-        return None
-    numbers = [number_of_images(batch) for batch in images]
-    return None if None in numbers else sum(n or 0 for n in numbers)
+    numbers: list[Any] = [number_of_images(part) for part in images] if isinstance(images, (list, tuple)) else [None]
+    return None if None in numbers else sum(numbers)
 
 
 def _is_picture(image: Any) -> bool:
