@@ -1,5 +1,6 @@
 """Whatever a user calls images, as a stream of uint8 batches with their labels."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,16 +32,15 @@ def image_batches(images: Any, channels: int, class_labels: Any = None, need_lab
     )
     if not whole and not isinstance(images, Iterable):
         raise ValueError(
-            f"images is {type(images).__name__}; it must be 8-bit images as tensors, arrays, PIL images, "
-            "or batches of them"
+            f"images is {type(images).__name__}; it must be 8-bit images as tensors, arrays, PIL images, or batches of them"
         )
     given = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
     one_each = given is not None and given.numel() != 1
     start = 0
     for batch in [images] if whole else images:
-        pixels, labels = (
-            (batch["pixel_values"], batch.get("class_labels")) if isinstance(batch, dict) else (batch, None)
-        )
+        pixels, labels = batch, None
+        if isinstance(batch, dict):
+            pixels, labels = batch["pixel_values"], batch.get("class_labels")
         pixels = as_pixels(pixels, channels)
         if not len(pixels):
             continue
@@ -51,8 +51,7 @@ def image_batches(images: Any, channels: int, class_labels: Any = None, need_lab
                 raise _wrong_number_of_labels(given, f"{end}" if whole else f"at least {end}")
         elif need_labels and labels is None:
             raise ValueError(
-                "class_labels has one label for each of images, and pilot_images has no labels; it must be "
-                'batches of {"pixel_values": ..., "class_labels": ...}, or class_labels one label for all'
+                'class_labels has one label for each of images, and pilot_images has no labels; it must be batches of {"pixel_values": ..., "class_labels": ...}, or class_labels one label for all'
             )
         yield pixels, labels
         start = end
@@ -66,44 +65,35 @@ def first_images(batches: Iterator[ImageBatch], n: int) -> tuple[list[ImageBatch
     images: list[ImageBatch] = []
     while len(images) < n and (batch := next(batches, None)) is not None:
         held.append(batch)
-        pixels, labels = batch
-        for i in range(min(len(pixels), n - len(images))):
-            images.append((pixels[i : i + 1], None if labels is None else labels[i : i + 1]))
-    return held, images
+        images += _one_by_one([batch])
+    return held, images[:n]
 
 
 def regrouped(batches: Iterable[ImageBatch], n: int) -> Iterator[ImageBatch]:
     """The same images n at a time: a network's rounding depends on the size of its batches."""
-    rest: ImageBatch | None = None
+    for _, images in itertools.groupby(_one_by_one(batches), lambda image: image[0].shape):
+        while group := list(itertools.islice(images, n)):
+            pixels, labels = zip(*group)
+            yield torch.cat(pixels), None if any(label is None for label in labels) else torch.cat(labels)
+
+
+def _one_by_one(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
     for pixels, labels in batches:
-        if rest is not None and rest[0].shape[1:] != pixels.shape[1:]:
-            yield rest
-        elif rest is not None:
-            pixels = torch.cat([rest[0], pixels])
-            labels = None if labels is None or rest[1] is None else torch.cat([rest[1], labels])
-        rest = None
-        for i in range(0, len(pixels), n):
-            part = pixels[i : i + n], None if labels is None else labels[i : i + n]
-            if len(part[0]) < n:
-                rest = part
-            else:
-                yield part
-    if rest is not None:
-        yield rest
+        for i in range(len(pixels)):
+            one = pixels[i : i + 1].clone()  # a view would hold its whole batch
+            yield one, None if labels is None else labels[i : i + 1]
 
 
 def number_of_images(images: Any) -> int | None:
     """How many images there are; None where they come one batch after another."""
-    if isinstance(images, dict):
-        return number_of_images(images["pixel_values"])
     if _is_picture(images):
         return 1
+    if isinstance(images, dict):
+        images = images["pixel_values"]
     if isinstance(images, (torch.Tensor, np.ndarray)):
         return len(images) if images.ndim else None
-    if not isinstance(images, (list, tuple)):
-        return None
-    numbers = [number_of_images(batch) for batch in images]
-    return None if None in numbers else sum(n or 0 for n in numbers)
+    numbers: list[Any] = [number_of_images(part) for part in images] if isinstance(images, (list, tuple)) else [None]
+    return None if None in numbers else sum(numbers)
 
 
 def _is_picture(image: Any) -> bool:

@@ -2,24 +2,10 @@
 
 from ..core.levels import to_model_range, to_uint8
 from .batches import StepBatches, step_seed
-from .decoding import MODES
 from .image_set import HELD_OUT, ImageSet, hold_out
 from .images import load_images
-from .sources import EMBEDDED
+from .sources import EMBEDDED, MODES
 from .streaming import ImageStream, StreamedBatches, open_stream
 
-__all__ = [
-    "EMBEDDED",
-    "HELD_OUT",
-    "MODES",
-    "ImageSet",
-    "ImageStream",
-    "StepBatches",
-    "StreamedBatches",
-    "hold_out",
-    "load_images",
-    "open_stream",
-    "step_seed",
-    "to_model_range",
-    "to_uint8",
-]
+__all__ = ["EMBEDDED", "HELD_OUT", "MODES", "ImageSet", "hold_out", "load_images", "to_model_range", "to_uint8"]
+__all__ += ["ImageStream", "StepBatches", "StreamedBatches", "open_stream", "step_seed"]

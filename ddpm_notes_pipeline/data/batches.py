@@ -6,7 +6,6 @@ by (seed, n, name of the draw); they are drawn for the whole global batch, then 
 carried from step to step: resuming is asking for step n, whatever the number of processes.
 """
 
-import operator
 import zlib
 from typing import Any
 
@@ -82,8 +81,7 @@ class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         classes = images.num_classes
         if label_dropout > 0 and (classes is None or null_label is None or null_label < classes):
             raise ValueError(
-                f"label_dropout {label_dropout} needs images with a label_column (classes: {classes}) "
-                f"and a null_label that is none of the classes (got {null_label})"
+                f"label_dropout {label_dropout} needs images with a label_column (classes: {classes}) and a null_label that is none of the classes (got {null_label})"
             )
         step_seed(seed, 0, "epoch")  # a bad seed fails here rather than in a worker
         self.images, self.batch_size, self.seed, self.num_steps = images, batch_size, seed, num_steps
@@ -98,12 +96,10 @@ class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.num_steps
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        step = operator.index(step)
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise IndexError(f"step {step} must be in 0..{'' if self.num_steps is None else self.num_steps - 1}")
         images = self.images
-        crop_at = self._draw(torch.rand, step, "crop", 2, dtype=torch.float64).numpy() if images.needs_crop else None
-        pixel_values, labels = self.read(step, crop_at)
+        pixel_values, labels = self.read(step, self._draw(torch.rand, step, "crop", 2, dtype=torch.float64).numpy())
         if self.random_flip:
             flipped = self._draw(torch.rand, step, "flip") < 0.5
             pixel_values[flipped] = pixel_values[flipped].flip(-1)
@@ -119,7 +115,7 @@ class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 labels[dropped] = self.null_label
         return item
 
-    def read(self, step: int, crop_at: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, step: int, crop_at: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This process's images, uint8 (b, C, H, W), and labels of a step; `crop_at` is (b, 2)."""
         index, labels = self.indices(step), self.images.labels
         return self.images.take(index, crop_at), None if labels is None else torch.from_numpy(labels[index])

@@ -11,6 +11,7 @@ import os
 import uuid
 import zipfile
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .decoding import MODES, Transform, bad_image, check_size, crop, decode
+from .decoding import bad_image, check_size, crop, decode
+from .sources import MODES, ImageSource
 
 FORMAT = 1  # of the file and of how images are decoded: raise it, and every set is decoded anew
 
@@ -70,16 +72,12 @@ class DecodedFile:
         # A mapped array pickles as its bytes: every DataLoader worker would be sent the whole set.
         return {key: value for key, value in self.__dict__.items() if key not in ("pixels", "offsets")}
 
-    def all_of_size(self, size: tuple[int, int]) -> bool:
-        """Whether every image is H x W."""
-        return len(self.sizes) == 1 and tuple(self.sizes[0]) == size
-
     def take(self, index: np.ndarray, size: tuple[int, int], crop_at: np.ndarray | None) -> np.ndarray:
         """The images at `index` (n integers in [0, N)), cropped to H x W: uint8 (n, C, H, W).
 
         `crop_at`, (n, 2) in [0, 1), places the crops as in `decoding.crop`; None is the centre.
         """
-        if self.all_of_size(size):
+        if len(self.sizes) == 1 and tuple(self.sizes[0]) == size:
             return self.pixels.reshape(-1, self.channels, *size).take(index, axis=0)
         out = np.empty((len(index), self.channels, *size), np.uint8)
         sizes = np.broadcast_to(self.sizes, (self.num_images, 2))
@@ -103,7 +101,7 @@ def read_decoded(path: Path) -> DecodedFile | None:
     return DecodedFile(path, len(kept), sizes, left_out, **meta)
 
 
-def write_decoded(path: Path, images: Iterable[tuple[str, Any]], transform: Transform) -> DecodedFile:
+def write_decoded(path: Path, images: Iterable[tuple[str, Any]], source: ImageSource) -> DecodedFile:
     """Decode (name, encoded image) pairs into a file.
 
     Raises:
@@ -117,7 +115,7 @@ def write_decoded(path: Path, images: Iterable[tuple[str, Any]], transform: Tran
     part = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "xb") as out:
-            _write(out, images, transform)
+            _write(out, images, source)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -127,28 +125,26 @@ def write_decoded(path: Path, images: Iterable[tuple[str, Any]], transform: Tran
     return decoded
 
 
-def _write(out: BinaryIO, images: Iterable[tuple[str, Any]], transform: Transform) -> None:
-    mode, digest = transform.image_mode, hashlib.blake2b(digest_size=16)
-    counts = dict.fromkeys(("sixteen_bit", "lossy", "resized"), 0)
+def _write(out: BinaryIO, images: Iterable[tuple[str, Any]], source: ImageSource) -> None:
+    mode, digest = source.image_mode, hashlib.blake2b(digest_size=16)
+    counts = Counter(sixteen_bit=0, lossy=0, resized=0)
     bad: dict[str, list[str]] = {}  # reason -> names of images
     kept, stored = array("q"), array("i")
     for row, (name, raw) in enumerate(images):
         try:
-            image = decode(raw, transform, mode)
+            pixels, mode, done = decode(raw, source, mode)
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more
-            if transform.on_bad_image == "error":
+            if source.on_bad_image == "error":
                 raise bad_image(name, error) from error
             bad.setdefault(str(error), []).append(name)
             continue
-        if transform.target is None and kept:
-            check_size(name, image.pixels, (stored[0], stored[1]))
-        mode, data = image.mode, image.pixels.tobytes()
-        out.write(data)
+        if source.target is None and kept:
+            check_size(name, pixels, (stored[0], stored[1]))
+        out.write(data := pixels.tobytes())
         digest.update(data)
         kept.append(row)
-        stored.extend(image.pixels.shape[1:])
-        for what in counts:
-            counts[what] += getattr(image, what)
+        stored.extend(pixels.shape[1:])
+        counts.update(done)
     skipped = sum(map(len, bad.values()))
     reasons = []
     for reason, names in sorted(bad.items(), key=lambda item: -len(item[1]))[:5]:
@@ -158,7 +154,7 @@ def _write(out: BinaryIO, images: Iterable[tuple[str, Any]], transform: Transfor
         raise ValueError(f"no image could be read, of {skipped}; {'; '.join(reasons)}")
     sizes = np.array(stored, np.int32).reshape(-1, 2)
     sizes = sizes[:1] if (sizes == sizes[0]).all() else sizes
-    digest.update(json.dumps([mode, len(kept), transform.target]).encode() + sizes.tobytes())
+    digest.update(json.dumps([mode, len(kept), source.target]).encode() + sizes.tobytes())
     meta = {"mode": mode, "fingerprint": digest.hexdigest(), "skipped": skipped, "bad": reasons} | counts
     index = io.BytesIO()
     np.savez_compressed(index, meta=np.array(json.dumps(meta)), stored=sizes, kept=np.array(kept, np.int64))

@@ -1,65 +1,60 @@
 """One encoded image -> pixels: 8 bits, upright, in one of three modes, resized and cropped."""
 
 import io
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # image mode -> channels
+from .sources import MODES, ImageSource
 
 
-class Transform(NamedTuple):
-    """What is done to every image.
-
-    Attributes:
-        target: (H, W) in pixels that images are resized to cover; None keeps their size.
-        center_crop: whether the central H x W is stored, rather than the whole resized image.
-        image_mode: the mode that images are converted to; None keeps that of the first image.
-        on_bad_image: "error" or "skip".
-    """
-
-    target: tuple[int, int] | None
-    center_crop: bool
-    image_mode: str | None
-    on_bad_image: str
-
-
-class DecodedImage(NamedTuple):
-    """Pixels, uint8 of shape (C, H, W), their mode, and what was done to get them."""
-
-    pixels: np.ndarray
-    mode: str
-    sixteen_bit: bool
-    lossy: bool
-    resized: bool
-
-
-def decode(raw: Any, transform: Transform, mode: str | None) -> DecodedImage:
+def decode(raw: Any, source: ImageSource, mode: str | None) -> tuple[np.ndarray, str, dict[str, bool]]:
     """Decode one image.
 
     Args:
         raw: an array (H, W), or what `datasets.Image(decode=False)` gives, {"bytes", "path"}.
-        transform: what is done to it.
+        source: what is done to it.
         mode: the mode of the first image, which all must have; None for the first.
+
+    Returns:
+        The pixels, uint8 (C, H, W); their mode; and whether the image had 16 bits ("sixteen_bit"),
+        came from JPEG ("lossy") and was resized ("resized").
 
     Raises:
         Exception: whatever PIL raises for a broken file; ValueError for an image of another mode.
     """
     image, lossy = open_image(raw)
-    image, sixteen_bit = _to_8_bits(image)
-    image = _convert(image, transform.image_mode)
-    if mode is not None and image.mode != mode:
-        found = image.mode + (" (from 16 bits)" if sixteen_bit else "")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point (mode F); they must have 8 or 16 bits")
+    sixteen_bit = image.mode.startswith("I")
+    if sixteen_bit:  # PIL's own conversion clips these at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its values are {values.min()}..{values.max()}; grey must have at most 16 bits")
+        image = PIL.Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    wanted = source.image_mode or image.mode
+    if wanted not in MODES:  # the one that keeps what the image holds
+        wanted = "RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB"
+    if mode not in (None, wanted):
+        found = wanted + (" (from 16 bits)" if sixteen_bit else "")
         raise ValueError(
             f"its mode is {found}, that of the first image is {mode}; image_mode (--image_mode) converts all to one"
         )
-    image, resized = _resize(image, transform)
-    pixels = np.asarray(image)
+    size = image.size
+    if source.target is not None:
+        height, width = source.target
+        factor = max(height / image.height, width / image.width)
+        size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
+    done = {"sixteen_bit": sixteen_bit, "lossy": lossy, "resized": size != image.size}
+    # Antialiased: PIL widens its filter.
+    pixels = np.asarray(image.convert(wanted).resize(size, PIL.Image.Resampling.BILINEAR))
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return DecodedImage(pixels, image.mode, sixteen_bit, lossy, resized)
+    if source.target is not None and source.center_crop:
+        pixels = crop(pixels, source.target)
+    return pixels, wanted, done
 
 
 def open_image(raw: Any) -> tuple[PIL.Image.Image, bool]:
@@ -104,44 +99,8 @@ def bad_image(name: str, error: Exception) -> ValueError:
 
 def check_size(name: str, pixels: np.ndarray, size: tuple[int, int]) -> None:
     """Require the (H, W) of the first image. An image of another size is not a bad one."""
-    _, height, width = pixels.shape
+    height, width = pixels.shape[1:]
     if (height, width) != size:
         raise ValueError(
-            f"{name} is {height}x{width} (height x width), the first one {size[0]}x{size[1]}; "
-            "set a resolution (--resolution) to bring all images to one size"
+            f"{name} is {height}x{width} (height x width), the first one {size[0]}x{size[1]}; set a resolution (--resolution) to bring all images to one size"
         )
-
-
-def _to_8_bits(image: PIL.Image.Image) -> tuple[PIL.Image.Image, bool]:
-    """The image in 8 bits, and whether it had 16: PIL's own conversion clips these at 255."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point (mode F); they must have 8 or 16 bits")
-    if not image.mode.startswith("I"):
-        return image, False
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its values are {values.min()}..{values.max()}; grey must have at most 16 bits")
-    return PIL.Image.fromarray(np.rint(values / 257).astype(np.uint8)), True
-
-
-def _convert(image: PIL.Image.Image, mode: str | None) -> PIL.Image.Image:
-    """The image in `mode`, or for None in the one of MODES that keeps what it holds."""
-    if mode is None and image.mode not in MODES:
-        mode = "RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB"
-    return image if mode in (None, image.mode) else image.convert(mode)
-
-
-def _resize(image: PIL.Image.Image, transform: Transform) -> tuple[PIL.Image.Image, bool]:
-    """The image resized to cover the target and cropped if asked to, and whether it was resized."""
-    if transform.target is None:
-        return image, False
-    height, width = transform.target
-    factor = max(height / image.height, width / image.width)
-    covering = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
-    resized = covering != image.size
-    if resized:
-        image = image.resize(covering, PIL.Image.Resampling.BILINEAR)  # antialiased: PIL widens its filter
-    if transform.center_crop:
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    return image, resized

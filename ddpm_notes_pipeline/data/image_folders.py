@@ -13,6 +13,7 @@ As in `datasets`, names that begin with "." or "__" are ignored.
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ IMAGE_SUFFIXES = frozenset(DatasetsImageFolder.EXTENSIONS)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", *ARCHIVE_SUFFIXES)
+HIDDEN = (".", "__")
 STREAM_SHARDS = 64
 
 
@@ -38,7 +40,7 @@ class ImageFolder:
     Attributes:
         root: the folder.
         splits: the image files of each split, as sorted paths below `root`.
-        has_split_folders: whether sub-folders are the splits, rather than the folder being "train".
+        split_folders: the sub-folders of each split; none where the folder itself is "train".
         metadata: paths below `root` of the files that list the rows.
         archives: whether it holds archives, which `datasets` unpacks.
         tables: the number of files that hold rows of data rather than one image.
@@ -46,24 +48,16 @@ class ImageFolder:
 
     root: Path
     splits: dict[str, list[str]]
-    has_split_folders: bool
+    split_folders: dict[str, list[str]]
     metadata: list[str]
     archives: bool
     tables: int
 
-    @property
-    def num_files(self) -> int:
-        """The number of image files in all splits."""
-        return sum(map(len, self.splits.values()))
-
-    @property
-    def classes(self) -> list[str | None]:
-        """The class of each image in all splits; None for an image in no sub-folder."""
-        return [self._class_of(path) for paths in self.splits.values() for path in paths]
-
-    def _class_of(self, path: str) -> str | None:
-        folders = path.split("/")[:-1][1 if self.has_split_folders else 0 :]
-        return folders[0] if folders else None
+    @cached_property
+    def classes(self) -> dict[str, Any]:
+        """The class of each image, by its path; None for an image in no sub-folder."""
+        paths = [path for paths in self.splits.values() for path in paths]
+        return {path: next(iter(path.split("/")[bool(self.split_folders) : -1]), None) for path in paths}
 
     def load(self, split: str, streaming: bool = False) -> Any:
         """The rows of a split ("train", "train[:90%]", "train+test").
@@ -73,23 +67,24 @@ class ImageFolder:
             in a class, "label".
 
         Raises:
-            ValueError: there is no such split, or no image in it.
+            ValueError: there is no such split.
         """
         if self.metadata or self.archives:
+            above = [path for path in self.metadata if "/" not in path]
+            files = {name: [*(f"{top}/**" for top in tops), *above] for name, tops in self.split_folders.items()}
+            files = files or {"train": ["**"]}
             return datasets.load_dataset(
-                "imagefolder", data_dir=str(self.root), data_files=self._patterns(), split=split, streaming=streaming
+                "imagefolder", data_dir=str(self.root), data_files=files, split=split, streaming=streaming
             )
         sizes = {name: len(paths) for name, paths in self.splits.items()}
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
         paths = [path for part in parts for path in self.splits[part.splitname][part.from_ : part.to]]
-        if not paths:
-            raise ValueError(f"{self.root} has 0 images in split {split!r}")
-        columns: dict[str, list[Any]] = {"image": [str(self.root / path) for path in paths]}
-        features: dict[str, Any] = {"image": datasets.Image()}
-        if None not in (classes := set(self.classes)):
-            columns["label"] = [self._class_of(path) for path in paths]
-            features["label"] = datasets.ClassLabel(names=sorted(map(str, classes)))
-        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features), split=parts[0].splitname)
+        columns = {"image": [str(self.root / path) for path in paths]}
+        features = datasets.Features(image=datasets.Image())
+        if None not in self.classes.values():
+            columns["label"] = [self.classes[path] for path in paths]
+            features["label"] = datasets.ClassLabel(names=sorted(set(self.classes.values())))
+        table = datasets.Dataset.from_dict(columns, features=features, split=parts[0].splitname)
         return table.to_iterable_dataset(num_shards=max(1, min(len(table), STREAM_SHARDS))) if streaming else table
 
     def files_in(self, split: str) -> int | None:
@@ -98,16 +93,6 @@ class ImageFolder:
             return None
         names = {part.strip().partition("[")[0] for part in split.split("+")}
         return sum(len(self.splits.get(name, ())) for name in names)
-
-    def _patterns(self) -> dict[str, list[str]]:
-        """The `data_files` of each split, for `datasets`."""
-        if not self.has_split_folders:
-            return {"train": ["**"]}
-        above = [path for path in self.metadata if "/" not in path]
-        return {
-            split: [*sorted({f"{path.partition('/')[0]}/**" for path in paths}), *above]
-            for split, paths in self.splits.items()
-        }
 
 
 def read_image_folder(root: Path) -> ImageFolder:
@@ -122,31 +107,27 @@ def read_image_folder(root: Path) -> ImageFolder:
     archives = any(suffix in ARCHIVE_SUFFIXES for suffix in suffixes.values())
     tables = sum(suffix in TABLE_SUFFIXES for suffix in suffixes.values()) - len(metadata)
     top = sorted({path.partition("/")[0] for path in images if "/" in path})
-    if not top or any(name.lower() not in SPLIT_OF for name in top):
-        return ImageFolder(root, {"train": images}, False, metadata, archives, tables)
+    split_folders: dict[str, list[str]] = {}
+    if all(name.lower() in SPLIT_OF for name in top):
+        for name in top:
+            split_folders.setdefault(SPLIT_OF[name.lower()], []).append(name)
     beside = [path for path in images if "/" not in path]
-    if beside:
+    if split_folders and beside:
         raise ValueError(
-            f"{root} has the splits {', '.join(top)} and {len(beside)} images beside them ({beside[0]}, ...), which are "
-            "in no split; move them into one of its folders"
+            f"{root} has the splits {', '.join(top)} and {len(beside)} images beside them ({beside[0]}, ...), which are in no split; move them into one of its folders"
         )
     splits: dict[str, list[str]] = {}
     for path in images:
-        splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()], []).append(path)
-    return ImageFolder(root, splits, True, metadata, archives, tables)
+        splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()] if split_folders else "train", []).append(path)
+    return ImageFolder(root, splits, split_folders, metadata, archives, tables)
 
 
 def _files_below(root: Path) -> list[str]:
     """Paths below `root`, parted by "/". Links to folders are followed, each folder once."""
     found, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-            continue
+        real, here = os.path.realpath(folder), Path(folder).relative_to(root)
+        below[:] = [name for name in below if not name.startswith(HIDDEN) and real not in seen]
+        found += [(here / name).as_posix() for name in names if not name.startswith(HIDDEN) and real not in seen]
         seen.add(real)
-        below[:] = [name for name in below if not name.startswith((".", "__"))]
-        here = Path(folder).relative_to(root).as_posix()
-        prefix = "" if here == "." else f"{here}/"
-        found += [prefix + name for name in names if not name.startswith((".", "__"))]
     return found

@@ -71,11 +71,6 @@ class ImageSet:
             return None
         return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
 
-    @property
-    def needs_crop(self) -> bool:
-        """Whether any stored image is larger than an image of a batch."""
-        return not self.file.all_of_size(self.size)
-
     def take(self, indices: Any, crop_at: np.ndarray | None = None) -> torch.Tensor:
         """The images at `indices` as uint8 (n, C, H, W).
 
@@ -121,5 +116,4 @@ def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, Image
         raise ValueError(f"validation_share is {share} of {len(images)} images; it must leave images in both parts")
     seeds = np.random.SeedSequence([seed, zlib.crc32(HELD_OUT.encode())])
     order = np.random.default_rng(seeds).permutation(len(images))
-    held_out, training = np.sort(order[:count]), np.sort(order[count:])
-    return images.part(training, images.split), images.part(held_out, HELD_OUT)
+    return images.part(np.sort(order[count:]), images.split), images.part(np.sort(order[:count]), HELD_OUT)

@@ -57,18 +57,18 @@ def load_images(
     else:
         rows = read_table(asked, max_samples, streaming)
     folder = Path(cache_dir or Path(datasets.config.HF_CACHE_HOME, "ddpm_notes_pipeline")).expanduser()
-    path = folder / f"{digest([FORMAT, rows.key, *asked.transform])}.images"
+    path = folder / f"{digest([FORMAT, rows.key, *asked.decoding])}.images"
     file = read_decoded(path)
     if file is None:
         bar = tqdm(rows.images, f"decoding {rows.name}", rows.count, unit=" images", disable=not show_progress)
-        file = write_decoded(path, bar, asked.transform)
+        file = write_decoded(path, bar, asked)
     _warn_of_changes(rows.name, file)
     return ImageSet(
         name=rows.name,
         split=asked.split,
         source=asked,
         file=file,
-        size=asked.transform.target or (int(file.sizes[0, 0]), int(file.sizes[0, 1])),
+        size=asked.target or tuple(file.sizes[0].tolist()),
         fingerprint=file.fingerprint,
         labels=None if rows.labels is None else np.delete(rows.labels, file.left_out),
         class_names=rows.class_names,

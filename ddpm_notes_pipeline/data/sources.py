@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .decoding import MODES, Transform
-
-EMBEDDED_LICENSES = {
+MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # image mode -> channels
+EMBEDDED = {  # data set in a package -> its license
     "digits": "CC BY 4.0 (UCI: Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998)",
     "mnist": None,  # its authors state none
 }
-EMBEDDED = tuple(EMBEDDED_LICENSES)
 
 
 @dataclass(frozen=True)
@@ -68,22 +66,26 @@ class ImageSource:
         name, folder = self.dataset_name, self.train_data_dir
         if (name is None) == (folder is None):
             raise ValueError(f"exactly one of dataset_name ({name!r}) and train_data_dir ({folder!r}) must be given")
-        if self.image_mode is not None and self.image_mode not in MODES:
+        if self.image_mode not in (None, *MODES):
             raise ValueError(f"image_mode is {self.image_mode!r}; it must be one of {', '.join(MODES)}, or None")
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {self.on_bad_image!r}; it must be one of error, skip")
-        _ = self.transform  # checks the resolution
+        _ = self.target  # checks the resolution
 
     @cached_property
-    def transform(self) -> Transform:
-        """What is done to each image."""
-        target, given = None, self.resolution
-        if given is not None:
-            sides: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
-            if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
-                raise ValueError(f"resolution is {given!r}; it must be S or (H, W), integers of at least 1, or None")
-            target = (sides[0], sides[-1])
-        return Transform(target, self.center_crop, self.image_mode, self.on_bad_image)
+    def target(self) -> tuple[int, int] | None:
+        """(H, W) in pixels that images are resized to cover; None: they keep their size."""
+        if self.resolution is None:
+            return None
+        sides: Any = self.resolution if isinstance(self.resolution, list | tuple) else [self.resolution]
+        if len(sides) not in (1, 2) or any(type(side) is not int or side < 1 for side in sides):
+            raise ValueError(f"resolution is {self.resolution!r}; it must be S or (H, W), integers of at least 1")
+        return sides[0], sides[-1]
+
+    @property
+    def decoding(self) -> list[Any]:
+        """All that decides how an image is decoded, for keys and fingerprints."""
+        return [self.target, self.center_crop, self.image_mode, self.on_bad_image]
 
     @property
     def path(self) -> Path:
@@ -91,8 +93,8 @@ class ImageSource:
         return Path(str(self.train_data_dir if self.dataset_name is None else self.dataset_name)).expanduser()
 
     def __str__(self) -> str:
-        name, folder = self.dataset_name, self.train_data_dir
-        return f"train_data_dir {str(folder)!r}" if name is None else f"data set {name!r}"
+        folder = self.train_data_dir
+        return f"data set {self.dataset_name!r}" if folder is None else f"train_data_dir {str(folder)!r}"
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,11 @@ def read_embedded(source: ImageSource, max_samples: int | None) -> Rows:
         ValueError: a configuration, column or split that these sets do not have.
         ImportError: the package that holds the set is missing.
     """
-    name, split, labelled = str(source.dataset_name), source.split, source.label_column is not None
-    given = (source.dataset_config_name, source.image_column, source.label_column)
-    if given not in [(None, image, label) for image in (None, "image") for label in (None, "label")]:
+    name, split = str(source.dataset_name), source.split
+    config, image, label = source.dataset_config_name, source.image_column, source.label_column
+    if config is not None or image not in (None, "image") or label not in (None, "label"):
         raise ValueError(
-            f"{name!r}, embedded in a package, has no configuration (got {given[0]!r}) and the columns 'image' and "
-            f"'label' (got {given[1]!r}, {given[2]!r}); for a folder of that name, use './{name}'"
+            f"{name!r}, embedded in a package, has no configuration (got {config!r}) and the columns 'image' and 'label' (got {image!r}, {label!r}); for a folder of that name, use './{name}'"
         )
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is not in {name!r}; it has: train, test")
@@ -144,9 +145,9 @@ def read_embedded(source: ImageSource, max_samples: int | None) -> Rows:
         key=hashlib.blake2b(images[chosen].tobytes()).hexdigest(),
         count=len(chosen),
         images=((f"{name} image {n}", images[n]) for n in chosen),
-        labels=labels[chosen] if labelled else None,
-        class_names=[str(digit) for digit in range(10)] if labelled else None,
-        license=EMBEDDED_LICENSES[name],
+        labels=labels[chosen] if label else None,
+        class_names=list("0123456789") if label else None,
+        license=EMBEDDED[name],
     )
 
 

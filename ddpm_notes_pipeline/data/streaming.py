@@ -25,7 +25,7 @@ from .decoding import bad_image, check_size, crop, decode
 from .image_set import ImageSet
 from .images import load_images
 from .sources import digest
-from .tables import Table, open_table
+from .tables import Table, image_name, open_table
 
 MAX_STREAMS = 16  # read at once by a single process
 MAX_WARNINGS = 5  # about bad images of a stream
@@ -37,7 +37,7 @@ class ImageStream:
 
     Attributes:
         first: the first images, decoded.
-        name, split, license, num_files, channels, size, class_names, num_classes, transform: those
+        name, split, license, num_files, channels, size, class_names, num_classes, source: those
             of `first`.
         table: the split as `datasets` streams it.
         max_samples: only the first `max_samples` rows are read; None for all.
@@ -63,12 +63,7 @@ class ImageStream:
     size = property(attrgetter("first.size"))
     class_names = property(attrgetter("first.class_names"))
     num_classes = property(attrgetter("first.num_classes"))
-    transform = property(attrgetter("first.source.transform"))
-
-    @property
-    def needs_crop(self) -> bool:
-        """Whether decoded images may be larger than an image of a batch."""
-        return self.transform.target is not None and not self.transform.center_crop
+    source = property(attrgetter("first.source"))
 
     @property
     def num_shards(self) -> int:
@@ -78,9 +73,7 @@ class ImageStream:
     def shard(self, index: int) -> Any:
         """An iterable of the rows of a shard, images as they are stored."""
         rows = self.table.encoded
-        if self.max_samples is not None:
-            return rows.take(self.max_samples)
-        return rows.shard(self.num_shards, index) if self.num_shards > 1 else rows
+        return rows.shard(self.num_shards, index) if self.max_samples is None else rows.take(self.max_samples)
 
     def num_streams(self, batch_size: int) -> int:
         """V: the largest number up to MAX_STREAMS that divides the batch and the shards."""
@@ -120,9 +113,8 @@ def open_stream(
     if label is not None and table.class_names is None:
         raise ValueError(f"label_column {label!r} is {table.rows.features[label]}; a stream needs a ClassLabel")
     images = [dataset_config_name, first.name, first.fingerprint, first.split, table.image_column, label]
-    settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *first.source.transform]
-    fingerprint = digest([*images, *settings])
-    return ImageStream(first, table, max_samples, buffer_size, fingerprint, first.skipped)
+    settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *first.source.decoding]
+    return ImageStream(first, table, max_samples, buffer_size, digest([*images, *settings]), first.skipped)
 
 
 class StreamedBatches(StepBatches):
@@ -138,37 +130,33 @@ class StreamedBatches(StepBatches):
     def __init__(self, images: ImageStream, batch_size: int, seed: int, *args: Any, **settings: Any) -> None:
         super().__init__(cast(Any, images), batch_size, seed, *args, **settings)
         self.num_streams = images.num_streams(batch_size)
+        self.part = batch_size // self.num_streams  # images of a step from one stream
         self._readers: dict[int, StreamReader] = {}
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         item = super().__getitem__(step)
         # Each stream is counted by the process that has the first of its images.
-        part = self.batch_size // self.num_streams
-        counted = [reader for v, reader in self._readers.items() if v * part >= self.share.start]
-        item["bad_images"] = torch.tensor(sum(reader.bad for reader in counted))
+        counted = [reader.bad for v, reader in self._readers.items() if v * self.part >= self.share.start]
+        item["bad_images"] = torch.tensor(sum(counted))
         return item
 
-    def read(self, step: int, crop_at: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, step: int, crop_at: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This process's images and labels of a step."""
         info = torch.utils.data.get_worker_info()
         if info is not None and info.num_workers > 1:
             raise ValueError(f"{info.num_workers} workers read a stream; --dataloader_num_workers must be 0 or 1")
-        part = self.batch_size // self.num_streams  # images of a step from one stream
-        images: list[np.ndarray] = []
-        labels: list[int] = []
+        images, part = [], self.part
         for v in range(self.share.start // part, (self.share.stop - 1) // part + 1):
             reader = self._readers.get(v)
             if reader is None or reader.position > step * part:
                 reader = self._readers[v] = StreamReader(self.images, v, self.num_streams, self.seed)
-            reader.skip(step * part - reader.position)
-            for position in range(v * part, (v + 1) * part):
-                image = reader.read(decoded=self.share.start <= position < self.share.stop)
-                if image is not None:
-                    at = None if crop_at is None else crop_at[len(images)]
-                    images.append(crop(image[0], self.images.size, at))
-                    labels.append(image[1])
-        pixels = torch.from_numpy(np.stack(images))
-        return pixels, None if self.images.class_names is None else torch.tensor(labels)
+            begin, end = max(self.share.start - v * part, 0), min(self.share.stop - v * part, part)
+            reader.go_to(step * part + begin)
+            images += [reader.read() for _ in range(begin, end)]
+            reader.go_to(step * part + part)  # bad images are counted to the end of the part
+        pixels = [crop(image, self.images.size, at) for (image, _), at in zip(images, crop_at, strict=True)]
+        labels = None if self.images.class_names is None else torch.tensor([label for _, label in images])
+        return torch.from_numpy(np.stack(pixels)), labels
 
 
 class StreamReader:
@@ -176,8 +164,8 @@ class StreamReader:
 
     Attributes:
         position: images read so far.
-        epoch, within: the current epoch, and how many of its images were read.
-        length: images in every epoch, once the first has been read; else None.
+        epoch, start: the current epoch, and the position at which it began.
+        length: images in every epoch, once the first has been read; else 0.
         bad: bad images in the first epoch.
     """
 
@@ -186,40 +174,33 @@ class StreamReader:
         self.shards = range(v, images.num_shards, num_streams)
         self.seed = step_seed(seed, v, "stream")
         self.buffer_size = max(1, images.buffer_size // num_streams)
-        self.rows: Iterator[Any] = iter(())
-        self.epoch, self.within, self.position = -1, 0, 0
-        self.length: int | None = None
-        self.bad = 0
+        self.length = self.bad = 0
+        self._begin(epoch=0, position=0)
 
-    def skip(self, count: int) -> None:
-        """Pass over `count` images: once the length of an epoch is known, whole epochs unread."""
-        while count and self.length is None:
-            self.read(decoded=False)
-            count -= 1
-        if count and self.length is not None:
-            epoch, within = divmod(self.epoch * self.length + self.within + count, self.length)
-            if epoch > self.epoch:
-                self.position += count - within
-                self.epoch, self.within, self.rows, count = epoch - 1, self.length, iter(()), within
-            for _ in range(count):
-                self.read(decoded=False)
+    def go_to(self, position: int) -> None:
+        """Pass over the images before `position`; once the length is known, whole epochs unread."""
+        skips = self.images.source.on_bad_image == "skip"
+        while self.position < position:
+            epochs = (position - self.start) // self.length if self.length else 0
+            if epochs:
+                self._begin(self.epoch + epochs, self.start + epochs * self.length)
+            else:
+                # Bad images do not count, and only decoding finds them. All epochs have the same.
+                self.read(decoded=skips and (not self.length or self.bad > 0))
 
-    def read(self, decoded: bool) -> tuple[np.ndarray, int] | None:
-        """The pixels, uint8 (C, h, w), and label of the next image; None if not `decoded`."""
-        # Bad images do not count, and only decoding finds them. All epochs have the same ones.
-        skips = self.images.transform.on_bad_image == "skip"
-        needed = decoded or (skips and (self.length is None or self.bad > 0))
+    def read(self, decoded: bool = True) -> Any:
+        """The pixels, uint8 (C, h, w), and label of the next image; not `decoded`, its row."""
         while True:
-            row = next(self.rows, None)
-            if row is None:
-                self._start_epoch()
-                continue
-            image = self._decode(row) if needed else None
-            if needed and image is None:
-                continue
-            self.within += 1
-            self.position += 1
-            return image if decoded else None
+            for row in self.rows:
+                image = self._decode(row) if decoded else row
+                if image is not None:
+                    self.position += 1
+                    return image
+            if self.position == self.start:
+                raise ValueError(f"{self.images.name}: no image of stream {self.v} could be read, of {self.bad}")
+            if self.epoch == 0:
+                self.length = self.position
+            self._begin(self.epoch + 1, self.position)
 
     def shuffled_rows(self, epoch: int) -> Iterator[dict[str, Any]]:
         """The rows of an epoch, shuffled.
@@ -239,34 +220,28 @@ class StreamReader:
         random.shuffle(buffer)  # type: ignore[arg-type]
         yield from buffer
 
-    def _start_epoch(self) -> None:
-        if self.epoch >= 0 and self.within == 0:
-            raise ValueError(f"{self.images.name}: no image of stream {self.v} could be read, of {self.bad}")
-        if self.epoch == 0:
-            self.length = self.within
-        self.epoch, self.within = self.epoch + 1, 0
-        self.rows = self.shuffled_rows(self.epoch)
+    def _begin(self, epoch: int, position: int) -> None:
+        self.epoch, self.start, self.position = epoch, position, position
+        self.rows = self.shuffled_rows(epoch)
 
     def _decode(self, row: dict[str, Any]) -> tuple[np.ndarray, int] | None:
         """Pixels and label of a row; None for a bad image that is left out."""
-        images, table, transform = self.images, self.images.table, self.images.transform
-        column, classes = table.label_column, images.num_classes
-        path = (row[table.image_column] or {}).get("path")
-        name = f"{images.name}, image {self.within} of epoch {self.epoch} of stream {self.v}"
-        name += f" ({path})" if path else ""
+        images, source, raw = self.images, self.images.source, row[self.images.table.image_column]
+        place = f"image {self.position - self.start} of epoch {self.epoch} of stream {self.v}"
+        name = image_name(f"{images.name}, {place}", raw)
+        label = row.get(source.label_column, 0)
         try:
-            label = 0 if column is None else row[column]
-            if column is not None and (label is None or not 0 <= label < classes):
-                raise ValueError(f"its label is {label}; it must be in 0..{classes - 1}")
-            image = decode(row[table.image_column], transform, images.first.file.mode)
+            if source.label_column and (label is None or not 0 <= label < images.num_classes):
+                raise ValueError(f"its label is {label}; it must be in 0..{images.num_classes - 1}")
+            pixels, *_ = decode(raw, source, images.first.file.mode)
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more
-            if transform.on_bad_image == "error":
+            if source.on_bad_image == "error":
                 raise bad_image(name, error) from error
             if self.epoch == 0:
                 self.bad += 1
                 if self.bad <= MAX_WARNINGS:
                     warnings.warn(f"image left out, {name}: {error}", stacklevel=2)
             return None
-        if transform.target is None:
-            check_size(name, image.pixels, images.size)
-        return image.pixels, label
+        if source.target is None:
+            check_size(name, pixels, images.size)
+        return pixels, label

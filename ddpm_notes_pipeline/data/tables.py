@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,9 +50,10 @@ def open_table(source: ImageSource, streaming: bool = False) -> Table:
     rows, folder = _load(source, streaming)
     if rows.features is None:
         raise ValueError(f"{source} does not state its columns, and a stream must know them before it is read")
+    if not streaming and len(rows) == 0:
+        raise ValueError(f"{source} has 0 images in split {source.split!r}")
     image_column = _find_image_column(rows.features, source.image_column)
-    if source.label_column is not None:
-        _check_label_column(rows.features, source.label_column, folder)
+    _check_label_column(rows.features, source.label_column, folder)
     return Table(rows, image_column, source.label_column, folder)
 
 
@@ -65,7 +65,7 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
     """
     table = open_table(source, streaming)
     license, folder, split = table.rows.info.license, table.folder, source.split
-    num_files = None if folder is None else folder.files_in(split)
+    num_files = folder.files_in(split) if folder else None
     if streaming:
         table = _first_rows(table, split, max_samples)
     elif folder and not folder.metadata and "[" not in split and (found := len(table.rows)) < (num_files or 0):
@@ -75,11 +75,12 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
     chosen = evenly_spaced(len(table.rows), max_samples)
     if len(chosen) < len(table.rows):
         table = replace(table, rows=table.rows.select(chosen, keep_in_memory=True))
+    images = (row[table.image_column] for row in table.encoded)
     return Rows(
         name=source.path.resolve().name if source.path.is_dir() else str(source.dataset_name),
         key=digest([fingerprint, table.image_column, len(chosen), _digest_of_files(table)]),
         count=len(chosen),
-        images=_named_images(table, chosen),
+        images=((image_name(f"row {n}", image), image) for n, image in zip(chosen, images, strict=True)),
         labels=_labels(table),
         class_names=table.class_names,
         license=license or None,
@@ -119,13 +120,11 @@ def _load_saved(source: ImageSource, streaming: bool) -> Any:
     try:
         saved = datasets.load_from_disk(str(source.path))
     except IndexError as error:  # what datasets 5 makes of a table without rows
-        raise ValueError(f"{source} has 0 rows, in one split at least") from error
-    splits = dict(saved) if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        raise ValueError(f"{source} has 0 images in one split at least") from error
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if source.split not in splits:
         raise ValueError(f"split {source.split!r} is not in {source}; it has: {', '.join(splits)}")
     table = splits[source.split]
-    if len(table) == 0:
-        raise ValueError(f"{source} has 0 rows in split {source.split!r}")
     return table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
 
 
@@ -133,50 +132,41 @@ def _find_image_folder(source: ImageSource) -> ImageFolder | None:
     """The folder, if it is one of image files: a train_data_dir always is."""
     folder = read_image_folder(source.path)
     if source.dataset_name is None:
-        if not folder.num_files and not folder.archives:
+        if not folder.classes and not folder.archives:
             raise FileNotFoundError(f"{source} holds no image or data file")
         return folder
     readme = source.path / "README.md"
     configured = readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
-    return folder if folder.num_files > folder.tables and not configured else None
+    return folder if len(folder.classes) > folder.tables and not configured else None
 
 
 def _find_image_column(features: dict[str, Any], asked: str | None) -> str:
     """The asked column, or the only one of images."""
     of_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if asked is None and len(of_images) == 1:
-        return of_images[0]
-    if asked is None or asked not in of_images:
-        problem = "image_column must be set" if asked is None else f"image_column {asked!r} has no images"
-        raise ValueError(
-            f"{problem}; columns: {', '.join(features)}; of these with images: {', '.join(of_images) or 'none'}"
-        )
-    return asked
+    if asked in of_images or (asked is None and len(of_images) == 1):
+        return asked or of_images[0]
+    problem = "image_column must be set" if asked is None else f"image_column {asked!r} has no images"
+    raise ValueError(
+        f"{problem}; columns: {', '.join(features)}; of these with images: {', '.join(of_images) or 'none'}"
+    )
 
 
-def _check_label_column(features: dict[str, Any], asked: str, folder: ImageFolder | None) -> None:
+def _check_label_column(features: dict[str, Any], asked: str | None, folder: ImageFolder | None) -> None:
     of_labels = [name for name, f in features.items() if str(getattr(f, "dtype", "")).startswith(("int", "uint"))]
-    if asked in of_labels:
+    if asked is None or asked in of_labels:
         return
     problem = f"is {features[asked]}" if asked in features else "is not a column"
-    message = (
-        f"label_column {asked!r} {problem}; columns: {', '.join(features)}; "
-        f"of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
-    )
-    if folder is not None and not folder.metadata and None in folder.classes:
-        message += (
-            ". A folder has the column 'label' where every image is in a sub-folder, its class; "
-            f"{folder.classes.count(None)} of {folder.num_files} images are in none"
-        )
-    raise ValueError(message)
+    known = f"columns: {', '.join(features)}; of these ClassLabel or integer: {', '.join(of_labels) or 'none'}"
+    if folder is not None and not folder.metadata and (outside := list(folder.classes.values()).count(None)):
+        known += f". A folder has the column 'label' where every image is in a sub-folder, its class; {outside} of {len(folder.classes)} images are in none"
+    raise ValueError(f"label_column {asked!r} {problem}; {known}")
 
 
 def _first_rows(table: Table, split: str, count: int | None) -> Table:
     """The first rows of a stream as a table in memory."""
     if count is None:
         raise ValueError(
-            f"split {split!r} is needed whole, which --streaming cannot do: it reads the first max_samples rows of a "
-            "split. Leave out --streaming, or limit the split (--max_images and --max_validation_images limit theirs)"
+            f"split {split!r} is needed whole, which --streaming cannot do: it reads the first max_samples rows of a split. Leave out --streaming, or limit the split (--max_images and --max_validation_images limit theirs)"
         )
     stream = table.encoded
     rows = [{name: read_remote(value) for name, value in row.items()} for row in stream.take(count)]
@@ -190,16 +180,15 @@ def _labels(table: Table) -> np.ndarray | None:
     """(N,) int64."""
     if table.label_column is None:
         return None
-    column = table.rows.select_columns([table.label_column]).with_format("arrow")[:].column(table.label_column)
+    column = table.rows.select_columns([table.label_column]).with_format("arrow")[:].column(0)
     if column.null_count or (labels := column.to_numpy().astype(np.int64)).min() < 0:
         raise ValueError(f"label_column {table.label_column!r} has rows without a label (null or below 0)")
     return labels
 
 
-def _named_images(table: Table, chosen: np.ndarray) -> Iterator[tuple[str, Any]]:
-    for n, row in zip(chosen, table.encoded, strict=True):
-        image = row[table.image_column]
-        yield f"row {n} ({image['path']})" if image and image["path"] else f"row {n}", image
+def image_name(place: str, image: dict[str, Any] | None) -> str:
+    """What errors call an image: its place in the set and, if it has one, its path."""
+    return f"{place} ({image['path']})" if image and image["path"] else place
 
 
 def _digest_of_files(table: Table) -> str:

@@ -137,7 +137,7 @@ def test_split_that_is_missing_or_empty_is_refused_with_those_there_are(load, tm
     with pytest.raises(ValueError, match="0 images in split 'train'"):
         load(dataset_name=path)
     table.select([]).save_to_disk(tmp_path / "saved", num_shards=1)  # datasets 4.0 cannot work it out for no rows
-    with pytest.raises(ValueError, match="0 rows"):
+    with pytest.raises(ValueError, match="0 images"):
         load(dataset_name=str(tmp_path / "saved"))
 
 
