@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 DEFAULT_LICENSE = "apache-2.0"
+NO_CARD = "---\n\n---\n"
 # What this or an earlier version generated is replaced: metrics of the model-index, tags.
 GENERATED_METRICS = ("bits_per_dim", "kernel_distance", "frechet_distance", "precision", "recall")
 GENERATED_TAGS = ("class-conditional",)
@@ -40,13 +41,9 @@ def merge(repo_id: str, metadata: dict[str, Any], blocks: dict[str, str], before
     Raises:
         ValueError: a card whose metadata is not YAML.
     """
-    owners: dict[str, Any] = {}
-    items: list[tuple[str, str]] = [(name, "") for name in blocks]
-    if before is not None:
-        card = ModelCard(_unix(before), ignore_metadata_errors=False)
-        owners = card.data.to_dict()
-        items, known = _parse(card.text)
-        items += [(name, "") for name in blocks if name not in known]
+    card = ModelCard(_unix(before or NO_CARD), ignore_metadata_errors=False)
+    items, known = _parse(card.text)
+    items += [(name, "") for name in blocks if name not in known]
     body = ""
     for name, kept in items:
         if name:
@@ -54,7 +51,7 @@ def merge(repo_id: str, metadata: dict[str, Any], blocks: dict[str, str], before
             body += "\n"
         elif kept.strip():
             body += f"{kept.strip()}\n\n"
-    data = ModelCardData(**_merged_metadata(metadata, owners), ignore_metadata_errors=True)
+    data = ModelCardData(**_merged_metadata(metadata, card.data.to_dict()), ignore_metadata_errors=True)
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
     return f"{text}<!-- card of {repo_id}: {' '.join(blocks)}; {_digest(text)} -->\n"
 
@@ -79,19 +76,16 @@ def newest_card(local: str | None, published: str | None) -> tuple[str | None, b
 
 def _merged_metadata(generated: dict[str, Any], owners: dict[str, Any]) -> dict[str, Any]:
     """The owner's entries, else the generated ones; lists joined; generated metrics replaced."""
-    joined = ("tags", "datasets", "model-index")
-    merged = {**generated, **{name: value for name, value in owners.items() if name not in joined}}
-    merged["license"] = generated.get("license") or merged.get("license") or DEFAULT_LICENSE
+    merged = {**generated, **owners}
+    merged["license"] = generated.get("license") or owners.get("license") or DEFAULT_LICENSE
     for name in ("tags", "datasets"):
-        ours = _as_list(generated.get(name))
-        values = [value for value in _as_list(owners.get(name)) if value not in GENERATED_TAGS] + ours
-        if values:
-            merged[name] = list(dict.fromkeys(values))
-    index_name, results = _results(generated)
+        theirs = [value for value in _as_list(owners.get(name)) if value not in GENERATED_TAGS]
+        merged[name] = list(dict.fromkeys(theirs + _as_list(generated.get(name)))) or None
+    merged.pop("model-index", None)
+    generated_name, results = _results(generated)
     owners_name, owners_results = _results(owners)
     results += [result for result in owners_results if result.metric_type not in GENERATED_METRICS]
-    merged.pop("model-index", None)
-    return {**merged, "eval_results": results, "model_name": owners_name or index_name} if results else merged
+    return {**merged, "eval_results": results, "model_name": owners_name or generated_name} if results else merged
 
 
 def _results(metadata: dict[str, Any]) -> tuple[str | None, list[EvalResult]]:
