@@ -51,8 +51,13 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         ValueError: an argument out of its range.
     """
 
+    @register_to_config
     def __init__(
-        self, alphas_cumprod: list[float], prediction_type: str, sample_size: int | tuple[int, int], channels: int
+        self,
+        alphas_cumprod: list[float],
+        prediction_type: str = "epsilon",
+        sample_size: int | tuple[int, int] = 32,
+        channels: int = 1,
     ) -> None:
         super().__init__()
         for t, alpha_bar in enumerate(alphas_cumprod):
@@ -166,7 +171,8 @@ class GaussianDenoiser(ExactDenoiser):
         sample_size: int | tuple[int, int] = 32,
         channels: int = 1,
     ) -> None:
-        super().__init__(alphas_cumprod, prediction_type, sample_size, channels)
+        shared = {"prediction_type": prediction_type, "sample_size": sample_size, "channels": channels}
+        super().__init__(alphas_cumprod=alphas_cumprod, **shared)
         if not 0 < variance < math.inf:
             raise ValueError(f"variance is {variance}; it must be a finite number above 0")
 
@@ -199,16 +205,6 @@ class CoinDenoiser(ExactDenoiser):
     """
 
     entropy: ClassVar[float] = 1.0  # bits/dim, exactly
-
-    @register_to_config
-    def __init__(
-        self,
-        alphas_cumprod: list[float],
-        prediction_type: str = "epsilon",
-        sample_size: int | tuple[int, int] = 32,
-        channels: int = 1,
-    ) -> None:
-        super().__init__(alphas_cumprod, prediction_type, sample_size, channels)
 
     def original_sample(self, x_t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_t] = tanh(sqrt(alpha_bar) x_t / (1 - alpha_bar)); 0 where alpha_bar = 0."""
