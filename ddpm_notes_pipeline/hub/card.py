@@ -58,11 +58,6 @@ class CardFacts:
     def name(self) -> str:
         return self.repo_id.split("/")[-1]
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights."""
-        return self.pipeline.unet.num_parameters()
-
 
 def write_card(
     folder: Path | str,
@@ -88,8 +83,8 @@ def write_card(
     folder = Path(folder)
     path = folder / "README.md"
     local = path.read_text(encoding="utf-8") if path.exists() else None
-    links = (match.group(1) for card in (local, published) if (match := _SPACE_LINK.search(card or "")))
-    facts = read_facts(folder, repo_id or repository_of(local), space_id or next(links, None))
+    links = _SPACE_LINK.findall(f"{local}{published}")
+    facts = read_facts(folder, repo_id or repository_of(local), space_id or next(iter(links), None))
     before, edits_get_lost = newest_card(local, published)
     if edits_get_lost:
         copy = folder / "README.local.md"
@@ -137,17 +132,15 @@ def weights_digest(folder: Path | str) -> str:
 
 def _render(facts: CardFacts) -> dict[str, str]:
     """The generated blocks by name."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    template = jinja2.Template(
+        (Path(__file__).parent / "model_card.md.jinja").read_text(encoding="utf-8"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown
     )
     pipeline, unet = facts.pipeline, facts.pipeline.unet.config
     classes, side, images = pipeline.num_classes or 0, unet.sample_size, facts.run and facts.run.images
-    template = environment.get_template("model_card.md.jinja")
     context = template.new_context(
         {
             **{function.__name__: function for function in (bound_table, sample_caption, sample_table)},
@@ -160,7 +153,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
             "num_labels": classes,
             "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(unet.in_channels, f"{unet.in_channels}-channel"),
             "pixels": f"{side}x{side}" if isinstance(side, int) else "{}x{}".format(*side),
-            "parameters": f"{facts.parameters / 1e6:.2f} M weights",
+            "parameters": f"{pipeline.unet.num_parameters() / 1e6:.2f} M weights",
             "images": f"{images} images" if images else "a stream of images",
             "labels": f", class_labels={[i % classes for i in range(4)]}" if classes else "",
             "guidance": "" if pipeline.null_label is None else ", guidance_scale=2.0",

@@ -277,7 +277,9 @@ def test_a_card_of_an_earlier_version_is_replaced_but_for_what_its_owner_wrote(t
 
 def test_parameters_are_counted_without_loading_them(shelf):
     unet = UNet2DModel.from_pretrained(shelf["plain"] / "unet")
-    assert read_facts(shelf["plain"]).parameters == sum(p.numel() for p in unet.parameters())
+    found = read_facts(shelf["plain"]).pipeline.unet
+    assert found.num_parameters() == sum(p.numel() for p in unet.parameters()) and found.device.type == "meta"
+    assert f"{found.num_parameters() / 1e6:.2f} M weights" in write_card(shelf["plain"])
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
