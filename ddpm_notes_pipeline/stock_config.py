@@ -12,13 +12,16 @@ others has a stand-in that stock classes can work with:
 import inspect
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 
 from .core.gaussian_chain import make_betas
 
 PRIVATE_ENTRY = "_ddpm_notes"
+PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "eta")
+PRIVATE_VARIANCE = "optimal"
+STOCK_CLASS = "DDPMScheduler"
 STOCK_FALLBACK = "fixed_small"
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that all stock schedulers know
 
@@ -30,18 +33,14 @@ class StockConfigMixin(ConfigMixin):
     calls `hide_private_settings` once they are set.
     """
 
-    stock_class: ClassVar[str]
-    private_settings: ClassVar[tuple[str, ...]]
-    private_variance_types: ClassVar[tuple[str, ...]]
-    learned_variance_types: ClassVar[tuple[str, ...]]
     variance_type: str
 
     def hide_private_settings(self) -> None:
         """Move what stock classes do not know into the private entry."""
-        config = {name: value for name, value in self.config.items() if name not in self.private_settings}
-        ours = {name: value for name in self.private_settings if (value := getattr(self, name)) is not None}
-        if self.variance_type in self.private_variance_types:
-            ours["variance_type"], config["variance_type"] = self.variance_type, STOCK_FALLBACK
+        config = {name: value for name, value in self.config.items() if name not in PRIVATE_SETTINGS}
+        ours = {name: value for name in PRIVATE_SETTINGS if (value := getattr(self, name)) is not None}
+        if self.variance_type == PRIVATE_VARIANCE:
+            ours["variance_type"], config["variance_type"] = PRIVATE_VARIANCE, STOCK_FALLBACK
         schedule = config["beta_schedule"]
         if schedule not in STOCK_SCHEDULES and config["trained_betas"] is None:
             ours |= {"beta_schedule": schedule, "trained_betas": None}
@@ -50,7 +49,7 @@ class StockConfigMixin(ConfigMixin):
             config[PRIVATE_ENTRY] = ours
         # "_use_default_values" is an entry of stock configs, too: only of settings that they know,
         # and that are what the user gave
-        hidden = {*self.private_settings, *ours}
+        hidden = {*PRIVATE_SETTINGS, *ours}
         defaults = [name for name in config.pop("_use_default_values", []) if name not in hidden]
         if defaults:
             config["_use_default_values"] = defaults
@@ -71,7 +70,7 @@ class StockConfigMixin(ConfigMixin):
             names = [name for name in kwargs["_use_default_values"] if kwargs[name] is parameters[name].default]
             kwargs["_use_default_values"] = names
         if "_class_name" in kwargs:
-            kwargs["_class_name"] = self.stock_class
+            kwargs["_class_name"] = STOCK_CLASS
         super().register_to_config(**kwargs)
 
     @classmethod
@@ -82,7 +81,7 @@ class StockConfigMixin(ConfigMixin):
             config = _with_own_settings(config)
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
-        if stock_variance_type in cls.learned_variance_types and scheduler.private_setting("variance_type"):
+        if scheduler.variance_type == PRIVATE_VARIANCE and stock_variance_type in ("learned", "learned_range"):
             ours = {**scheduler.config[PRIVATE_ENTRY], "stock_variance_type": stock_variance_type}
             scheduler.register_to_config(variance_type=stock_variance_type, **{PRIVATE_ENTRY: ours})
         return made
@@ -90,8 +89,8 @@ class StockConfigMixin(ConfigMixin):
     def to_json_string(self) -> str:
         """The config as JSON, under the stock class's name: any diffusers loads it."""
         config = json.loads(super().to_json_string())
-        self.register_to_config(_class_name=self.stock_class)
-        return json.dumps({**config, "_class_name": self.stock_class}, indent=2, sort_keys=True) + "\n"
+        self.register_to_config(_class_name=STOCK_CLASS)
+        return json.dumps({**config, "_class_name": STOCK_CLASS}, indent=2, sort_keys=True) + "\n"
 
 
 def _betas(config: Mapping[str, Any], schedule: str) -> list[float]:
