@@ -56,19 +56,13 @@ class Objective:
             if value not in choice:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choice)}")
         variance_type = self.scheduler.variance_type
+        given = f"kind is {self.kind!r} with variance_type {variance_type!r}"
         if self.kind == "hybrid" and variance_type not in LEARNED_VARIANCES:
-            raise ValueError(
-                f"kind is 'hybrid' with variance_type '{variance_type}'; it must be one of {', '.join(LEARNED_VARIANCES)}"
-            )
+            raise ValueError(f"{given}; it must be one of {', '.join(LEARNED_VARIANCES)}")
         if self.kind == "simple" and variance_type in LEARNED_VARIANCES:
-            raise ValueError(
-                f"kind is 'simple' with variance_type '{variance_type}', whose variance it would never train; "
-                "it must be 'hybrid' or 'vlb'"
-            )
+            raise ValueError(f"{given}, whose variance it would never train; it must be 'hybrid' or 'vlb'")
         if self.kind == "vlb" and self.weighting != "none":
-            raise ValueError(
-                f"weighting is {self.weighting!r} with kind 'vlb', which is the bound itself; it must be 'none'"
-            )
+            raise ValueError(f"weighting is {self.weighting!r} with kind 'vlb', the bound itself; it must be 'none'")
 
     def __call__(
         self,
@@ -118,10 +112,12 @@ class Objective:
         pair = self.scheduler.chain.pair(t, -1)
         of_x_0 = pair.snr_t.clamp(max=self.snr_gamma)
         # the same weight, of another target's error (module docstring)
-        prediction_type = self.scheduler.config.prediction_type
-        if prediction_type == "epsilon":
-            return of_x_0 / pair.snr_t
-        return of_x_0 if prediction_type == "sample" else of_x_0 * pair.one_minus_alpha_bar_t
+        of_target = {
+            "epsilon": of_x_0 / pair.snr_t,
+            "sample": of_x_0,
+            "v_prediction": of_x_0 * pair.one_minus_alpha_bar_t,
+        }
+        return of_target[self.scheduler.config.prediction_type]
 
 
 class TimestepSampler:
@@ -158,7 +154,7 @@ class TimestepSampler:
         if self.sampling != "loss_second_moment" or int(self.counts.min()) < self.losses.shape[1]:
             return uniform
         weights = self.losses.pow(2).mean(1).sqrt()
-        if not float(weights.sum()) > 0:
+        if weights.sum() == 0:
             return uniform
         return (1 - self.uniform_share) * weights / weights.sum() + self.uniform_share * uniform
 
@@ -182,10 +178,9 @@ class TimestepSampler:
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Remember the finite, unweighted losses (B,) of the global batch at t (B,), in order."""
         for index, loss in zip(t.tolist(), losses.tolist()):
-            if not math.isfinite(loss):
-                continue
-            self.losses[index, int(self.counts[index]) % self.losses.shape[1]] = loss
-            self.counts[index] += 1
+            if math.isfinite(loss):
+                self.losses[index, int(self.counts[index]) % self.losses.shape[1]] = loss
+                self.counts[index] += 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The history, for a checkpoint."""

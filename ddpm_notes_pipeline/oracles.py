@@ -29,20 +29,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 from .scheduling_ddpm_notes import PREDICTION_TYPES
-
-
-def float64_alphas_cumprod(scheduler: Any) -> list[float]:
-    """alpha_bar_t of a scheduler's training timesteps, T floats.
-
-    The scheduler of this package has a `chain` in float64. Any other one has only its betas, which
-    diffusers rounds to float32: 1 - alpha_bar is then good to 6 digits.
-    """
-    chain = getattr(scheduler, "chain", None)
-    if chain is not None:
-        return chain.log_alpha_bar[:-1].exp().tolist()
-    return torch.log1p(-scheduler.betas.double()).cumsum(0).exp().tolist()
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):
@@ -62,8 +51,13 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         ValueError: an argument out of its range.
     """
 
+    @register_to_config
     def __init__(
-        self, alphas_cumprod: list[float], prediction_type: str, sample_size: int | tuple[int, int], channels: int
+        self,
+        alphas_cumprod: list[float],
+        prediction_type: str = "epsilon",
+        sample_size: int | tuple[int, int] = 32,
+        channels: int = 1,
     ) -> None:
         super().__init__()
         for t, alpha_bar in enumerate(alphas_cumprod):
@@ -85,11 +79,18 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
     def from_scheduler(cls, scheduler: Any, **options: Any) -> Self:
         """The denoiser for a scheduler's alpha_bar and prediction type.
 
+        The scheduler of this package has a `chain` in float64. Any other one has only its betas,
+        which diffusers rounds to float32: 1 - alpha_bar is then good to 6 digits.
+
         Args:
             scheduler: any DDPM scheduler. options: for the constructor.
         """
+        if hasattr(scheduler, "chain"):
+            log_alpha_bar = scheduler.chain.log_alpha_bar[:-1]
+        else:
+            log_alpha_bar = torch.log1p(-scheduler.betas.double()).cumsum(0)
         options.setdefault("prediction_type", scheduler.config.prediction_type)
-        return cls(alphas_cumprod=float64_alphas_cumprod(scheduler), **options)
+        return cls(alphas_cumprod=log_alpha_bar.exp().tolist(), **options)
 
     def original_sample(self, x_t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_t], elementwise."""
@@ -136,12 +137,8 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         x_0 = self.original_sample(x_t, alpha_bar)
         # the eps between this x_0 and this x_t: 1 - alpha_bar > 0 at both ends of the chain
         eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-        if self.config.prediction_type == "epsilon":
-            answer = eps
-        elif self.config.prediction_type == "sample":
-            answer = x_0
-        else:
-            answer = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+        answer = {"epsilon": eps, "sample": x_0, "v_prediction": v}[self.config.prediction_type]
         answer = answer.to(torch.promote_types(sample.dtype, torch.float32))
         return UNet2DOutput(sample=answer) if return_dict else (answer,)
 
@@ -174,7 +171,8 @@ class GaussianDenoiser(ExactDenoiser):
         sample_size: int | tuple[int, int] = 32,
         channels: int = 1,
     ) -> None:
-        super().__init__(alphas_cumprod, prediction_type, sample_size, channels)
+        shared = {"prediction_type": prediction_type, "sample_size": sample_size, "channels": channels}
+        super().__init__(alphas_cumprod=alphas_cumprod, **shared)
         if not 0 < variance < math.inf:
             raise ValueError(f"variance is {variance}; it must be a finite number above 0")
 
@@ -191,9 +189,8 @@ class GaussianDenoiser(ExactDenoiser):
 
     def images(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """n images of independent N(mean, variance) pixels, not confined to [-1, 1]."""
-        device = generator.device if generator is not None else self.device
-        noise = torch.randn(self._shape(n), generator=generator, device=device)
-        return (self.config.mean + math.sqrt(self.config.variance) * noise).to(self.device)
+        noise = randn_tensor(self._shape(n), generator=generator, device=self.device)
+        return self.config.mean + math.sqrt(self.config.variance) * noise
 
 
 class CoinDenoiser(ExactDenoiser):
@@ -208,16 +205,6 @@ class CoinDenoiser(ExactDenoiser):
     """
 
     entropy: ClassVar[float] = 1.0  # bits/dim, exactly
-
-    @register_to_config
-    def __init__(
-        self,
-        alphas_cumprod: list[float],
-        prediction_type: str = "epsilon",
-        sample_size: int | tuple[int, int] = 32,
-        channels: int = 1,
-    ) -> None:
-        super().__init__(alphas_cumprod, prediction_type, sample_size, channels)
 
     def original_sample(self, x_t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_t] = tanh(sqrt(alpha_bar) x_t / (1 - alpha_bar)); 0 where alpha_bar = 0."""

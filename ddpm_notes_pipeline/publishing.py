@@ -18,26 +18,24 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; SystemExit with a message if anything fails."""
-    arguments = _parser().parse_args(argv)
     try:
-        read_facts(arguments.folder)  # before anything is created on the Hub
-        if arguments.space_id is not None:
-            read_space(arguments.space_dir)
-        if arguments.export is not None:
-            names = export_folder(arguments.folder, arguments.export, arguments.hub_model_id, arguments.license)
-            print(f"Copied to {arguments.export}: {', '.join(names)}")
-        else:
-            _push(arguments)
+        _run(_parser().parse_args(argv))
     except (PublishingError, ValueError) as fault:
         sys.exit(f"publishing: error: {' '.join(str(fault).split())}")
 
 
-def _push(arguments: argparse.Namespace) -> None:
-    folder, private = arguments.folder, arguments.hub_private_repo
+def _run(arguments: argparse.Namespace) -> None:
+    folder, private, space_id = arguments.folder, arguments.hub_private_repo, arguments.space_id
+    read_facts(folder)  # before anything is created on the Hub
+    if space_id is not None:
+        read_space(arguments.space_dir)
+    if arguments.export is not None:
+        names = export_folder(folder, arguments.export, arguments.hub_model_id, arguments.license)
+        print(f"Copied to {arguments.export}: {', '.join(names)}")
+        return
     repo_id = prepare_repo(arguments.hub_model_id or folder.resolve().name, private, arguments.license)
-    space_id = None
-    if arguments.space_id is not None:
-        space_id = prepare_repo(arguments.space_id, private, repo_type="space")
+    if space_id is not None:
+        space_id = prepare_repo(space_id, private, repo_type="space")
     print(f"Pushed: {push_folder(folder, repo_id, license=arguments.license, space_id=space_id)}")
     if space_id is not None:  # after the model: it starts at once, and loads it
         print(f"Pushed: {push_space(arguments.space_dir, space_id, repo_id)}")

@@ -116,10 +116,6 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
     init_noise_sigma = 1.0
-    stock_class = "DDPMScheduler"
-    private_settings = ("original_sample_mse", "decoder_variance", "levels", "eta")
-    private_variance_types = ("optimal",)
-    learned_variance_types = LEARNED_VARIANCES
 
     @register_to_config
     def __init__(

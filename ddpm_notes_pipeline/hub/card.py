@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import jinja2
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
-from safetensors import safe_open
 
 from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord
 from ..evaluation.reports import bound_table, sample_caption, sample_table
-from ..scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
+from ..pipeline_ddpm_notes import DDPMNotesPipeline
+from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from .owner_edits import merge, newest_card, repository_of
 
 logger = logging.getLogger(__name__)
@@ -40,42 +41,22 @@ class CardFacts:
 
     Attributes:
         repo_id: "user/name" in the snippets.
-        unet: the network's config. scheduler: the model's.
-        parameters: number of weights.
-        weights: digest of the weights (`weights_digest`).
+        pipeline: the model, its network without weights.
         run, evaluation: None if unknown.
         pictures: names of those that are there.
         space_id: "user/name" of the demo, if there is one.
     """
 
     repo_id: str
-    unet: dict[str, Any]
-    scheduler: DDPMNotesScheduler
-    parameters: int
-    weights: str
+    pipeline: DDPMNotesPipeline
     run: TrainingRecord | None
     evaluation: Evaluation | None
-    pictures: frozenset[str]
+    pictures: set[str]
     space_id: str | None = None
 
     @property
-    def T(self) -> int:
-        return len(self.scheduler)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        side = self.unet["sample_size"]
-        return (self.unet["in_channels"], *((side, side) if isinstance(side, int) else side))
-
-    @property
-    def null_label(self) -> int | None:
-        return (self.unet.get(PRIVATE_ENTRY) or {}).get("null_label")
-
-    @property
-    def num_labels(self) -> int:
-        """How many class labels it takes, the null label not counted; 0: unconditional."""
-        return self.null_label or self.unet.get("num_class_embeds") or 0
+    def name(self) -> str:
+        return self.repo_id.split("/")[-1]
 
 
 def write_card(
@@ -102,8 +83,8 @@ def write_card(
     folder = Path(folder)
     path = folder / "README.md"
     local = path.read_text(encoding="utf-8") if path.exists() else None
-    links = (match.group(1) for card in (local, published) if (match := _SPACE_LINK.search(card or "")))
-    facts = read_facts(folder, repo_id or repository_of(local), space_id or next(links, None))
+    links = _SPACE_LINK.findall(f"{local}{published}")
+    facts = read_facts(folder, repo_id or repository_of(local), space_id or next(iter(links), None))
     before, edits_get_lost = newest_card(local, published)
     if edits_get_lost:
         copy = folder / "README.local.md"
@@ -124,20 +105,19 @@ def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = 
         raise ValueError(
             f"{folder} has no model_index.json; must be a folder that DDPMNotesPipeline.save_pretrained wrote"
         )
-    weights, evaluation = weights_digest(folder), Evaluation.read(folder)
-    if evaluation is not None and evaluation.weights != weights:
+    evaluation = Evaluation.read(folder)
+    if evaluation is not None and evaluation.weights != weights_digest(folder):
         logger.warning("%s is about other weights than the folder's: not on the card", folder / Evaluation.FILE)
         evaluation = None
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
     pictures = {name for name in PICTURES if (folder / name).is_file()}
     return CardFacts(
         repo_id=repo_id or folder.resolve().name,
-        unet=dict(UNet2DModel.load_config(folder / "unet")),
-        scheduler=DDPMNotesScheduler.from_pretrained(folder / "scheduler"),
-        parameters=_count_parameters(folder / "unet"),
-        weights=weights,
+        pipeline=DDPMNotesPipeline(unet, DDPMNotesScheduler.from_pretrained(folder / "scheduler")),
         run=TrainingRecord.read(folder),
         evaluation=evaluation,
-        pictures=frozenset(pictures - {Evaluation.PICTURE} if evaluation is None else pictures),
+        pictures=pictures if evaluation else pictures - {Evaluation.PICTURE},
         space_id=space_id,
     )
 
@@ -150,45 +130,34 @@ def weights_digest(folder: Path | str) -> str:
     return digest.hexdigest()
 
 
-def _count_parameters(folder: Path) -> int:
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            count += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())
-    return count
-
-
 def _render(facts: CardFacts) -> dict[str, str]:
     """The generated blocks by name."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    template = jinja2.Template(
+        (Path(__file__).parent / "model_card.md.jinja").read_text(encoding="utf-8"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown
     )
-    channels, height, width = facts.shape
-    images = facts.run and facts.run.images
-    labels = [i % facts.num_labels for i in range(4)] if facts.num_labels else None
-    template = environment.get_template("model_card.md.jinja")
+    pipeline, unet = facts.pipeline, facts.pipeline.unet.config
+    classes, side, images = pipeline.num_classes or 0, unet.sample_size, facts.run and facts.run.images
     context = template.new_context(
         {
-            **{name: getattr(facts, name) for name in ("T", "unet", "scheduler", "run", "evaluation", "pictures")},
             **{function.__name__: function for function in (bound_table, sample_caption, sample_table)},
-            "name": facts.repo_id.split("/")[-1],
+            **vars(facts),
+            "name": facts.name,
             "repo": json.dumps(facts.repo_id, ensure_ascii=False),
-            "space_id": facts.space_id,
-            "num_labels": facts.num_labels,
-            "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel"),
-            "pixels": f"{height}x{width}",
-            "channels": channels,
-            "parameters": f"{facts.parameters / 1e6:.2f} M weights",
-            "images": "a stream of images" if images is None else f"{images} images",
-            "steps": min(100, facts.T),
-            "labels": "" if labels is None else f", class_labels={labels}",
-            "guidance": "" if facts.null_label is None else ", guidance_scale=2.0",
-            "learned_variance": facts.scheduler.config.variance_type in LEARNED_VARIANCES,
+            "unet": unet,
+            "scheduler": pipeline.scheduler,
+            "T": len(pipeline.scheduler),
+            "num_labels": classes,
+            "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(unet.in_channels, f"{unet.in_channels}-channel"),
+            "pixels": f"{side}x{side}" if isinstance(side, int) else "{}x{}".format(*side),
+            "parameters": f"{pipeline.unet.num_parameters() / 1e6:.2f} M weights",
+            "images": f"{images} images" if images else "a stream of images",
+            "labels": f", class_labels={[i % classes for i in range(4)]}" if classes else "",
+            "guidance": "" if pipeline.null_label is None else ", guidance_scale=2.0",
+            "learned_variance": pipeline.scheduler.config.variance_type in LEARNED_VARIANCES,
         }
     )
     return {name: "".join(template.blocks[name](context)) for name in BLOCKS}
@@ -199,22 +168,18 @@ def _render(facts: CardFacts) -> dict[str, str]:
 
 def _metadata(facts: CardFacts, license: str | None) -> dict[str, Any]:
     """What the Hub reads; `license` only if one is asked for."""
-    results = (
-        [] if facts.evaluation is None else _eval_results(facts.evaluation, facts.scheduler.variance_type, facts.T)
-    )
-    run = facts.run
-    data = ModelCardData(
+    run, results = facts.run, _eval_results(facts.evaluation, facts.pipeline.scheduler) if facts.evaluation else None
+    conditional = ["class-conditional"] if facts.pipeline.num_classes else []
+    return ModelCardData(
         license=license,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=["diffusers", "ddpm", "ddpm_notes_pipeline", "bits-per-dim"]
-        + (["class-conditional"] if facts.num_labels else []),
+        tags=["diffusers", "ddpm", "ddpm_notes_pipeline", "bits-per-dim", *conditional],
         datasets=[run.hub_dataset] if run and run.hub_dataset else None,
         base_model=run.base_model if run else None,
-        model_name=facts.repo_id.split("/")[-1] if results else None,
-        eval_results=results or None,
-    )
-    return data.to_dict()
+        model_name=facts.name if results else None,
+        eval_results=results,
+    ).to_dict()
 
 
 def headline(rows: Sequence[BoundRecord], own_variance: str, T: int) -> list[BoundRecord]:
@@ -222,22 +187,19 @@ def headline(rows: Sequence[BoundRecord], own_variance: str, T: int) -> list[Bou
 
     If the table has none of these: the row with the lowest bound.
     """
+    total = attrgetter("total")
     own = [row for row in rows if row.key == (own_variance, "even", T)]
-    best = [[row for row in rows if row.num_inference_steps == K] for K in HEADLINE_STEPS]
-    chosen = own[:1] + [_lowest(at_K) for at_K in best if at_K] or [_lowest(rows)]
+    at_K = [[row for row in rows if row.num_inference_steps == K] for K in HEADLINE_STEPS]
+    chosen = own[:1] + [min(some, key=total) for some in at_K if some] or [min(rows, key=total)]
     return list({row.key: row for row in chosen}.values())
 
 
-def _lowest(rows: Sequence[BoundRecord]) -> BoundRecord:
-    return min(rows, key=lambda row: row.total)
-
-
-def _eval_results(evaluation: Evaluation, own_variance: str, T: int) -> list[EvalResult]:
+def _eval_results(evaluation: Evaluation, scheduler: DDPMNotesScheduler) -> list[EvalResult]:
     """Bounds of the headline rows, and the kernel distance of their samples.
 
     If those were not sampled, the lowest kernel distance of all rows.
     """
-    bounds = headline(evaluation.results, own_variance, T)
+    bounds = headline(evaluation.results, scheduler.variance_type, len(scheduler))
     measured = [row for row in evaluation.samples if row.metrics.kernel_distance is not None]
     samples = [row for row in measured if row.key in {bound.key for bound in bounds}]
     samples = samples or sorted(measured, key=lambda row: row.kernel)[:1]
@@ -245,16 +207,15 @@ def _eval_results(evaluation: Evaluation, own_variance: str, T: int) -> list[Eva
 
 
 def _bound_result(row: BoundRecord, evaluation: Evaluation) -> EvalResult:
-    what = f"bits/dim, {row.variance_type}, {row.num_inference_steps} {row.path} steps"
     protocol = {name: getattr(evaluation, name) for name in ("images", "dims", "split", "evaluations_per_image")}
     settings = {name: getattr(row, name) for name in ("num_inference_steps", "variance_type", "path")}
+    what = f"bits/dim, {row.variance_type}, {row.num_inference_steps} {row.path} steps"
     estimate = (row.total, row.standard_error)
-    return _result("bits_per_dim", what, estimate, evaluation.data, evaluation.split, {**protocol, **settings})
+    return _result("bits_per_dim", what, estimate, evaluation.data, protocol | settings)
 
 
 def _kernel_result(row: SampleRecord) -> EvalResult:
     protocol = row.metrics.protocol
-    what = f"kernel distance ({protocol.network}), {row.name}, {row.num_inference_steps} {row.path} steps"
     settings = {
         "network": protocol.network,
         "preprocessing": protocol.preprocessing,
@@ -265,18 +226,17 @@ def _kernel_result(row: SampleRecord) -> EvalResult:
         **row.settings,
         "seeds": protocol.sampling["seeds"],
     }
-    return _result("kernel_distance", what, row.kernel, protocol.real, protocol.split, settings)
+    what = f"kernel distance ({protocol.network}), {row.name}, {row.num_inference_steps} {row.path} steps"
+    return _result("kernel_distance", what, row.kernel, protocol.real or "", settings)
 
 
-def _result(
-    kind: str, what: str, estimate: Estimate, data: str | None, split: str | None, settings: dict[str, Any]
-) -> EvalResult:
+def _result(kind: str, what: str, estimate: Estimate, data: str, settings: dict[str, Any]) -> EvalResult:
     value, error = (round(number, 6) for number in estimate)
     return EvalResult(
         task_type=TASK,
-        dataset_type=data or "",
-        dataset_name=data or "",
-        dataset_split=split,
+        dataset_type=data,
+        dataset_name=data,
+        dataset_split=settings["split"],
         metric_type=kind,
         metric_value=value,
         metric_name=what,

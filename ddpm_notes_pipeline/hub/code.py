@@ -8,7 +8,8 @@ names the package's version and the digest of the lines below.
 
 import ast
 import hashlib
-from pathlib import Path
+import symtable
+from pathlib import Path, PurePosixPath
 
 from .. import __version__
 
@@ -69,20 +70,19 @@ def join(sources: dict[str, str]) -> str:
     owners: dict[str, str] = {}  # top-level name -> its file
     bodies = []
     for path, text in sources.items():
-        tree = ast.parse(text)
-        cut: set[int] = set()
-        for node in tree.body:
+        tree, cut = ast.parse(text), set()
+        for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
+                if node not in tree.body:
+                    raise ValueError(f"{path}, line {node.lineno}: an import must be at the top level to be joined")
                 cut |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
                 if _is_own(node):
                     _check_own_import(node, path, owners, sources)
                 else:
                     _add_import(node, path, imports)
-        for inner in ast.walk(tree):
-            if isinstance(inner, (ast.Import, ast.ImportFrom)) and inner not in tree.body:
-                raise ValueError(f"{path}, line {inner.lineno}: an import must be at the top level to be joined")
-        for name in _defined_names(tree):
-            if owners.setdefault(name, path) != path:
+        for symbol in symtable.symtable(text, path, "exec").get_symbols():
+            name = symbol.get_name()
+            if symbol.is_assigned() and not symbol.is_imported() and owners.setdefault(name, path) != path:
                 raise ValueError(f"{name} is defined in {owners[name]} and in {path}; a name must have one meaning")
         lines = [line for number, line in enumerate(text.splitlines(), start=1) if number not in cut]
         bodies.append(f"\n# {'-' * 64} {path}\n\n" + "\n".join(lines).strip("\n") + "\n")
@@ -94,9 +94,8 @@ def join(sources: dict[str, str]) -> str:
 
 def _is_own(node: ast.Import | ast.ImportFrom) -> bool:
     """Whether this package is imported from."""
-    if isinstance(node, ast.ImportFrom):
-        return node.level > 0 or (node.module or "").partition(".")[0] == PACKAGE.name
-    return any(alias.name.partition(".")[0] == PACKAGE.name for alias in node.names)
+    modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+    return getattr(node, "level", 0) > 0 or any(name.partition(".")[0] == PACKAGE.name for name in modules)
 
 
 def _check_own_import(
@@ -106,11 +105,9 @@ def _check_own_import(
     where = f"{path}, line {node.lineno}"
     if isinstance(node, ast.Import) or node.level == 0:
         raise ValueError(f"{where}: a shipped file must import its package relatively, by the names that it uses")
-    folder = list(Path(path).parent.parts)
-    folder = folder[: len(folder) - (node.level - 1)]
-    module = "/".join([*folder, *(node.module or "").split(".")]).strip("/")
+    module = PurePosixPath(path).parents[node.level - 1] / (node.module or "").replace(".", "/")
     for alias in node.names:
-        as_module = f"{module}/{alias.name}.py".strip("/")
+        as_module = f"{module / alias.name}.py"
         if as_module in sources or f"{module}.py" not in sources:
             what = f"{as_module} is used as a module" if as_module in sources else f"{module}.py is not shipped"
             raise ValueError(f"{where}: {what}; a shipped file must import names of shipped files")
@@ -126,14 +123,3 @@ def _add_import(node: ast.Import | ast.ImportFrom, path: str, imports: dict[str,
         statement, name = ast.unparse(one), alias.asname or alias.name
         if imports.setdefault(name, statement) != statement:
             raise ValueError(f"{path}, line {node.lineno}: {name} is bound by {statement!r} and by {imports[name]!r}")
-
-
-def _defined_names(tree: ast.Module) -> list[str]:
-    """The names that a module's own statements bind at its top level."""
-    names = []
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.append(node.name)
-        else:
-            names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    return names

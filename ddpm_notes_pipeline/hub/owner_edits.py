@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 DEFAULT_LICENSE = "apache-2.0"
+NO_CARD = "---\n\n---\n"
 # What this or an earlier version generated is replaced: metrics of the model-index, tags.
 GENERATED_METRICS = ("bits_per_dim", "kernel_distance", "frechet_distance", "precision", "recall")
 GENERATED_TAGS = ("class-conditional",)
@@ -40,21 +41,17 @@ def merge(repo_id: str, metadata: dict[str, Any], blocks: dict[str, str], before
     Raises:
         ValueError: a card whose metadata is not YAML.
     """
-    owners: dict[str, Any] = {}
-    items: list[tuple[str, str]] = [(name, "") for name in blocks]
-    if before is not None:
-        card = ModelCard(_unix(before), ignore_metadata_errors=False)
-        owners = card.data.to_dict()
-        items, known = _parse(card.text)
-        items += [(name, "") for name in blocks if name not in known]
+    card = ModelCard((before or NO_CARD).replace("\r\n", "\n"), ignore_metadata_errors=False)
+    items, known = _parse(card.text)
+    items += [(name, "") for name in blocks if name not in known]
     body = ""
     for name, kept in items:
         if name:
-            body += kept or (_generated(name, blocks[name]) if name in blocks else "")
+            body += kept or (_block(name, _digest(blocks[name]), blocks[name]) if name in blocks else "")
             body += "\n"
         elif kept.strip():
             body += f"{kept.strip()}\n\n"
-    data = ModelCardData(**_merged_metadata(metadata, owners), ignore_metadata_errors=True)
+    data = ModelCardData(**_merged_metadata(metadata, card.data.to_dict()), ignore_metadata_errors=True)
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
     return f"{text}<!-- card of {repo_id}: {' '.join(blocks)}; {_digest(text)} -->\n"
 
@@ -79,19 +76,16 @@ def newest_card(local: str | None, published: str | None) -> tuple[str | None, b
 
 def _merged_metadata(generated: dict[str, Any], owners: dict[str, Any]) -> dict[str, Any]:
     """The owner's entries, else the generated ones; lists joined; generated metrics replaced."""
-    joined = ("tags", "datasets", "model-index")
-    merged = {**generated, **{name: value for name, value in owners.items() if name not in joined}}
-    merged["license"] = generated.get("license") or merged.get("license") or DEFAULT_LICENSE
+    merged = {**generated, **owners}
+    merged["license"] = generated.get("license") or owners.get("license") or DEFAULT_LICENSE
     for name in ("tags", "datasets"):
-        ours = _as_list(generated.get(name))
-        values = [value for value in _as_list(owners.get(name)) if value not in GENERATED_TAGS] + ours
-        if values:
-            merged[name] = list(dict.fromkeys(values))
-    index_name, results = _results(generated)
+        theirs = [value for value in _as_list(owners.get(name)) if value not in GENERATED_TAGS]
+        merged[name] = list(dict.fromkeys(theirs + _as_list(generated.get(name)))) or None
+    merged.pop("model-index", None)
+    generated_name, results = _results(generated)
     owners_name, owners_results = _results(owners)
     results += [result for result in owners_results if result.metric_type not in GENERATED_METRICS]
-    merged.pop("model-index", None)
-    return {**merged, "eval_results": results, "model_name": owners_name or index_name} if results else merged
+    return {**merged, "eval_results": results, "model_name": owners_name or generated_name} if results else merged
 
 
 def _results(metadata: dict[str, Any]) -> tuple[str | None, list[EvalResult]]:
@@ -104,18 +98,14 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _unix(card: str) -> str:
-    return card.replace("\r\n", "\n")
-
-
 def _digest(text: str) -> str:
     """Of what a reader sees: trailing spaces and line ends, which editors change, do not count."""
-    lines = "\n".join(line.rstrip() for line in _unix(text).strip().split("\n"))
+    lines = "\n".join(line.rstrip() for line in text.strip().split("\n"))
     return hashlib.sha256(lines.encode()).hexdigest()[:12]
 
 
-def _generated(name: str, text: str) -> str:
-    return f"<!-- generated:{name} {_digest(text)} -->\n{text}<!-- /generated:{name} -->\n"
+def _block(name: str, digest: str, text: str) -> str:
+    return f"<!-- generated:{name} {digest} -->\n{text}<!-- /generated:{name} -->\n"
 
 
 def _parse(body: str) -> tuple[list[tuple[str, str]], set[str]]:
@@ -124,26 +114,21 @@ def _parse(body: str) -> tuple[list[tuple[str, str]], set[str]]:
     Items are ("", text of the owner) and (name of a block, its text with the comments if the owner
     edited it, else "").
     """
-    last_lines = _LAST_LINE.findall(body)
-    body = _LAST_LINE.sub("", body)
-    items, end = [], 0
-    for block in _BLOCK.finditer(body):
-        items.append(("", body[end : block.start()]))
-        name, digest, text = block.groups()
-        items.append((name, "" if _digest(text) == digest else block.group(0)))
-        end = block.end()
-    items.append(("", body[end:]))
-    return items, {name for _, names, _ in last_lines for name in names.split()} | {name for name, _ in items if name}
+    written = {name for _, names, _ in _LAST_LINE.findall(body) for name in names.split()}
+    before, *rest = _BLOCK.split(_LAST_LINE.sub("", body))
+    items = [("", before)]
+    for name, digest, text, after in zip(rest[::4], rest[1::4], rest[2::4], rest[3::4]):
+        items += [(name, "" if _digest(text) == digest else _block(name, digest, text)), ("", after)]
+    return items, written | {name for name, _ in items if name}
 
 
 def _was_edited(card: str) -> bool:
     """Whether a card was changed since it was generated."""
-    card = _unix(card)
     last = _LAST_LINE.search(card)
     return last is None or _digest(card[: last.start()]) != last.group(3) or bool(card[last.end() :].strip())
 
 
 def _owners_text(card: str) -> list[tuple[str, str]]:
     """What in a card is the owner's."""
-    body = ModelCard(_unix(card), ignore_metadata_errors=True).text
+    body = ModelCard(card, ignore_metadata_errors=True).text
     return [(name, text.strip()) for name, text in _parse(body)[0] if text.strip()]

@@ -17,19 +17,9 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, RepoCard
-
-# HTTPError is the base of all network errors: httpx's in huggingface_hub 1.x, httpx2's in 2.x.
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, errors
 from huggingface_hub.utils import filter_repo_objects, get_session, hf_raise_for_status
 
 from .card import PICTURES, write_card
@@ -84,7 +74,7 @@ def prepare_repo(
         name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         try:
             found = api.repo_info(name, repo_type=repo_type)
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             sdk = "gradio" if repo_type == "space" else None
             return api.create_repo(name, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk).repo_id
         if private and not found.private:
@@ -151,10 +141,9 @@ def push_space(space_dir: Path | str, space_id: str, model_id: str, api: HfApi |
 
     def push() -> str:
         head = api.repo_info(space_id, repo_type="space").sha
-        there = Path(api.hf_hub_download(space_id, "README.md", repo_type="space", revision=head))
-        card = _space_card(files["README.md"].decode(), there.read_text(encoding="utf-8"), model_id)
+        card = _space_card(files["README.md"].decode(), _published_card(api, space_id, head, "space"), model_id)
         contents = {**files, "README.md": card.encode()}
-        operations = [CommitOperationAdd(name, contents[name]) for name in SPACE_FILES]
+        operations = [CommitOperationAdd(name, data) for name, data in contents.items()]
         message = f"Demo of {model_id}"
         api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=head)
         return f"{api.endpoint}/spaces/{space_id}"
@@ -162,15 +151,14 @@ def push_space(space_dir: Path | str, space_id: str, model_id: str, api: HfApi |
     return _with_retries(push, f"could not push the Space {space_id}")
 
 
-def _space_card(ours: str, published: str, model_id: str) -> str:
+def _space_card(ours: str, published: str | None, model_id: str) -> str:
     """README.md of a Space: the published one if it names models, this model first."""
-    card, before = RepoCard(ours), RepoCard(published, ignore_metadata_errors=True)
-    settings = {name: card.data[name] for name in SPACE_SETTINGS if name in card.data.to_dict()}
+    card, before = RepoCard(ours), RepoCard(published or ours, ignore_metadata_errors=True)
+    settings = {name: value for name, value in card.data.to_dict().items() if name in SPACE_SETTINGS}
     if before.data.get("models"):  # the README of a new Space names none
         card = before
-    models = [model_id, *(name for name in card.data.get("models") or [] if name != model_id)]
-    for name, value in {**settings, "models": models}.items():
-        card.data[name] = value
+    models = dict.fromkeys([model_id, *(card.data.get("models") or [])])
+    vars(card.data).update(settings, models=list(models))
     return str(card)
 
 
@@ -223,24 +211,21 @@ class BackgroundPushes:
     def __init__(self, repo_id: str, license: str | None = None) -> None:
         self.repo_id, self.license = repo_id, license
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="push")
-        self._lock = threading.Lock()
-        self._waiting: tuple[Path, Future] | None = None
+        self._newest: Future = Future()
         self._ended = threading.Event()
 
     def push(self, folder: Path, message: str) -> None:
         """Push the folder soon, then delete it."""
-        with self._lock:
-            if self._waiting is not None and self._waiting[1].cancel():
-                shutil.rmtree(self._waiting[0], ignore_errors=True)
-            self._waiting = (folder, self._pool.submit(self._push, folder, message))
+        self._newest.cancel()  # if it has not begun
+        self._newest = self._pool.submit(self._push, folder, message)
+        # after the push, or if it is cancelled
+        self._newest.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
 
     def _push(self, folder: Path, message: str) -> None:
         try:
             push_folder(folder, self.repo_id, message, self.license, ended=self._ended)
         except Exception as error:  # whatever it was, training continues
             logger.warning("%s. Training continues; the next push has everything", error)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def abandon(self) -> None:
         """Close soon: the running push is not retried, the waiting one is dropped."""
@@ -250,8 +235,6 @@ class BackgroundPushes:
     def close(self) -> None:
         """Wait for the running push; the waiting one is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._waiting is not None:
-            shutil.rmtree(self._waiting[0], ignore_errors=True)
 
 
 def _validate_license(license: str, api: HfApi) -> None:
@@ -260,16 +243,16 @@ def _validate_license(license: str, api: HfApi) -> None:
     Not by `ModelCard.validate`: huggingface_hub 1.x asks huggingface.co, whatever the endpoint.
     """
     card = {"repoType": "model", "content": f"---\nlicense: {license}\n---\n"}
-    hf_raise_for_status(
-        get_session().post(f"{api.endpoint}/api/validate-yaml", json=card, headers={"Accept": "text/plain"})
-    )
+    url = f"{api.endpoint}/api/validate-yaml"
+    hf_raise_for_status(get_session().post(url, json=card, headers={"Accept": "text/plain"}))
 
 
-def _published_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+def _published_card(api: HfApi, repo_id: str, revision: str | None, repo_type: str = "model") -> str | None:
     try:
-        return Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
-    except EntryNotFoundError:
+        path = api.hf_hub_download(repo_id, "README.md", revision=revision, repo_type=repo_type)
+    except errors.EntryNotFoundError:
         return None
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _with_retries(action: Callable[[], str], what: str, ended: threading.Event | None = None) -> str:
@@ -280,24 +263,15 @@ def _with_retries(action: Callable[[], str], what: str, ended: threading.Event |
             return action()
         except PublishingError:
             raise
-        except (HTTPError, OSError, RuntimeError, ValueError) as error:
-            fault = _diagnose(error)
-            if fault.final or attempt == ATTEMPTS or ended.is_set():
+        except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+            reason, least_wait = _diagnose(error)
+            if least_wait is None or attempt == ATTEMPTS or ended.is_set():
                 tries = "" if attempt == 1 else f" in {attempt} attempts"
-                raise PublishingError(f"{what}{tries}: {fault.reason}") from error
-            wait = max(FIRST_WAIT * 2 ** (attempt - 1), fault.retry_after)
-            logger.warning("%s: %s; trying again in %.0f s", what, fault.reason, wait)
+                raise PublishingError(f"{what}{tries}: {reason}") from error
+            wait = max(FIRST_WAIT * 2 ** (attempt - 1), least_wait)
+            logger.warning("%s: %s; trying again in %.0f s", what, reason, wait)
             ended.wait(wait)
     raise AssertionError("the last attempt returns or raises")
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """Why an attempt failed, whether another cannot help, how many seconds the Hub asks to wait."""
-
-    reason: str
-    final: bool = False
-    retry_after: float = 0.0
 
 
 ADVICE = {  # by status: what only the user can change
@@ -309,20 +283,21 @@ ADVICE = {  # by status: what only the user can change
 TEMPORARY = (408, 409, 412, 423, 429)  # and all above 499
 
 
-def _diagnose(error: BaseException) -> _Fault:
+def _diagnose(error: BaseException) -> tuple[str, float | None]:
+    """Why an attempt failed, and the seconds to wait at least; None: another cannot help."""
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "there is no token; log in by `hf auth login` or set HF_TOKEN", None
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HTTPError):
+    # HTTPError is the base of all network errors: httpx's in huggingface_hub 1.x, httpx2's in 2.x
+    while cause is not None and not isinstance(cause, errors.HTTPError):
         cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-        status = cause.response.status_code
-        answer = f"the Hub says {status}" + (f" ({cause.server_message})" if cause.server_message else "")
-        if status in ADVICE:
-            return _Fault(f"{answer}: {ADVICE[status]}", final=True)
-        seconds = cause.response.headers.get("Retry-After", "")
-        return _Fault(answer, status not in TEMPORARY and status < 500, float(seconds) if seconds.isdigit() else 0.0)
-    if isinstance(error, LocalTokenNotFoundError):
-        return _Fault("there is no token; log in by `hf auth login` or set HF_TOKEN", final=True)
-    if isinstance(cause, HTTPError):
-        return _Fault(f"the Hub does not answer ({type(cause).__name__}: {cause})")
+    if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
+        status, seconds = cause.response.status_code, cause.response.headers.get("Retry-After", "")
+        parts = [f"the Hub says {status}" + (f" ({cause.server_message})" if cause.server_message else "")]
+        parts += [ADVICE[status]] if status in ADVICE else []
+        retry = status in TEMPORARY or status >= 500
+        return ": ".join(parts), (float(seconds) if seconds.isdigit() else 0.0) if retry else None
+    if cause is not None:
+        return f"the Hub does not answer ({type(cause).__name__}: {cause})", 0.0
     local = isinstance(error, (FileNotFoundError, PermissionError)) or not isinstance(error, (OSError, RuntimeError))
-    return _Fault(f"{type(error).__name__}: {error}", final=local)
+    return f"{type(error).__name__}: {error}", None if local else 0.0

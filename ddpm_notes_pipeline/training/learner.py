@@ -77,7 +77,9 @@ class Learner:
             "use_ema": self.run.use_ema,
         }
         for owner, config in (("unet", self.unet.config), ("scheduler", self.scheduler.config)):
-            identity |= {f"{owner}.{name}": value for name, value in config.items() if not name.startswith("_")}
+            ours = config.get(PRIVATE_ENTRY) or {}  # a schedule by its name
+            named = {name: ours.get(name, value) for name, value in config.items() if not name.startswith("_")}
+            identity |= {f"{owner}.{name}": value for name, value in named.items()}
         identity = json.loads(json.dumps(identity))  # as a checkpoint returns it
         return CheckpointState(self.average, self.timestep_sampler, self.guard, identity)
 

@@ -194,6 +194,13 @@ def test_the_card_shows_a_trajectory_and_links_to_the_demo_also_when_it_is_writt
     assert link in write_card(make_folder(tmp_path / "other"), "ada/digits", published=card)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "laplace"])
+def test_the_card_names_the_schedule_that_the_model_was_trained_with(schedule, tmp_path):
+    folder = make_folder(tmp_path / "run")
+    DDPMNotesScheduler(50, beta_schedule=schedule).save_pretrained(folder / "scheduler")
+    assert f"| diffusion | T = 50, {schedule} betas, epsilon, variance fixed_small |" in write_card(folder)
+
+
 def test_numbers_of_other_weights_stay_out(tmp_path, caplog):
     folder = make_folder(tmp_path / "again")
     assert read_facts(folder).evaluation is not None
@@ -270,7 +277,9 @@ def test_a_card_of_an_earlier_version_is_replaced_but_for_what_its_owner_wrote(t
 
 def test_parameters_are_counted_without_loading_them(shelf):
     unet = UNet2DModel.from_pretrained(shelf["plain"] / "unet")
-    assert read_facts(shelf["plain"]).parameters == sum(p.numel() for p in unet.parameters())
+    found = read_facts(shelf["plain"]).pipeline.unet
+    assert found.num_parameters() == sum(p.numel() for p in unet.parameters()) and found.device.type == "meta"
+    assert f"{found.num_parameters() / 1e6:.2f} M weights" in write_card(shelf["plain"])
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):

@@ -13,6 +13,9 @@ from diffusers.training_utils import EMAModel
 
 import ddpm_notes_pipeline.training.checkpoints as checkpoints
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from ddpm_notes_pipeline.oracles import CoinDenoiser
+from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from ddpm_notes_pipeline.training.arguments import RunArguments
 from ddpm_notes_pipeline.training.checkpoints import (
     CheckpointState,
     damage,
@@ -21,6 +24,7 @@ from ddpm_notes_pipeline.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from ddpm_notes_pipeline.training.learner import Learner
 from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import UpdateGuard
 
@@ -379,3 +383,12 @@ def test_rewriting_a_step_replaces_its_first_checkpoint(three):
     checkpoint = three.save()
     assert damage(checkpoint) is None and "leftover" not in names(checkpoint)
     assert len(names(three.folder)) == 3
+
+
+@pytest.mark.parametrize("schedule", ["laplace", "sigmoid", "linear"])
+def test_a_run_resumes_by_the_name_of_its_schedule_as_checkpoints_of_earlier_versions_have_it(schedule):
+    """And not by what stands in its place for stock schedulers."""
+    scheduler = DDPMNotesScheduler(10, beta_schedule=schedule)
+    learner = Learner(Accelerator(cpu=True), CoinDenoiser.from_scheduler(scheduler), scheduler, RunArguments("run"))
+    identity = learner.checkpoint_state("images").identity
+    assert (identity["scheduler.beta_schedule"], identity["scheduler.trained_betas"]) == (schedule, None)
