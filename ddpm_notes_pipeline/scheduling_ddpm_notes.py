@@ -76,7 +76,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         num_train_timesteps (`int`): T, the length of the chain.
         beta_start, beta_end (`float`): ends of "linear", "scaled_linear" and "sigmoid".
         beta_schedule (`str`): "linear" (Ho et al. 2020), "scaled_linear", "squaredcos_cap_v2"
-            (cosine, arXiv 2102.09672), "sigmoid", "laplace" (arXiv 2407.03297).
+            (cosine, arXiv 2102.09672), "sigmoid", "laplace" (arXiv 2407.03297), "log_snr" (log SNR
+            linear in t, from `log_snr_range[0]` down to `log_snr_range[1]`).
         trained_betas (list of `float`, *optional*): T betas of your own, each in (0, 1); the last
             may be 1 (zero terminal SNR).
         variance_type (`str`): variance of the reverse step at s >= 0.
@@ -102,6 +103,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         levels (`dict`, *optional*): what is known of the 8-bit levels of the images, fitted on
             training images (`core.levels.Levels` as a dictionary). x0_hat is then the mean of the
             level given the network's guess, and the decoder the probability of the level.
+        log_snr_range (two `float`, *optional*): ends of "log_snr"; None is (10, -7).
         eta (`float`, *optional*): None samples by Algorithm 2 with `variance_type`; a number in
             [0, 1] is DDIM's eta (arXiv 2010.02502), which replaces the variance type: 0 is
             deterministic, 1 is fixed_small.
@@ -138,10 +140,11 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         original_sample_mse: list[float] | None = None,
         decoder_variance: float | dict[int, float] | None = None,
         levels: dict[str, Any] | None = None,
+        log_snr_range: tuple[float, float] | None = None,
         eta: float | None = None,
     ) -> None:
         _check_config(self.config)
-        betas = make_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
+        betas = make_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, log_snr_range)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
         if betas[-1] == 1 and prediction_type == "epsilon":
@@ -158,7 +161,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         self.eta = _check_eta(eta)
         self.original_sample_mse = _check_original_sample_mse(original_sample_mse, variance_type, num_train_timesteps)
         self.decoder_variance = _check_decoder_variance(decoder_variance, num_train_timesteps)
-        self.levels = levels
+        self.levels, self.log_snr_range = levels, log_snr_range
         self._posterior = None if levels is None else LevelPosterior(Levels.from_config(levels), num_train_timesteps)
         self.hide_private_settings()
 

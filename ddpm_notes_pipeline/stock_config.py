@@ -19,7 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from .core.gaussian_chain import make_betas
 
 PRIVATE_ENTRY = "_ddpm_notes"
-PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "levels", "eta")
+PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "levels", "log_snr_range", "eta")
 PRIVATE_VARIANCE = "optimal"
 STOCK_CLASS = "DDPMScheduler"
 STOCK_FALLBACK = "fixed_small"
@@ -44,7 +44,7 @@ class StockConfigMixin(ConfigMixin):
         schedule = config["beta_schedule"]
         if schedule not in STOCK_SCHEDULES and config["trained_betas"] is None:
             ours |= {"beta_schedule": schedule, "trained_betas": None}
-            config |= {"beta_schedule": "linear", "trained_betas": _betas(config, schedule)}
+            config |= {"beta_schedule": "linear", "trained_betas": _betas(config, ours)}
         if ours:
             config[PRIVATE_ENTRY] = ours
         # "_use_default_values" is an entry of stock configs, too: only of settings that they know,
@@ -93,9 +93,10 @@ class StockConfigMixin(ConfigMixin):
         return json.dumps({**config, "_class_name": STOCK_CLASS}, indent=2, sort_keys=True) + "\n"
 
 
-def _betas(config: Mapping[str, Any], schedule: str) -> list[float]:
-    """The T betas of a named schedule, by the config's other settings."""
-    return make_betas(config["num_train_timesteps"], config["beta_start"], config["beta_end"], schedule).tolist()
+def _betas(config: Mapping[str, Any], ours: Mapping[str, Any]) -> list[float]:
+    """The T betas of our named schedule, by the config's other settings."""
+    T, start, end = (config[name] for name in ("num_train_timesteps", "beta_start", "beta_end"))
+    return make_betas(T, start, end, ours["beta_schedule"], log_snr_range=ours.get("log_snr_range")).tolist()
 
 
 def _with_own_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _with_own_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     ours = dict(config.pop(PRIVATE_ENTRY))
     if config.get("variance_type") != ours.pop("stock_variance_type", STOCK_FALLBACK):
         ours.pop("variance_type", None)
-    if "beta_schedule" in ours and config.get("trained_betas") != _betas(config, ours["beta_schedule"]):
+    if "beta_schedule" in ours and config.get("trained_betas") != _betas(config, ours):
         del ours["beta_schedule"], ours["trained_betas"]
     defaults = [name for name in config.get("_use_default_values", []) if name not in ours]
     return {**config, **ours, "_use_default_values": defaults}

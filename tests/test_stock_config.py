@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 
 STOCK = [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
-SCHEDULES = ["laplace", "sigmoid"]
+SCHEDULES = ["laplace", "sigmoid", "log_snr"]
 load = DDPMNotesScheduler.from_config
 
 
@@ -72,3 +72,13 @@ def test_a_config_of_an_earlier_version_loads(schedule, tmp_path):
 def test_schedules_that_all_know_stay_names(schedule):
     config = DDPMNotesScheduler(20, beta_schedule=schedule).config
     assert (config.beta_schedule, config.trained_betas) == (schedule, None) and "_ddpm_notes" not in config
+
+
+def test_the_ends_of_log_snr_survive_saving_and_other_classes(tmp_path):
+    ours = DDPMNotesScheduler(50, beta_schedule="log_snr", log_snr_range=(8, -5))
+    ours.save_pretrained(tmp_path / "ours")
+    assert same(DDPMNotesScheduler.from_pretrained(tmp_path / "ours"), ours)
+    theirs = DDIMScheduler.from_pretrained(tmp_path / "ours")
+    np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), ours.alphas_cumprod.numpy(), rtol=2e-4)  # float32 there
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert same(DDPMNotesScheduler.from_pretrained(tmp_path / "theirs"), ours)

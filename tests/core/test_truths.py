@@ -70,6 +70,9 @@ def betas_of(schedule: str, T: int) -> np.ndarray:
         return np.linspace(1e-4**0.5, 0.02**0.5, T) ** 2
     if schedule == "sigmoid":
         return (0.02 - 1e-4) / (1 + np.exp(-np.linspace(-6, 6, T))) + 1e-4
+    if schedule == "log_snr":  # from 10 to -7
+        ab = np.append(1, 1 / (1 + np.exp(-np.linspace(np.longdouble(10), np.longdouble(-7), T))))
+        return (1 - ab[1:] / ab[:-1]).astype(np.float64)
     if schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
         ab = np.cos((u + np.longdouble("0.008")) / np.longdouble("1.008") * np.longdouble(math.pi) / 2) ** 2
     else:  # laplace, Hang et al. 2024, table 1: log SNR = -sgn(1/2 - u) log(1 - 2 |1/2 - u|) / 2, 1e-6 against log 0
@@ -156,12 +159,33 @@ def test_named_schedule_is_its_formula(schedule: str, T: int) -> None:
     scheduler, chain = DDPMNotesScheduler(T, beta_schedule=schedule), Chain(betas_of(schedule, T))
     p = chain.pair(np.arange(T), np.arange(T) - 1)
     mean, variance = scheduler.forward_mean_variance(torch.ones(T, 1, dtype=torch.float64), torch.arange(T))
-    digits = 1e-10 if schedule in ("squaredcos_cap_v2", "laplace") else 1e-12  # betas are differences of near-equals
+    differences = ("squaredcos_cap_v2", "laplace", "log_snr")
+    digits = 1e-10 if schedule in differences else 1e-12  # betas are differences of near-equals
     close(mean[:, 0], np.sqrt(p.ab_t), digits=digits)
     close(variance.flatten(), p.om_t, digits=digits)
     for table, exact in ((scheduler.betas, chain.betas), (scheduler.alphas, p.a), (scheduler.alphas_cumprod, p.ab_t)):
         assert table.dtype == torch.float32
         close(table.double(), exact, digits=2e-7)
+
+
+@pytest.mark.parametrize("ends", [(10, -7), (8, -5)])
+def test_with_log_snr_linear_in_t_algorithm_1_weighs_every_step_of_the_bound_alike(ends: Any) -> None:
+    T = 100
+    scheduler = DDPMNotesScheduler(T, beta_schedule="log_snr", log_snr_range=ends, prediction_type="epsilon")
+    pair = scheduler.chain.pair(torch.arange(T), -1)
+    close(pair.snr_t.log(), np.linspace(*ends, T), digits=1e-10)
+    x_0, eps, error = (torch.randn(T - 1, 5, dtype=torch.float64) for _ in range(3))
+    t = torch.arange(1, T)
+    x_t = scheduler.add_noise(x_0, eps, t)
+    kl = scheduler.vlb_terms(eps + error, x_0, x_t, t, t - 1, clip=False)
+    step = (ends[0] - ends[1]) / (T - 1)
+    close(kl, math.expm1(step) / 2 * error.pow(2).sum(1).numpy(), digits=1e-8)
+
+
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (-7, 10), (math.inf, 0), (1.0,)])
+def test_a_log_snr_that_does_not_fall_is_refused(ends: Any) -> None:
+    with pytest.raises(ValueError, match="the first above the last"):
+        DDPMNotesScheduler(beta_schedule="log_snr", log_snr_range=ends)
 
 
 @given(cases(lowest_s=-1))
