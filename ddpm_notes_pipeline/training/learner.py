@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..data import to_model_range
 from ..data.batches import step_seed
 from ..objectives import Objective, TimestepSampler
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
+from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .arguments import RunArguments
 from .checkpoints import CheckpointState
 from .logs import warning_once
@@ -58,16 +57,6 @@ class Learner:
             unet.compile()
         self.lr_scheduler: Any = None  # by `schedule`
 
-    @cached_property
-    def has_dropout(self) -> bool:
-        """Whether a step draws random numbers inside the network."""
-        return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.unet.modules())
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for "no label"; None if the network has none."""
-        return (self.unet.config.get(PRIVATE_ENTRY) or {}).get("null_label")
-
     def checkpoint_state(self, fingerprint: str) -> CheckpointState:
         """What a checkpoint holds of this, for a run on the images of `fingerprint`."""
         identity = {
@@ -105,8 +94,7 @@ class Learner:
             The row of loss.jsonl, read from the device later: no sync here.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
-        if self.has_dropout:
-            torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
+        torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
         position = torch.arange(share) + rank * share
         t, weight = self.timestep_sampler.sample(batch["u"], position, self.run.train_batch_size)
