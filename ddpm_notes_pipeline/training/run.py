@@ -102,14 +102,12 @@ class TrainingRun:
         self.repo_id = open_repo(self.accelerator, run)
         with warning_once(self.accelerator):
             self.images = load_training_images(self.accelerator, data, run.seed)
+            unet, scheduler = make_model(model, self.images.train)
         steps = run.max_train_steps or math.ceil(run.num_epochs * len(self.images.stored) / run.train_batch_size)
         warmup = warmup_steps(run, steps)
         if warmup < (run.lr_warmup_steps or 0):
-            self.accelerator.print(
-                f"warm-up: {warmup} steps instead of {run.lr_warmup_steps}, since training ends after {steps}"
-            )
-        with warning_once(self.accelerator):
-            unet, scheduler = make_model(model, self.images.train)
+            shortened = f"{warmup} steps instead of {run.lr_warmup_steps}"
+            self.accelerator.print(f"warm-up: {shortened}, since training ends after {steps}")
         self.learner = Learner(self.accelerator, unet, scheduler, run)
         self.measurements = Measurements(self.learner, self.images, self.stops, data.cache_dir)
         self.progress = Progress(self._resume(steps), steps)
@@ -282,11 +280,9 @@ class TrainingRun:
         """A grid of samples of the averaged weights, beside real images."""
         with self.logs.loss.paused():
             samples = self.measurements.sample_grid()
-        picture = self.output_dir / f"samples-{done}.png"
-        with failing_together(self.accelerator, f"could not write {picture}"):
+        with failing_together(self.accelerator, f"could not write {self.output_dir}/samples-{done}.png"):
             if self.accelerator.is_main_process and samples is not None:
-                self._show(picture, samples, f"step {done}")
-                self.logs.tracker.log_image(done, "samples", image_grid(samples))
+                self._draw(f"samples-{done}.png", samples, f"step {done}", done)
 
     def _push_snapshot(self, done: int) -> None:
         """Push the averaged weights in the background."""
@@ -323,16 +319,14 @@ class TrainingRun:
         where = f"with training done and the model in {self.output_dir}"
         if samples is None:
             self.close()
-            resume = resume_command(run.command)
-            raise Stopped(self.stops.agreed(), f"{where}, but no samples. Resume: {resume}")
-        self.logs.tracker.log_image(self.progress.steps, "samples", image_grid(samples))
-        self.logs.tracker.close()
-        self.stops.release(where)
+            raise Stopped(self.stops.agreed(), f"{where}, but no samples. Resume: {resume_command(run.command)}")
         if self.accelerator.is_main_process:
             title = f"samples: {run.ddpm_num_inference_steps or len(scheduler)} steps, {scheduler.variance_type}"
-            self._show(self.output_dir / "samples.png", samples, title)
+            self._draw("samples.png", samples, title, self.progress.steps)
             trajectory.save(self.output_dir / "trajectory.gif")
             write_card(self.output_dir, self.repo_id, run.license)
+        self.logs.tracker.close()
+        self.stops.release(where)
 
     def _stop(self) -> None:
         """End a run before its last step."""
@@ -345,9 +339,11 @@ class TrainingRun:
         where = f"after step {done} of {self.progress.steps}, which {self.output_dir}/checkpoint-{done} holds"
         raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
 
-    def _show(self, path: Path, samples: np.ndarray, title: str) -> None:
-        """Draw samples beside real images."""
-        save_samples(path, self.images.evenly_spaced(self.settings.run.num_samples), samples, title)
+    def _draw(self, name: str, samples: np.ndarray, title: str, step: int) -> None:
+        """Samples beside real images, as a file of the folder; samples alone, in the tracker."""
+        real = self.images.evenly_spaced(self.settings.run.num_samples)
+        save_samples(self.output_dir / name, real, samples, title)
+        self.logs.tracker.log_image(step, "samples", image_grid(samples))
 
     def _description(self) -> str:
         """The first line: images, network, steps, batch, processes."""
@@ -393,8 +389,6 @@ def start_accelerate(run: RunArguments) -> Accelerator:
 
 def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
     """Make the folder, or raise ValueError rather than write over somebody's files. Collective."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
     present = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     checkpoints, wanted = list_checkpoints(output_dir), run.resume_from_checkpoint
     if wanted and not checkpoints:  # a run that was stopped before its first one
