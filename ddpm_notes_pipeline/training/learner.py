@@ -37,7 +37,7 @@ class Learner:
         self.timestep_sampler = TimestepSampler(len(scheduler), run.timestep_sampling)
         if run.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        self.average = None
+        self.average: AveragedWeights | None = None
         if run.use_ema:
             decay = (run.ema_max_decay, run.ema_schedule, run.ema_inv_gamma, run.ema_power)
             self.average = AveragedWeights(unet.parameters(), *decay)
@@ -56,6 +56,7 @@ class Learner:
         if run.torch_compile:
             unet.compile()
         self.lr_scheduler: Any = None  # by `schedule`
+        self._last_loss: torch.Tensor | None = None
 
     def checkpoint_state(self, fingerprint: str) -> CheckpointState:
         """What a checkpoint holds of this, for a run on the images of `fingerprint`."""
@@ -147,16 +148,15 @@ class Learner:
             self.average.restore(self.unet.parameters())
 
     @contextlib.contextmanager
-    def pipeline(self, averaged: bool = True, **progress_bar: Any) -> Iterator[DDPMNotesPipeline]:
-        """A pipeline of the weights so far, for a block in which the network is in eval mode.
+    def pipeline(self, **progress_bar: Any) -> Iterator[DDPMNotesPipeline]:
+        """A pipeline of the averaged weights, for a block in which the network is in eval mode.
 
         Args:
-            averaged: of the average, not of the weights as they are.
             progress_bar: settings of its bar.
         """
         pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
-        with warning_once(self.accelerator), self.averaged() if averaged else contextlib.nullcontext():
+        with warning_once(self.accelerator), self.averaged():
             self.unet.eval()
             try:
                 yield pipeline
@@ -164,11 +164,12 @@ class Learner:
                 self.unet.train()
 
     def keep_average(self) -> None:
-        """Make the averaged weights the network's own."""
+        """Make the averaged weights the network's own: training has ended."""
         if self.average is not None:
             self.average.copy_to(self.unet.parameters())
+            self.average = None
 
     def unwrap(self) -> None:
         """Keep the network alone, ready to sample; drop its wrapper and all that trained it."""
         self.network = self.unet.eval()
-        self.optimizer = self.lr_scheduler = self.average = None
+        self.optimizer = self.lr_scheduler = self._last_loss = None

@@ -315,7 +315,7 @@ class TrainingRun:
     def _write_samples(self) -> None:
         """samples.png and trajectory.gif of the finished model, and a card that shows them."""
         run, scheduler, trajectory = self.settings.run, self.learner.scheduler, Trajectory()
-        samples = self.measurements.sample_grid(averaged=False, watch=trajectory)
+        samples = self.measurements.sample_grid(watch=trajectory)
         where = f"with training done and the model in {self.output_dir}"
         if samples is None:
             self.close()
