@@ -58,9 +58,7 @@ class CheckpointState:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in files:
             flush(path)
-        listed = {
-            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest(path)} for path in files
-        }
+        listed = {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": digest(f)} for f in files}
         state = {"step": step, "ema_step": average_step, "updates": self.guard.state_dict(), "run": self.identity}
         (folder / MANIFEST).write_text(json.dumps(state | {"files": listed}, indent=2), encoding="utf-8")
         flush(folder / MANIFEST)
@@ -112,9 +110,7 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, FailedElsewhere):
             raise
-        raise CheckpointError(
-            f"could not write {final}: {error}. Older checkpoints in {output_dir} are unchanged."
-        ) from error
+        raise CheckpointError(f"could not write {final}: {error}. Older checkpoints there are unchanged.") from error
     if accelerator.is_main_process and total_limit is not None:
         others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != final]
         for old in others[total_limit - 1 :]:

@@ -7,12 +7,13 @@ import atexit
 import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class Tracker:
         text = {key: str(value) for key, value in as_config(*settings).items()}
         self.jobs.put(lambda: accelerator.init_trackers(PROJECT, text, arguments))
         self.jobs.put(self.started.set)
-        with silence():
+        with contextlib.redirect_stdout(io.StringIO()):  # trackers greet between the lines of the run
             with contextlib.suppress(Exception):  # needs no network, but may take long: not limited
                 importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
             threading.Thread(target=self._work, name="tracker", daemon=True).start()
@@ -92,7 +93,7 @@ class Tracker:
     def close(self) -> None:
         """Let it finish what was queued, within its patience; do not wait if it never started."""
         atexit.unregister(self.close)
-        with silence():
+        with contextlib.redirect_stdout(io.StringIO()):
             self._put(None)
             if self.started.is_set():
                 self.finished.wait(PATIENCE)
@@ -127,10 +128,3 @@ class Tracker:
             for tracker in self.accelerator.trackers:
                 options = {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
                 tracker.log_images({key: pixels[None]}, step=step, **options)
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """A block that prints nothing: trackers greet on stdout, between the lines of the run."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield

@@ -38,15 +38,7 @@ class AveragedWeights(EMAModel):
         self, parameters: Iterable[torch.nn.Parameter], decay: float, schedule: str, inv_gamma: float, power: float
     ) -> None:
         lowest = decay if schedule == "constant" else 0.0
-        super().__init__(
-            parameters,
-            decay=decay,
-            min_decay=lowest,
-            use_ema_warmup=True,
-            inv_gamma=inv_gamma,
-            power=power,
-            foreach=True,
-        )
+        super().__init__(parameters, decay, lowest, use_ema_warmup=True, inv_gamma=inv_gamma, power=power, foreach=True)
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter], applied: torch.Tensor | float = 1.0) -> None:
@@ -88,13 +80,12 @@ class UpdateGuard:
             1 if it did and 0 if not, a scalar on the device.
         """
         finite = torch.isfinite(grad_norm)
-        inner = optimizer.optimizer
-        if self.accelerator.scaler is not None:  # it checks the gradients itself, and decides alike
-            optimizer.step()
-        elif inner.defaults["fused"]:
-            inner.found_inf = (~finite).float()  # what a loss scaler would set
-            optimizer.step()
-        elif bool(finite):
+        # A loss scaler checks the gradients itself, and decides alike; the fused kernel is told.
+        checked = self.accelerator.scaler is not None
+        if not checked and optimizer.optimizer.defaults["fused"]:
+            optimizer.optimizer.found_inf = (~finite).float()  # what a loss scaler would set
+            checked = True
+        if checked or bool(finite):
             optimizer.step()
         return finite.float()
 
