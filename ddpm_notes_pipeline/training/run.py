@@ -209,8 +209,7 @@ class TrainingRun:
                 self._write_model(bits_per_dim)
         self._write_samples()
         try:
-            if self.accelerator.is_main_process:
-                print(summary(self.settings, self.images, logs, self.learner.guard.skipped), flush=True)
+            self.accelerator.print(summary(self.settings, self.images, logs, self.learner.guard.skipped), flush=True)
             if self.repo_id is not None:
                 publish(self.output_dir, self.repo_id, run, self.pushes)
         finally:
@@ -333,10 +332,10 @@ class TrainingRun:
         if self.pushes is not None:
             self.pushes.abandon()
         self.close()
-        done = self.logs.loss.step
+        done, steps = self.logs.loss.step, self.progress.steps
         if not self.stopped:
-            raise RuntimeError(f"finish was called before step {self.progress.steps}, and no signal stopped the run")
-        where = f"after step {done} of {self.progress.steps}, which {self.output_dir}/checkpoint-{done} holds"
+            raise RuntimeError(f"finish was called before step {steps}, and no signal stopped the run")
+        where = f"after step {done} of {steps}, which {self.output_dir}/checkpoint-{done} holds"
         raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
 
     def _draw(self, name: str, samples: np.ndarray, title: str, step: int) -> None:
