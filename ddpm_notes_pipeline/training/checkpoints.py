@@ -9,6 +9,7 @@ that name whose files match its list is whole.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ from ..objectives import TimestepSampler
 from .stops import FailedElsewhere, failing_together
 from .updates import UpdateGuard
 
-logger = get_logger(__name__)  # speaks on the main process alone
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 WINDOWS = os.name == "nt"
 
@@ -53,14 +53,12 @@ class CheckpointState:
         if self.average is not None:
             average_step = self.average.optimization_step
             averages = {f"{i:05d}": p.contiguous() for i, p in enumerate(self.average.shadow_params)}
-            save_file(averages, folder / "ema.safetensors", {"optimization_step": str(average_step)})
+            save_file(averages, folder / "ema.safetensors")
         save_file(self.timestep_sampler.state_dict(), folder / "timestep_sampler.safetensors")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in files:
             flush(path)
-        listed = {
-            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest(path)} for path in files
-        }
+        listed = {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": digest(f)} for f in files}
         state = {"step": step, "ema_step": average_step, "updates": self.guard.state_dict(), "run": self.identity}
         (folder / MANIFEST).write_text(json.dumps(state | {"files": listed}, indent=2), encoding="utf-8")
         flush(folder / MANIFEST)
@@ -92,12 +90,11 @@ def save_checkpoint(
     final = output_dir / f"checkpoint-{step}"
     partial, replaced = output_dir / f".checkpoint-{step}.partial", output_dir / f".checkpoint-{step}.replaced"
     try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
         with failing_together(accelerator):
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        with failing_together(accelerator):
-            accelerator.save_state(str(partial))
+            accelerator.save_state(str(partial))  # makes the folder
         with failing_together(accelerator):
             if accelerator.is_main_process:
                 state.save(partial, step)
@@ -113,9 +110,7 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, FailedElsewhere):
             raise
-        raise CheckpointError(
-            f"could not write {final}: {error}. Older checkpoints in {output_dir} are unchanged."
-        ) from error
+        raise CheckpointError(f"could not write {final}: {error}. Older checkpoints there are unchanged.") from error
     if accelerator.is_main_process and total_limit is not None:
         others = [checkpoint for checkpoint in list_checkpoints(output_dir) if checkpoint != final]
         for old in others[total_limit - 1 :]:
@@ -187,7 +182,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         fault = damage(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning("skipping %s: %s", checkpoint, fault)
+        if os.environ.get("RANK", "0") == "0":  # every rank looks
+            logger.warning("skipping %s: %s", checkpoint, fault)
     if checkpoints:
         raise ValueError(f"--resume_from_checkpoint is latest, and {output_dir} has no whole checkpoint")
     return None

@@ -1,6 +1,5 @@
 """The images of a run: those to train on, those held out, and a few to show beside samples."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +23,12 @@ class TrainingImages:
     Attributes:
         train: stored, or a stream.
         validation: images held out, to measure bits/dim on; None without.
+        skipped: unreadable training images that were left out, as far as they have been read.
     """
 
     train: ImageSet | ImageStream
     validation: ImageSet | None
+    skipped: int
 
     @property
     def stored(self) -> ImageSet:
@@ -36,14 +37,8 @@ class TrainingImages:
 
     def evenly_spaced(self, count: int) -> np.ndarray:
         """At most `count` training images, uint8 (N, C, H, W), spread over the set."""
-        images = self.stored
-        count = min(count, len(images))
-        return images.take([i * len(images) // count for i in range(count)]).numpy()
-
-    def with_skipped(self, count: int) -> "TrainingImages":
-        """The same, with the number of bad images that streaming has met."""
-        assert isinstance(self.train, ImageStream)
-        return dataclasses.replace(self, train=dataclasses.replace(self.train, skipped=count))
+        shown = self.stored.at_most(count)
+        return shown.take(range(len(shown))).numpy()
 
 
 def load_training_images(accelerator: Accelerator, data: DataArguments, seed: int) -> TrainingImages:
@@ -69,7 +64,7 @@ def load_training_images(accelerator: Accelerator, data: DataArguments, seed: in
         )
     if validation is not None:
         check_validation(train, validation, accelerator.num_processes)
-    return TrainingImages(train, validation)
+    return TrainingImages(train, validation, train.skipped)
 
 
 def load_split(

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..data import to_model_range
 from ..data.batches import step_seed
 from ..objectives import Objective, TimestepSampler
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
+from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .arguments import RunArguments
 from .checkpoints import CheckpointState
 from .logs import warning_once
@@ -38,7 +37,7 @@ class Learner:
         self.timestep_sampler = TimestepSampler(len(scheduler), run.timestep_sampling)
         if run.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        self.average = None
+        self.average: AveragedWeights | None = None
         if run.use_ema:
             decay = (run.ema_max_decay, run.ema_schedule, run.ema_inv_gamma, run.ema_power)
             self.average = AveragedWeights(unet.parameters(), *decay)
@@ -57,16 +56,7 @@ class Learner:
         if run.torch_compile:
             unet.compile()
         self.lr_scheduler: Any = None  # by `schedule`
-
-    @cached_property
-    def has_dropout(self) -> bool:
-        """Whether a step draws random numbers inside the network."""
-        return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.unet.modules())
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for "no label"; None if the network has none."""
-        return (self.unet.config.get(PRIVATE_ENTRY) or {}).get("null_label")
+        self._last_loss: torch.Tensor | None = None
 
     def checkpoint_state(self, fingerprint: str) -> CheckpointState:
         """What a checkpoint holds of this, for a run on the images of `fingerprint`."""
@@ -107,8 +97,7 @@ class Learner:
             The row of loss.jsonl, read from the device later: no sync here.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
-        if self.has_dropout:
-            torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
+        torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
         position = torch.arange(share) + rank * share
         t, weight = self.timestep_sampler.sample(batch["u"], position, self.run.train_batch_size)
@@ -161,16 +150,15 @@ class Learner:
             self.average.restore(self.unet.parameters())
 
     @contextlib.contextmanager
-    def pipeline(self, averaged: bool = True, **progress_bar: Any) -> Iterator[DDPMNotesPipeline]:
-        """A pipeline of the weights so far, for a block in which the network is in eval mode.
+    def pipeline(self, **progress_bar: Any) -> Iterator[DDPMNotesPipeline]:
+        """A pipeline of the averaged weights, for a block in which the network is in eval mode.
 
         Args:
-            averaged: of the average, not of the weights as they are.
             progress_bar: settings of its bar.
         """
         pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
-        with warning_once(self.accelerator), self.averaged() if averaged else contextlib.nullcontext():
+        with warning_once(self.accelerator), self.averaged():
             self.unet.eval()
             try:
                 yield pipeline
@@ -178,11 +166,12 @@ class Learner:
                 self.unet.train()
 
     def keep_average(self) -> None:
-        """Make the averaged weights the network's own."""
+        """Make the averaged weights the network's own: training has ended."""
         if self.average is not None:
             self.average.copy_to(self.unet.parameters())
+            self.average = None
 
     def unwrap(self) -> None:
         """Keep the network alone, ready to sample; drop its wrapper and all that trained it."""
         self.network = self.unet.eval()
-        self.optimizer = self.lr_scheduler = self.average = None
+        self.optimizer = self.lr_scheduler = self._last_loss = None

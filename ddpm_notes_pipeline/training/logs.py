@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from ..pipeline_ddpm_notes import BitsPerDimOutput
+from .arguments import Arguments
 from .stops import failing_together
 from .trackers import PROJECT, Tracker
 
@@ -26,67 +26,103 @@ from .trackers import PROJECT, Tracker
 LOGS = ("loss.jsonl", "validation.jsonl", "metrics.jsonl", PROJECT, "wandb")
 
 
-AVERAGED = {"loss"}  # over processes; the other figures of a step are the same on every rank
+class StepLog:
+    """Figures of some steps, one JSON line each; the newest go to the tracker.
 
-
-class LossLog:
-    """The figures of every step, one JSON line each.
-
-    `add` keeps them on the device; `write`, now and then, averages and writes them.
+    Args:
+        name: of the file, and prefix of the figures' names in the tracker.
+        done: rows of later steps are cut from the file.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, path: Path, done: int, batch_size: int, tracker: Tracker | None = None
-    ) -> None:
-        self.accelerator, self.path, self.step, self.batch_size = accelerator, path, done, batch_size
-        self.tracker = tracker
-        self.waiting: list[dict[str, torch.Tensor | float]] = []
-        self.rows = keep_rows(accelerator, path, done)
-        if accelerator.is_main_process:
-            path.touch()  # fails now if the folder cannot be written to
-        self.seconds, self.since = 0.0, time.monotonic()  # of training alone, since the last write
-        self.pauses = 0.0  # seconds, over the whole run
+    def __init__(self, tracker: Tracker, output_dir: Path, name: str, done: int) -> None:
+        self.accelerator, self.tracker, self.prefix = tracker.accelerator, tracker, f"{name}_"
+        self.path = output_dir / f"{name}.jsonl"
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= done] if done else []
+        if self.accelerator.is_main_process and self.path.exists():
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            os.replace(partial, self.path)  # so that a full disk loses no row
 
-    def add(self, figures: dict[str, torch.Tensor | float]) -> None:
-        """Remember the figures of one step (numbers or scalars on the device), without a sync."""
-        self.waiting.append(figures)
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Write what was measured on the weights after `step` optimizer steps. Collective.
+
+        A step that has its row keeps it.
+        """
+        if not self.has(step):
+            self.append([{"step": step} | figures])
+
+    def has(self, step: int) -> bool:
+        """Whether the step has its row."""
+        return any(row["step"] == step for row in self.rows)
+
+    def append(self, rows: list[dict[str, Any]], **shown: float) -> None:
+        """Write rows, and show the last of them, and `shown`, in the tracker. Collective.
+
+        Non-finite numbers become null: JSON has neither NaN nor infinity.
+        """
+        written = [{key: value if math.isfinite(value) else None for key, value in row.items()} for row in rows]
+        with failing_together(self.accelerator, f"could not write {self.path}"):
+            if self.accelerator.is_main_process:
+                with self.path.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in written)
+        self.rows += written
+        figures = {f"{self.prefix}{name}": value for name, value in (rows[-1] | shown).items() if name != "step"}
+        self.tracker.log(rows[-1]["step"], figures)
+
+
+class LossLog(StepLog):
+    """The figures of every step.
+
+    Attributes:
+        first: steps done before this launch. step: the last one written.
+
+    Those in `waiting` (numbers or scalars on the device) are averaged and written by `write`, now
+    and then: no sync before.
+    """
+
+    def __init__(self, tracker: Tracker, output_dir: Path, done: int, batch_size: int) -> None:
+        if tracker.accelerator.is_main_process:
+            (output_dir / "loss.jsonl").touch()  # fails now if the folder cannot be written to
+        super().__init__(tracker, output_dir, "loss", done)
+        self.prefix, self.batch_size = "", batch_size
+        self.first = self.step = done
+        self.waiting: list[dict[str, Any]] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock."""
+        self.began = self.since = time.monotonic()
+        self.unwritten = 0.0  # seconds of training between the last write and `since`
+        self.training = 0.0  # seconds of training alone, up to the last write
+        self.elapsed = 0.0  # seconds in all, up to the last write
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A block whose time does not count in images/s."""
-        began = time.monotonic()
-        self.seconds += began - self.since
+        """A block whose time does not count as training."""
+        self.unwritten += time.monotonic() - self.since
         try:
             yield
         finally:
             self.since = time.monotonic()
-            self.pauses += self.since - began
 
     def write(self, bar: Any) -> None:
-        """Average over processes and write the steps added since the last call. Collective."""
-        columns = {name: self._column(name) for name in self.waiting[0]}
-        losses = columns["loss"]
-        # read after the sync, when the steps are done
-        seconds = self.seconds + time.monotonic() - self.since
-        self.seconds, self.since = 0.0, time.monotonic()
+        """Write the steps that are waiting, their losses averaged over processes. Collective."""
+        losses = torch.stack([row["loss"] for row in self.waiting])
+        losses = self.accelerator.reduce(losses, "mean").tolist()
+        norms = torch.stack([row["grad_norm"] for row in self.waiting]).tolist()
+        now = time.monotonic()  # after the sync, when the steps are done
+        seconds = self.unwritten + now - self.since
+        self.unwritten, self.since, self.elapsed = 0.0, now, now - self.began
+        self.training += seconds
         rate = len(losses) * self.batch_size / seconds if seconds > 0 else math.nan
-        rows = zip(*columns.values(), strict=True)
-        new = [{"step": self.step + i} | dict(zip(columns, row)) for i, row in enumerate(rows, start=1)]
+        new = [
+            {"step": self.step + i, **row, "loss": loss, "grad_norm": norm}
+            for i, (row, loss, norm) in enumerate(zip(self.waiting, losses, norms), start=1)
+        ]
         self.step += len(new)
         self.waiting.clear()
-        with failing_together(self.accelerator, f"could not write {self.path}"):
-            self.rows += write_rows(self.accelerator, self.path, new)
-        if self.tracker is not None:
-            self.tracker.log({**new[-1], "images_per_second": rate})
+        self.append(new, images_per_second=rate)
         bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}, {rate:.0f} images/s")
-
-    def _column(self, name: str) -> list[float]:
-        """A figure of the steps that are waiting."""
-        values: Any = [figures[name] for figures in self.waiting]
-        if not isinstance(values[0], torch.Tensor):
-            return values
-        column = torch.stack(values)
-        return (self.accelerator.reduce(column, "mean") if name in AVERAGED else column).tolist()
 
     def history(self) -> tuple[list[int], list[float]]:
         """Steps and losses since the start of the run; NaN for non-finite losses."""
@@ -94,68 +130,20 @@ class LossLog:
         return [row["step"] for row in self.rows], losses
 
 
-class StepLog:
-    """Figures measured at some steps, one JSON line each.
+class RunLogs:
+    """The logs of a run, cut back to its first `done` steps. Collective.
 
-    Args:
-        name: of the file, and prefix of the figures' names in a tracker.
+    Attributes:
+        loss, validation, metrics: the files. tracker: what shows them.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, output_dir: Path, name: str, done: int, tracker: Tracker | None = None
-    ) -> None:
-        self.accelerator, self.name, self.tracker = accelerator, name, tracker
-        self.path = output_dir / f"{name}.jsonl"
-        self.rows = keep_rows(accelerator, self.path, done)
-
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        """Write what was measured on the weights after `step` optimizer steps. Collective.
-
-        A step that has its row keeps it.
-        """
-        with failing_together(self.accelerator, f"could not write {self.path}"):
-            if self.has(step):
-                return
-            self.rows += write_rows(self.accelerator, self.path, [{"step": step} | figures])
-            if self.tracker is not None:
-                self.tracker.log({"step": step} | {f"{self.name}_{name}": value for name, value in figures.items()})
-
-    def has(self, step: int) -> bool:
-        """Whether the step has its row."""
-        return any(row["step"] == step for row in self.rows)
-
-
-@dataclass
-class RunLogs:
-    """The logs of a run; the tracker is on the main process alone."""
-
-    loss: LossLog
-    validation: StepLog
-    metrics: StepLog
-    tracker: Tracker | None
-
-    @classmethod
-    def open(
-        cls, accelerator: Accelerator, output_dir: Path, done: int, batch_size: int, tracker: Tracker | None
-    ) -> "RunLogs":
-        """Open the files, cut back to the first `done` steps. Collective."""
-        with failing_together(accelerator, f"could not write {output_dir}/loss.jsonl"):
-            return cls(
-                LossLog(accelerator, output_dir / "loss.jsonl", done, batch_size, tracker),
-                StepLog(accelerator, output_dir, "validation", done, tracker),
-                StepLog(accelerator, output_dir, "metrics", done, tracker),
-                tracker,
-            )
-
-    def log_image(self, step: int, name: str, image: Any) -> None:
-        """Show a picture in the tracker, if there is one."""
-        if self.tracker is not None:
-            self.tracker.log_image(step, name, image)
-
-    def close(self) -> None:
-        """Let the tracker finish."""
-        if self.tracker is not None:
-            self.tracker.close()
+    def __init__(self, accelerator: Accelerator, settings: Arguments, done: int) -> None:
+        run, folder = settings.run, Path(settings.run.output_dir)
+        self.tracker = Tracker(accelerator, settings, resume=done > 0)
+        with failing_together(accelerator, f"could not write {folder}/loss.jsonl"):
+            self.loss = LossLog(self.tracker, folder, done, run.train_batch_size)
+            self.validation = StepLog(self.tracker, folder, "validation", done)
+            self.metrics = StepLog(self.tracker, folder, "metrics", done)
 
 
 @contextlib.contextmanager
@@ -174,28 +162,6 @@ def bits_per_dim_figures(result: BitsPerDimOutput) -> dict[str, float]:
     figures = {"bits_per_dim": result.total, "standard_error": result.standard_error}
     figures |= {name: getattr(result, name) for name in ("prior", "diffusion", "decoder")}
     return figures | {"images": len(result.per_image)}
-
-
-def keep_rows(accelerator: Accelerator, path: Path, done: int) -> list[dict[str, Any]]:
-    """The rows of the first `done` steps; later ones are cut from the file."""
-    rows = [row for row in read_rows(path) if row["step"] <= done] if done else []
-    if accelerator.is_main_process and (rows or path.exists()):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, path)  # so that a full disk loses no row
-    return rows
-
-
-def write_rows(accelerator: Accelerator, path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Append rows to the file, on the main process; returns them as written.
-
-    Non-finite numbers become null: JSON has neither NaN nor infinity.
-    """
-    rows = [{key: value if math.isfinite(value) else None for key, value in row.items()} for row in rows]
-    if accelerator.is_main_process:
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return rows
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

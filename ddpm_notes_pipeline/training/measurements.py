@@ -1,13 +1,10 @@
 """What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
 
-from collections.abc import Callable
-
 import numpy as np
-import torch
 
 from ..evaluation.records import figures_of
 from ..evaluation.samples import SampleTable
-from ..evaluation.sampling import sample
+from ..evaluation.sampling import Watch, sample
 from ..evaluation.validation import measure_bits_per_dim
 from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .images import TrainingImages
@@ -54,27 +51,16 @@ class Measurements:
             return
         scheduler = self.learner.scheduler
         n = self.learner.run.ddpm_num_inference_steps or len(scheduler)
-        row = {
-            "variance_type": scheduler.variance_type,
-            "path": scheduler.config.timestep_spacing,
-            "num_inference_steps": n,
-        }
+        row = {"variance_type": scheduler.variance_type, "path": scheduler.config.timestep_spacing}
         with logs.loss.paused(), self.learner.pipeline() as pipeline:
-            result = self.table.add(pipeline, row, self.stops, num_inference_steps=n)
+            result = self.table.add(pipeline, row | {"num_inference_steps": n}, self.stops, num_inference_steps=n)
         if result is not None:
             logs.metrics.add(step, figures_of(result))
 
-    def sample_grid(
-        self, averaged: bool = True, watch: Callable[[torch.Tensor, int, int], None] | None = None
-    ) -> np.ndarray | None:
-        """`num_samples` images, uint8 (N, C, H, W), classes in turn.
-
-        Args:
-            averaged: of the averaged weights, not of the weights as they are.
-            watch: see `sample`.
-        """
+    def sample_grid(self, watch: Watch | None = None) -> np.ndarray | None:
+        """`num_samples` images, uint8 (N, C, H, W), classes in turn; `watch`: see `sample`."""
         run = self.learner.run
-        with self.learner.pipeline(averaged, desc="sample", unit="step") as pipeline:
+        with self.learner.pipeline(desc="sample", unit="step") as pipeline:
             classes = pipeline.num_classes
             samples = sample(
                 self.accelerator,

@@ -21,22 +21,25 @@ def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[U
         ValueError: the network does not fit the images, or a local path does not exist.
     """
     if model.pretrained_model_name_or_path:
-        return load_pretrained(model, images)
-    scheduler = DDPMNotesScheduler(
-        num_train_timesteps=model.ddpm_num_steps,
-        beta_schedule=model.ddpm_beta_schedule,
-        rescale_betas_zero_snr=model.rescale_betas_zero_snr,
-        prediction_type=model.prediction_type,
-        variance_type=model.variance_type,
-    )
-    out_channels = images.channels * (2 if model.variance_type in LEARNED_VARIANCES else 1)
-    if model.model_config_name_or_path:
-        check_path("--model_config_name_or_path", model.model_config_name_or_path)
-        config = dict(UNet2DModel.load_config(model.model_config_name_or_path))
-        config.update(sample_size=list(images.size), in_channels=images.channels, out_channels=out_channels)
-        check_size(images.size, len(config["block_out_channels"]))
-        return UNet2DModel.from_config(config), scheduler
-    return new_unet(model, images, out_channels), scheduler
+        unet, scheduler = load_pretrained(model, images)
+    else:
+        scheduler = DDPMNotesScheduler(
+            num_train_timesteps=model.ddpm_num_steps,
+            beta_schedule=model.ddpm_beta_schedule,
+            rescale_betas_zero_snr=model.rescale_betas_zero_snr,
+            prediction_type=model.prediction_type,
+            variance_type=model.variance_type,
+        )
+        unet = new_unet(model, images)
+    levels = len(unet.config.block_out_channels)
+    divisor = 2 ** (levels - 1)
+    height, width = images.size
+    if height % divisor or width % divisor:
+        raise ValueError(
+            f"the images are {height}x{width} and the UNet has {levels} levels; sides must divide by {divisor} "
+            "(give --resolution), or levels be fewer (--block_out_channels)"
+        )
+    return unet, scheduler
 
 
 def load_pretrained(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[UNet2DModel, DDPMNotesScheduler]:
@@ -44,14 +47,11 @@ def load_pretrained(model: ModelArguments, images: ImageSet | ImageStream) -> tu
     name = str(model.pretrained_model_name_or_path)
     check_path("--pretrained_model_name_or_path", name)
     pipeline = DDPMNotesPipeline.from_pretrained(name, revision=model.revision)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    if not isinstance(scheduler, DDPMNotesScheduler):
-        scheduler = DDPMNotesScheduler.from_config(scheduler.config)
+    unet, scheduler = pipeline.unet, DDPMNotesScheduler.from_config(pipeline.scheduler.config)
     if unet.config.in_channels != images.channels:
         raise ValueError(
             f"{name} takes {unet.config.in_channels} channels and the images have {images.channels}; they must be equal (see --image_mode)"
         )
-    check_size(images.size, len(unet.config.block_out_channels))
     embeddings, classes = unet.config.num_class_embeds, images.num_classes
     if (embeddings is None) != (classes is None) or (classes or 0) > (embeddings or 0):
         raise ValueError(
@@ -62,10 +62,15 @@ def load_pretrained(model: ModelArguments, images: ImageSet | ImageStream) -> tu
     return unet.float(), without_measured_variances(scheduler)
 
 
-def new_unet(model: ModelArguments, images: ImageSet | ImageStream, out_channels: int) -> UNet2DModel:
-    """A UNet by the flags, or of the default shape for the size of the images."""
+def new_unet(model: ModelArguments, images: ImageSet | ImageStream) -> UNet2DModel:
+    """A UNet by a file or the flags, or of the default shape for the size of the images."""
+    out_channels = images.channels * (2 if model.variance_type in LEARNED_VARIANCES else 1)
+    if model.model_config_name_or_path:
+        check_path("--model_config_name_or_path", model.model_config_name_or_path)
+        config = UNet2DModel.load_config(model.model_config_name_or_path)
+        fitting = {"in_channels": images.channels, "out_channels": out_channels}
+        return UNet2DModel.from_config(config, sample_size=list(images.size), **fitting)
     channels = model.block_out_channels or default_channels(images.size)
-    check_size(images.size, len(channels))
     levels = range(len(channels))
     attention = model.attention_levels
     if attention is None:
@@ -127,13 +132,3 @@ def check_path(flag: str, name: str) -> None:
     """Raise ValueError for a missing local path: diffusers would take it for a repository id."""
     if is_local(name) and not Path(name).exists():
         raise ValueError(f"{flag} is {name}, and there is no such file or folder in {Path.cwd()}")
-
-
-def check_size(size: tuple[int, int], levels: int) -> None:
-    """Raise ValueError unless both sides can be halved levels - 1 times."""
-    divisor = 2 ** (levels - 1)
-    if size[0] % divisor or size[1] % divisor:
-        raise ValueError(
-            f"the images are {size[0]}x{size[1]} and the UNet has {levels} levels; sides must divide by {divisor} "
-            "(give --resolution), or levels be fewer (--block_out_channels)"
-        )

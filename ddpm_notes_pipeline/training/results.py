@@ -4,7 +4,6 @@ Nothing here names the machine, its user or a path on it: the folder may be publ
 """
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -12,24 +11,22 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DModel
 
-import ddpm_notes_pipeline
-
+from .. import __version__
 from ..data import EMBEDDED
+from ..evaluation.records import TrainingRecord
 from ..hub.push import BackgroundPushes, PublishingError, prepare_repo, push_command, push_folder
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .arguments import Arguments, RunArguments, as_config, is_local
 from .commands import own_images_command, resume_command
 from .images import TrainingImages, count_of
+from .learner import Learner
 from .logs import RunLogs
+from .stops import failing_together
 
 # Settings of one machine or one owner, which whoever repeats the run has his own of.
 OWN_SETTINGS = ("output_dir", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "license")
@@ -41,13 +38,14 @@ class NotPublishedError(PublishingError):
     """The run is complete on disk, but its last push failed."""
 
 
-def save_model(
-    folder: Path, unet: UNet2DModel, scheduler: DDPMNotesScheduler, settings: Arguments, record: dict[str, Any]
-) -> None:
-    """Write the pipeline with its code, training_config.yaml and training_run.json."""
-    DDPMNotesPipeline(unet, scheduler).save_pretrained(folder)
-    save_settings(folder / "training_config.yaml", settings, fingerprint=record["fingerprint"])
-    (folder / "training_run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def save_model(folder: Path, learner: Learner, images: TrainingImages, settings: Arguments, logs: RunLogs) -> None:
+    """Write the weights that the network has as a pipeline with its code, and how it was trained.
+
+    That is in training_config.yaml and training_run.json.
+    """
+    DDPMNotesPipeline(learner.unet, learner.scheduler).save_pretrained(folder)
+    save_settings(folder / "training_config.yaml", settings, images.train.fingerprint)
+    run_record(learner.accelerator, images, settings, logs).write(folder)
 
 
 def save_settings(path: Path, settings: Arguments, fingerprint: str) -> None:
@@ -65,56 +63,41 @@ def save_settings(path: Path, settings: Arguments, fingerprint: str) -> None:
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def run_record(
-    accelerator: Accelerator,
-    images: TrainingImages,
-    settings: Arguments,
-    losses: Sequence[float],
-    first_step: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """training_run.json, from which the card is filled.
-
-    Args:
-        losses: of every step so far.
-        first_step: the step that this launch resumed from, after `seconds` ago.
-    """
+def run_record(accelerator: Accelerator, images: TrainingImages, settings: Arguments, logs: RunLogs) -> TrainingRecord:
+    """What the card says of the training."""
     data, model, run = settings
-    train, steps = images.train, len(losses)
-    tail = last_finite(losses)
+    train, losses, seconds = images.train, logs.loss.history()[1], logs.loss.elapsed
+    tail, done = last_finite(losses), len(losses) - logs.loss.first
     hub_dataset = "/" in (data.dataset_name or "") and not is_local(data.dataset_name)
-    output_name = Path(run.output_dir).resolve().name
-    return {
-        "data": train.name,
-        "split": train.split,
-        "images": train.num_images,
-        "images_skipped": train.skipped,
-        "dims": [train.channels, *train.size],
-        "fingerprint": train.fingerprint,
-        "data_license": train.license,
-        "hub_dataset": data.dataset_name if hub_dataset else None,
-        "base_model": None if is_local(model.pretrained_model_name_or_path) else model.pretrained_model_name_or_path,
-        "objective": run.objective,
-        "loss": sum(tail) / len(tail) if tail else None,
-        "loss_steps": len(tail),
-        "steps": steps,
-        "train_batch_size": run.train_batch_size,
-        "seed": run.seed,
-        "weights": "averaged over steps (EMA)" if run.use_ema else "raw, as the last step left them",
-        "mixed_precision": run.mixed_precision,
-        "processes": accelerator.num_processes,
-        "hardware": hardware(accelerator.device),
-        "seconds": seconds,
-        "steps_of_launch": steps - first_step,
-        "images_per_second": (steps - first_step) * run.train_batch_size / seconds if seconds > 0 else 0.0,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {
-            "ddpm_notes_pipeline": ddpm_notes_pipeline.__version__,
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-        "command": f"accelerate launch training/train.py --config training_config.yaml --output_dir {shlex.quote(f'outputs/{output_name}')}",
-    }
+    folder = shlex.quote(f"outputs/{Path(run.output_dir).resolve().name}")
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return TrainingRecord(
+        data=train.name,
+        split=train.split,
+        images=train.num_images,
+        images_skipped=images.skipped,
+        dims=[train.channels, *train.size],
+        fingerprint=train.fingerprint,
+        data_license=train.license,
+        hub_dataset=data.dataset_name if hub_dataset else None,
+        base_model=None if is_local(model.pretrained_model_name_or_path) else model.pretrained_model_name_or_path,
+        objective=run.objective,
+        loss=sum(tail) / len(tail) if tail else None,
+        loss_steps=len(tail),
+        steps=len(losses),
+        train_batch_size=run.train_batch_size,
+        seed=run.seed,
+        weights="averaged over steps (EMA)" if run.use_ema else "raw, as the last step left them",
+        mixed_precision=run.mixed_precision,
+        processes=accelerator.num_processes,
+        hardware=hardware(accelerator.device),
+        seconds=seconds,
+        steps_of_launch=done,
+        images_per_second=done * run.train_batch_size / seconds if seconds > 0 else 0.0,
+        date=datetime.now(UTC).date().isoformat(),
+        versions={"ddpm_notes_pipeline": __version__, "python": platform.python_version(), **versions},
+        command=f"accelerate launch training/train.py --config training_config.yaml --output_dir {folder}",
+    )
 
 
 def last_finite(losses: Sequence[float]) -> list[float]:
@@ -130,14 +113,13 @@ def hardware(device: torch.device) -> str:
     return f"{cores} cores of {platform.machine()} {device.type.upper()}"
 
 
-def summary(
-    settings: Arguments, images: TrainingImages, logs: RunLogs, skipped: int, rate: float, seconds: float
-) -> str:
+def summary(settings: Arguments, images: TrainingImages, logs: RunLogs, skipped: int) -> str:
     """Five lines: what was learned, where it is, how to load it, train longer, use other images."""
     data, _, run = settings
-    _, losses = logs.loss.history()
+    log, losses = logs.loss, logs.loss.history()[1]
     steps, tail = len(losses), last_finite(losses) or [math.nan]
-    bad_images = f" ({images.train.skipped} left out)" if images.train.skipped else ""
+    rate = (steps - log.first) * run.train_batch_size / log.training if log.training > 0 else 0.0
+    bad_images = f" ({images.skipped} left out)" if images.skipped else ""
     skipped_updates = f"updates skipped, not finite: {skipped}; " if skipped else ""
     weights = "averaged (EMA)" if run.use_ema else "raw"
     validated = "" if images.validation is None else ", validation.jsonl"
@@ -147,7 +129,7 @@ def summary(
         [
             f"Learned:   {steps} steps on {count_of(images.train)}{bad_images}, {run.objective} loss "
             f"{sum(tail) / len(tail):.4f} over the last {len(tail)} steps; {validation_words(images, logs)}"
-            f"{skipped_updates}{rate:.0f} images/s, {seconds / 60:.1f} min.",
+            f"{skipped_updates}{rate:.0f} images/s, {log.elapsed / 60:.1f} min.",
             f"Where:     {Path(run.output_dir)}/ holds the {weights} weights, samples.png (look at it), loss.png, "
             f"loss.jsonl{validated} and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '
@@ -172,24 +154,17 @@ def validation_words(images: TrainingImages, logs: RunLogs) -> str:
 def open_repo(accelerator: Accelerator, run: RunArguments) -> str | None:
     """The full name of the repository to push to, found or made; None without --push_to_hub.
 
-    Collective: every rank must call it.
+    Collective, and None but on the main process.
 
     Raises:
-        PublishingError: the repository cannot be written to; raised on every rank.
+        PublishingError: the repository cannot be written to.
+        FailedElsewhere: the same on the other ranks.
     """
-    if not run.push_to_hub:
-        return None
-    answer: list[str | None] = [None, None]  # name, fault
-    if accelerator.is_main_process:
-        name = run.hub_model_id or Path(run.output_dir).resolve().name
-        try:
-            answer[0] = prepare_repo(name, run.hub_private_repo, run.license)
-        except PublishingError as fault:
-            answer[1] = str(fault)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise PublishingError(answer[1])
-    return answer[0]
+    with failing_together(accelerator):
+        if run.push_to_hub and accelerator.is_main_process:
+            name = run.hub_model_id or Path(run.output_dir).resolve().name
+            return prepare_repo(name, run.hub_private_repo, run.license)
+    return None
 
 
 def publish(output_dir: Path, repo_id: str, run: RunArguments, pushes: BackgroundPushes | None) -> None:

@@ -10,12 +10,12 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState, is_initialized
@@ -29,8 +29,8 @@ from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samp
 from ..evaluation.validation import Row, decoder_of, save_evaluation
 from ..hub.card import weights_digest, write_card
 from ..hub.push import BackgroundPushes
-from ..pipeline_ddpm_notes import BitsPerDimOutput
-from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, as_config, check_arguments, warmup_steps
+from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
+from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, check_arguments, warmup_steps
 from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .commands import resume_command
 from .images import count_of, dims, load_training_images
@@ -38,9 +38,9 @@ from .learner import Learner
 from .logs import LOGS, RunLogs, warning_once
 from .measurements import VALIDATION_EVALUATIONS, Measurements
 from .networks import make_model
-from .results import NotPublishedError, open_repo, publish, run_record, save_model, summary
+from .results import open_repo, publish, save_model, summary
 from .stops import Stopped, Stops, failing_together
-from .trackers import Tracker, find_tracker
+from .trackers import find_tracker
 
 # Half-written folders that a stop may leave.
 LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")
@@ -58,14 +58,9 @@ class Progress:
 
     first: int
     steps: int
-    started: float = field(default_factory=time.monotonic)
     bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
     signal: int = 0
     bad_images: torch.Tensor | None = None
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
 
 
 class TrainingRun:
@@ -100,30 +95,28 @@ class TrainingRun:
         self.settings = Arguments(data, model, run)
         self.stops = stops or Stops()
         self.accelerator = start_accelerate(run)
+        check_batch_size(run, self.accelerator.num_processes)
         self.output_dir = Path(run.output_dir)
         set_seed(run.seed)
         prepare_output_dir(self.accelerator, self.output_dir, run)
         self.repo_id = open_repo(self.accelerator, run)
         with warning_once(self.accelerator):
             self.images = load_training_images(self.accelerator, data, run.seed)
-        check_batch_size(run, self.accelerator.num_processes)
+            unet, scheduler = make_model(model, self.images.train)
         steps = run.max_train_steps or math.ceil(run.num_epochs * len(self.images.stored) / run.train_batch_size)
         warmup = warmup_steps(run, steps)
         if warmup < (run.lr_warmup_steps or 0):
-            self._print(f"warm-up: {warmup} steps instead of {run.lr_warmup_steps}, since training ends after {steps}")
-        with warning_once(self.accelerator):
-            unet, scheduler = make_model(model, self.images.train)
+            shortened = f"{warmup} steps instead of {run.lr_warmup_steps}"
+            self.accelerator.print(f"warm-up: {shortened}, since training ends after {steps}")
         self.learner = Learner(self.accelerator, unet, scheduler, run)
         self.measurements = Measurements(self.learner, self.images, self.stops, data.cache_dir)
         self.progress = Progress(self._resume(steps), steps)
         self.learner.schedule(self.progress.first, steps, warmup)
         self.loader = self._make_loader()
-        self._print(self._description())
+        self.accelerator.print(self._description())
         clear_leftovers(self.accelerator, self.output_dir, run)
         self.stops.hold(self.accelerator)
-        self.logs = RunLogs.open(
-            self.accelerator, self.output_dir, self.progress.first, run.train_batch_size, self._open_tracker()
-        )
+        self.logs = RunLogs(self.accelerator, self.settings, self.progress.first)
         self.pushes = None
         if self.repo_id is not None and run.hub_strategy == "every_save":
             self.pushes = BackgroundPushes(self.repo_id, run.license)
@@ -137,19 +130,28 @@ class TrainingRun:
             NotPublishedError: the last push failed; all is on disk.
             CheckpointError, OSError, FloatingPointError, FailedElsewhere: it cannot continue.
         """
-        for step, batch in self.batches():
-            self.update(step, batch)
-            self.after(step)
-            if self.stopped:
-                break
-        self.finish()
+        try:
+            for step, batch in self.batches():
+                self.update(step, batch)
+                self.after(step)
+                if self.stopped:
+                    break
+            self.finish()
+        except (Exception, KeyboardInterrupt):
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of progress bar and tracker: for a run that fails before `finish` has ended."""
+        self.progress.bar.close()
+        self.logs.tracker.close()
 
     # ----------------------------------------------------------------- the loop
 
     def batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Each remaining step, counted from 0, with this rank's share of its batch."""
         first, steps = self.progress.first, self.progress.steps
-        self.progress.started = time.monotonic()
+        self.logs.loss.start()
         learned = first > 0 or self.settings.model.pretrained_model_name_or_path is not None
         if learned and first < steps:
             self._validate(first)
@@ -159,7 +161,7 @@ class TrainingRun:
 
     def update(self, step: int, batch: dict[str, torch.Tensor]) -> None:
         """One optimizer step."""
-        self.logs.loss.add(self.learner.update(step, batch))
+        self.logs.loss.waiting.append(self.learner.update(step, batch))
         self.progress.bad_images = batch.get("bad_images")
         self.progress.bar.update()
 
@@ -197,11 +199,7 @@ class TrainingRun:
         if logs.loss.step < progress.steps:
             self._stop()
         if progress.bad_images is not None:
-            bad = self.accelerator.reduce(progress.bad_images.to(self.accelerator.device), "sum")
-            self.images = self.images.with_skipped(int(bad))
-        seconds = progress.seconds
-        training = seconds - logs.loss.pauses
-        rate = (progress.steps - progress.first) * run.train_batch_size / training if training > 0 else 0.0
+            self.images.skipped = int(self.accelerator.reduce(progress.bad_images.to(self.accelerator.device), "sum"))
         self._save_checkpoint(progress.steps)
         bits_per_dim = self._validate(progress.steps)
         self.measurements.measure_samples(progress.steps, logs)
@@ -210,20 +208,15 @@ class TrainingRun:
             if self.accelerator.is_main_process:
                 self._write_model(bits_per_dim)
         self._write_samples()
-        fault = None
-        if self.accelerator.is_main_process:
-            print(summary(self.settings, self.images, logs, self.learner.guard.skipped, rate, seconds), flush=True)
-            try:
-                if self.repo_id is not None:
-                    publish(self.output_dir, self.repo_id, run, self.pushes)
-            except NotPublishedError as error:
-                fault = error
-        # DDP before the process group, or its destructor may hang.
-        self.learner.unwrap()
-        self.accelerator.free_memory()
-        self.accelerator.end_training()
-        if fault is not None:
-            raise fault
+        try:
+            self.accelerator.print(summary(self.settings, self.images, logs, self.learner.guard.skipped), flush=True)
+            if self.repo_id is not None:
+                publish(self.output_dir, self.repo_id, run, self.pushes)
+        finally:
+            # DDP before the process group, or its destructor may hang.
+            self.learner.unwrap()
+            self.accelerator.free_memory()
+            self.accelerator.end_training()
 
     # ----------------------------------------------------------------- its parts
 
@@ -233,19 +226,19 @@ class TrainingRun:
         checkpoint = find_checkpoint(self.output_dir, wanted) if wanted else None
         if checkpoint is None:
             if wanted:
-                self._print(f"{self.output_dir} has no checkpoint yet: starting at the beginning")
+                self.accelerator.print(f"{self.output_dir} has no checkpoint yet: starting at the beginning")
             return 0
         done = load_checkpoint(self.accelerator, checkpoint, self._checkpoint_state())
         if done > steps:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint} is from step {done}, and training ends at step {steps}; give more steps"
             )
-        self._print(f"resuming from {checkpoint} at step {done}")
+        self.accelerator.print(f"resuming from {checkpoint} at step {done}")
         return done
 
     def _make_loader(self) -> DataLoader:
         data, _, run = self.settings
-        null_label = self.learner.null_label
+        null_label = DDPMNotesPipeline(self.learner.unet, self.learner.scheduler).null_label
         kind: Any = StreamedBatches if data.streaming else StepBatches
         batches = kind(
             self.images.train,
@@ -264,14 +257,6 @@ class TrainingRun:
             num_workers=data.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-
-    def _open_tracker(self) -> Tracker | None:
-        """The tracker, on the main process alone."""
-        name = find_tracker(self.settings.run.report_to)
-        if name is None or not self.accelerator.is_main_process:
-            return None
-        config = as_config(*self.settings)
-        return Tracker(self.accelerator, name, config, self.output_dir, resume=self.progress.first > 0)
 
     def _checkpoint_state(self) -> Any:
         return self.learner.checkpoint_state(self.images.train.fingerprint)
@@ -294,31 +279,23 @@ class TrainingRun:
         """A grid of samples of the averaged weights, beside real images."""
         with self.logs.loss.paused():
             samples = self.measurements.sample_grid()
-        picture = self.output_dir / f"samples-{done}.png"
-        with failing_together(self.accelerator, f"could not write {picture}"):
+        with failing_together(self.accelerator, f"could not write {self.output_dir}/samples-{done}.png"):
             if self.accelerator.is_main_process and samples is not None:
-                save_samples(picture, self._real_images(), samples, f"step {done}")
-                self.logs.log_image(done, "samples", image_grid(samples))
+                self._draw(f"samples-{done}.png", samples, f"step {done}", done)
 
     def _push_snapshot(self, done: int) -> None:
         """Push the averaged weights in the background."""
-        if self.pushes is None or not self.accelerator.is_main_process:
+        if self.pushes is None:
             return
         snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
         with self.learner.averaged():
-            self._save_model(snapshot)
+            save_model(snapshot, self.learner, self.images, self.settings, self.logs)
         self.pushes.push(snapshot, f"Step {done} of {self.progress.steps}")
-
-    def _save_model(self, folder: Path) -> None:
-        """The weights that the network has, as a Hub folder."""
-        first, seconds, losses = self.progress.first, self.progress.seconds, self.logs.loss.history()[1]
-        record = run_record(self.accelerator, self.images, self.settings, losses, first, seconds)
-        save_model(folder, self.learner.unet, self.learner.scheduler, self.settings, record)
 
     def _write_model(self, bits_per_dim: BitsPerDimOutput | None) -> None:
         """The finished model with its figures and its card; its samples will take a while."""
         run, scheduler, table = self.settings.run, self.learner.scheduler, self.measurements.table
-        self._save_model(self.output_dir)
+        save_model(self.output_dir, self.learner, self.images, self.settings, self.logs)
         if bits_per_dim is not None and self.images.validation is not None:
             T = len(scheduler)
             row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, list(reversed(range(T)))), bits_per_dim)
@@ -337,34 +314,35 @@ class TrainingRun:
     def _write_samples(self) -> None:
         """samples.png and trajectory.gif of the finished model, and a card that shows them."""
         run, scheduler, trajectory = self.settings.run, self.learner.scheduler, Trajectory()
-        samples = self.measurements.sample_grid(averaged=False, watch=trajectory)
-        if samples is not None:
-            self.logs.log_image(self.progress.steps, "samples", image_grid(samples))
-        self.logs.close()
+        samples = self.measurements.sample_grid(watch=trajectory)
         where = f"with training done and the model in {self.output_dir}"
         if samples is None:
-            resume = resume_command(run.command)
-            raise Stopped(self.stops.agreed(), f"{where}, but no samples. Resume: {resume}")
-        self.stops.release(where)
+            self.close()
+            raise Stopped(self.stops.agreed(), f"{where}, but no samples. Resume: {resume_command(run.command)}")
         if self.accelerator.is_main_process:
             title = f"samples: {run.ddpm_num_inference_steps or len(scheduler)} steps, {scheduler.variance_type}"
-            save_samples(self.output_dir / "samples.png", self._real_images(), samples, title)
+            self._draw("samples.png", samples, title, self.progress.steps)
             trajectory.save(self.output_dir / "trajectory.gif")
             write_card(self.output_dir, self.repo_id, run.license)
+        self.logs.tracker.close()
+        self.stops.release(where)
 
     def _stop(self) -> None:
         """End a run before its last step."""
         if self.pushes is not None:
             self.pushes.abandon()
-        self.logs.close()
-        done = self.logs.loss.step
+        self.close()
+        done, steps = self.logs.loss.step, self.progress.steps
         if not self.stopped:
-            raise RuntimeError(f"finish was called before step {self.progress.steps}, and no signal stopped the run")
-        where = f"after step {done} of {self.progress.steps}, which {self.output_dir}/checkpoint-{done} holds"
+            raise RuntimeError(f"finish was called before step {steps}, and no signal stopped the run")
+        where = f"after step {done} of {steps}, which {self.output_dir}/checkpoint-{done} holds"
         raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
 
-    def _real_images(self) -> Any:
-        return self.images.evenly_spaced(self.settings.run.num_samples)
+    def _draw(self, name: str, samples: np.ndarray, title: str, step: int) -> None:
+        """Samples beside real images, as a file of the folder; samples alone, in the tracker."""
+        real = self.images.evenly_spaced(self.settings.run.num_samples)
+        save_samples(self.output_dir / name, real, samples, title)
+        self.logs.tracker.log_image(step, "samples", image_grid(samples))
 
     def _description(self) -> str:
         """The first line: images, network, steps, batch, processes."""
@@ -380,10 +358,6 @@ class TrainingRun:
             f"step(s) of {share // parts}, on {processes} process(es) of {self.accelerator.device.type}, "
             f"{run.mixed_precision} mixed precision"
         )
-
-    def _print(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
 
 
 def reset_accelerate() -> None:
@@ -414,8 +388,6 @@ def start_accelerate(run: RunArguments) -> Accelerator:
 
 def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
     """Make the folder, or raise ValueError rather than write over somebody's files. Collective."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
     present = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     checkpoints, wanted = list_checkpoints(output_dir), run.resume_from_checkpoint
     if wanted and not checkpoints:  # a run that was stopped before its first one

@@ -38,24 +38,14 @@ class AveragedWeights(EMAModel):
         self, parameters: Iterable[torch.nn.Parameter], decay: float, schedule: str, inv_gamma: float, power: float
     ) -> None:
         lowest = decay if schedule == "constant" else 0.0
-        super().__init__(
-            parameters,
-            decay=decay,
-            min_decay=lowest,
-            use_ema_warmup=True,
-            inv_gamma=inv_gamma,
-            power=power,
-            foreach=True,
-        )
+        super().__init__(parameters, decay, lowest, use_ema_warmup=True, inv_gamma=inv_gamma, power=power, foreach=True)
 
     @torch.no_grad()
-    def step(self, parameters: Iterable[torch.nn.Parameter], applied: torch.Tensor | None = None) -> None:
+    def step(self, parameters: Iterable[torch.nn.Parameter], applied: torch.Tensor | float = 1.0) -> None:
         """Move towards `parameters`, unless `applied`, a scalar, is 0: a skipped optimizer step."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
-        if applied is None:
-            applied = torch.ones((), device=self.shadow_params[0].device)
-        weight = applied * (1 - self.cur_decay_value)
+        weight = torch.as_tensor(applied * (1 - self.cur_decay_value))
         if weight.is_cpu:  # one pass over the memory
             for average, parameter in zip(self.shadow_params, parameters, strict=True):
                 average.lerp_(parameter, weight)
@@ -90,13 +80,12 @@ class UpdateGuard:
             1 if it did and 0 if not, a scalar on the device.
         """
         finite = torch.isfinite(grad_norm)
-        inner = optimizer.optimizer
-        if self.accelerator.scaler is not None:  # it checks the gradients itself, and decides alike
-            optimizer.step()
-        elif inner.defaults["fused"]:
-            inner.found_inf = (~finite).float()  # what a loss scaler would set
-            optimizer.step()
-        elif bool(finite):
+        # A loss scaler checks the gradients itself, and decides alike; the fused kernel is told.
+        checked = self.accelerator.scaler is not None
+        if not checked and optimizer.optimizer.defaults["fused"]:
+            optimizer.optimizer.found_inf = (~finite).float()  # what a loss scaler would set
+            checked = True
+        if checked or bool(finite):
             optimizer.step()
         return finite.float()
 
@@ -110,10 +99,10 @@ class UpdateGuard:
         Raises:
             FloatingPointError: the last `limit` steps were all skipped.
         """
-        norms = torch.stack([norm for *_, norm in self.waiting]).tolist()
-        before = self.skipped
-        description = ""
-        for (step, t, losses, _), norm in zip(self.waiting, norms, strict=True):
+        waiting, self.waiting = self.waiting, []
+        norms = torch.stack([norm for *_, norm in waiting]).tolist()
+        before, description = self.skipped, ""
+        for (step, t, losses, _), norm in zip(waiting, norms, strict=True):
             if math.isfinite(norm):
                 self.in_a_row = 0
                 continue
@@ -128,18 +117,14 @@ class UpdateGuard:
             self.in_a_row += 1
             description = describe(step, t, losses, norm)
             if self.in_a_row >= self.limit:
-                self.waiting.clear()
                 raise FloatingPointError(
                     f"no finite update in {self.in_a_row} steps in a row (--max_nonfinite_steps); at the last one, "
                     f"{description}. The weights and their average are as they were before. A smaller --learning_rate "
                     "may help"
                 )
-        self.waiting.clear()
         if self.skipped > before and self.accelerator.is_main_process:
-            text = (
-                f"skipped {self.skipped - before} update(s) that were not finite, {self.skipped} so far; {description}"
-            )
-            tqdm.write(f"WARNING: {text}", file=sys.stderr)  # above the progress bar
+            text = f"skipped {self.skipped - before} update(s) that were not finite, {self.skipped} so far"
+            tqdm.write(f"WARNING: {text}; {description}", file=sys.stderr)  # above the progress bar
 
     def state_dict(self) -> dict[str, int]:
         """The counts, for a checkpoint."""
@@ -147,8 +132,7 @@ class UpdateGuard:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore the counts of a checkpoint."""
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self.scale_skipped = state["scale_skipped"]
+        vars(self).update(state)
 
 
 def describe(step: int, t: torch.Tensor, losses: torch.Tensor, grad_norm: float) -> str:

@@ -286,6 +286,14 @@ def test_latest_skips_damaged_checkpoints_and_reports_them(three, caplog):
     assert "skipping" in second and "checkpoint-10" in second and "manifest.json" in second
 
 
+def test_looking_for_checkpoints_needs_no_accelerator_and_rank_0_alone_reports(three, caplog, monkeypatch):
+    remove(three.folder / "checkpoint-15" / "manifest.json")
+    reset_accelerate()
+    assert find_checkpoint(three.folder, "latest") == three.folder / "checkpoint-10" and len(caplog.records) == 1
+    monkeypatch.setenv("RANK", "1")
+    assert find_checkpoint(three.folder, "latest") == three.folder / "checkpoint-10" and len(caplog.records) == 1
+
+
 def test_latest_without_a_whole_checkpoint_is_an_error(three):
     for step in (5, 10, 15):
         flip(three.folder / f"checkpoint-{step}" / "model.safetensors")

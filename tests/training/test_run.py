@@ -105,6 +105,24 @@ def test_a_run_that_failed_leaves_the_next_one_alone(make, tmp_path):
     assert {path.name for path in (tmp_path / "next").iterdir()} == FOLDER
 
 
+def test_a_run_that_fails_lets_go_of_its_tracker_and_its_progress_bar(make, monkeypatch):
+    """A notebook goes on living, and its next run would find them."""
+    run = make(report_to="tensorboard")
+    trackers = [thread for thread in threading.enumerate() if thread.name == "tracker"]
+    assert trackers
+
+    def fail(step: int) -> None:
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(run, "after", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run.train()
+    for thread in trackers:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in trackers)
+    assert run.progress.bar.disable  # as `tqdm.close` leaves it
+
+
 def test_the_loop_written_out_is_that_of_train(make, tmp_path):
     make("train").train()
     run = make("loop")
