@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from transformers import ViTConfig, ViTModel
 
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.training.evaluate import main
+from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main
 from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
 from tests.support.launching import ROOT, describe, launch, once
 
@@ -277,17 +278,57 @@ def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--paths", "even", "bset"], "--paths has bset; each must be one of even, best"),
-        (["--paths", "bset", "--table"], "--paths has bset; each must be one of even, best"),
-        (["--variance_types", "fixed_smal", "optimal"], "--variance_types has fixed_smal; each must be one of fixed_"),
-        (["--samplers", "ddmi", "--metrics"], "--samplers has ddmi; each must be one of ddim, eta0, dpmsolver++"),
+        (["--paths", "even", "bset"], "--paths: invalid choice: bset (choose from even, best)"),
+        (["--paths", "bset", "--table"], "--paths: invalid choice: bset (choose from even, best)"),
+        (
+            ["--variance_types", "fixed_smal", "optimal"],
+            "--variance-types: invalid choice: fixed_smal (choose from fix",
+        ),
+        (["--samplers", "ddmi", "--metrics"], "--samplers: invalid choice: ddmi (choose from ddim, eta0, dpmsolver++)"),
     ],
 )
 def test_a_typo_in_a_list_of_choices_is_refused_before_anything_is_loaded(capsys, flags, says):
     """A path of a mistyped kind was an even one, in a table under the mistyped name."""
     with pytest.raises(SystemExit) as exit:
         parse_evaluation_arguments(["--model", "nothing/here", "--dataset_name", "digits", *flags])
-    assert exit.value.code == 2 and says in capsys.readouterr().err
+    assert exit.value.code == 2 and says in capsys.readouterr().err.replace("'", "")  # Python 3.12 dropped them
+
+
+OF_THE_RUN = {"dataset_name": "digits", "train_split": "train", "validation_share": 0.1, "seed": 3}
+HELD_OUT = "--split held_out --validation_share 0.1 --seed 3".split()
+
+
+def held_out_run(folder, of_the_run, *flags):
+    """An evaluation on held-out images, ready to measure, of a model trained `of_the_run`."""
+    save_model(folder)
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(of_the_run))
+    line = ["--model", str(folder), "--dataset_name", "digits", *HELD_OUT, *map(str, flags)]
+    return EvaluationRun(*parse_evaluation_arguments(line))
+
+
+@pytest.mark.parametrize(
+    ("of_the_run", "flags", "says"),
+    [
+        ({}, ["--validation_share", 0.2], "--validation_share is 0.2 and was 0.1 in training"),
+        ({"validation_share": None}, [], "--validation_share is 0.1 and was None in training"),
+        ({}, ["--seed", 0], "--seed is 0 and was 3 in training"),
+        ({"max_train_samples": 500}, [], "--max_train_samples is None and was 500 in training"),
+        (
+            {"seed": 1, "train_split": "test"},
+            [],
+            "--seed is 3 and was 1 in training, --train_split is train and was test",
+        ),
+    ],
+)
+def test_images_that_were_trained_on_are_not_measured_as_held_out(tmp_path, of_the_run, flags, says):
+    """Another share or seed holds other images out: bits/dim were too good, and silently so."""
+    with pytest.raises(ValueError, match=re.escape(says) + ".*; they must be equal"):
+        held_out_run(tmp_path, OF_THE_RUN | of_the_run, *flags)
+
+
+@pytest.mark.parametrize("of_the_run", [{}, {"dataset_name": "me/faces", "seed": 1}, {"dataset_name": "./mine"}])
+def test_images_held_out_by_the_same_settings_or_of_another_data_set_are_measured(tmp_path, of_the_run):
+    assert len(held_out_run(tmp_path, OF_THE_RUN | of_the_run).images) == 144  # a tenth of 1438
 
 
 def test_max_images_takes_the_images_that_its_help_says(capsys):
