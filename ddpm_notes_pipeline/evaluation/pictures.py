@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ if importlib.util.find_spec("matplotlib") is None:  # fails before anything is t
 
 def pyplot() -> Any:
     """matplotlib's, imported when there is something to draw: training does without its 25 MiB."""
-    importlib.import_module("matplotlib").use("Agg")
+    if "matplotlib.pyplot" not in sys.modules:  # a notebook has chosen where it draws
+        importlib.import_module("matplotlib").use("Agg")
     return importlib.import_module("matplotlib.pyplot")
 
 

@@ -44,11 +44,7 @@ DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     """Measure and print; write evaluation.json, bits_per_dim.png, the card, table.md (--table)."""
-    run = EvaluationRun(data, evaluation)
-    run.measure()
-    if run.accelerator.is_main_process:
-        run.write()
-    run.accelerator.end_training()
+    EvaluationRun(data, evaluation).measure()
 
 
 class EvaluationRun:
@@ -93,7 +89,7 @@ class EvaluationRun:
         return found.at_most(max_images)
 
     def measure(self) -> None:
-        """Fill `rows` and `samples`, and print the rows."""
+        """Fill `rows` and `samples`, print and write them."""
         evaluation, own, pipeline = self.evaluation, self.own, self.pipeline
         if evaluation.metrics:
             self.samples = self.sample_table()
@@ -119,6 +115,9 @@ class EvaluationRun:
                 self.samples.add(pipeline, names, timesteps=path)
         if self.samples is not None:
             self.add_samplers(self.samples)
+        if self.accelerator.is_main_process:
+            self.write()
+        self.accelerator.end_training()
 
     def sample_table(self) -> SampleTable:
         evaluation = self.evaluation
