@@ -247,9 +247,8 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
         raise ValueError("--streaming needs --max_train_steps: the number of images is not known in advance")
     batch, parts = run.train_batch_size, run.gradient_accumulation_steps
     if batch % parts:
-        raise ValueError(
-            f"--train_batch_size is {batch}; it must be a multiple of --gradient_accumulation_steps {parts}"
-        )
+        accumulation = f"--gradient_accumulation_steps {parts}"
+        raise ValueError(f"--train_batch_size is {batch} with {accumulation}; it must be a multiple of that")
     K, T = run.ddpm_num_inference_steps or 0, model.ddpm_num_steps
     if K > T and model.pretrained_model_name_or_path is None:
         raise ValueError(f"--ddpm_num_inference_steps is {K}; it must be at most {T} (--ddpm_num_steps)")
