@@ -860,6 +860,36 @@ for axis, rule in zip(axes, rules, strict=True):
 plt.show()
 
 # %% [markdown]
+# ## 12. A run of your own
+#
+# **`TrainingRun`** is what `training/train.py` starts: images, batches, Algorithm 1, checkpoints
+# and a model folder. Here it takes 60 steps on the digits, in a temporary folder, and draws 36
+# images from the averaged weights. That is enough for strokes; 2500 steps (`make train`) give
+# digits.
+
+# %%
+import contextlib
+import io
+import tempfile
+
+from ddpm_notes_pipeline.training.arguments import DataArguments, ModelArguments, RunArguments
+from ddpm_notes_pipeline.training.run import TrainingRun
+
+data = DataArguments("digits")
+model = ModelArguments(block_out_channels=[32, 64], layers_per_block=1, attention_levels=[1])
+settings = {"max_train_steps": 60, "train_batch_size": 64, "learning_rate": 2e-3, "report_to": "none"}
+settings |= {"num_samples": 36, "ddpm_num_inference_steps": 50, "output_dir": "run"}
+progress_bars = contextlib.redirect_stderr(io.StringIO())
+with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), progress_bars:
+    TrainingRun(data, model, RunArguments(**settings)).train()
+    samples = plt.imread("run/samples.png")
+
+figure, axis = plt.subplots(figsize=(9, 4.8))
+axis.imshow(samples)
+axis.set_axis_off()
+plt.show()
+
+# %% [markdown]
 # Next: `training/train.py` trains on your own images, `training/evaluate.py` compares variances and
 # steps for any DDPM checkpoint, and the table *From the notes to names* in `examples/README.md`
 # lists all of the functions above.

@@ -1,15 +1,29 @@
-"""The commands that a run prints: how to resume it, to train longer, or on other images.
+"""Command lines: their flags, and the commands that a run prints: to resume, to train longer, or on
+other images.
 
 `command` is what started the run, script and flags; it is empty for a run started from Python.
 """
 
 import argparse
 import os
-import re
 import shlex
 from collections.abc import Sequence
 
 FROM_PYTHON = 'the same TrainingRun with resume_from_checkpoint="latest"'
+
+
+def typed_flags(line: Sequence[str]) -> set[str]:
+    """The names of the flags on a command line, without dashes."""
+    words = (word.partition("=")[0].replace("-", "_") for word in line)
+    return {word.removeprefix("__") for word in words if word.startswith("__")}
+
+
+def take_flags(line: Sequence[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
+    """The values of some flags that take one, and the rest of the line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag, flag.replace("_", "-"))
+    return parser.parse_known_args(line)
 
 
 def resume_command(command: Sequence[str], *without: str, more: str = "") -> str:
@@ -21,11 +35,9 @@ def resume_command(command: Sequence[str], *without: str, more: str = "") -> str
     """
     if not command:
         return FROM_PYTHON + (f" and {more.removeprefix('--').replace(' ', '=')}" if more else "")
-    given = "\0".join(command[1:])
-    for name in ("--resume_from_checkpoint", *without):
-        given = re.sub(rf"(^|\0){name.replace('_', '[-_]')}[=\0][^\0]*", "", given)
-    script = shlex.join([command[0], *filter(None, given.split("\0"))])
-    return " ".join(filter(None, [f"{launcher()} {script} --resume_from_checkpoint latest", more]))
+    flags = take_flags(command[1:], "--resume_from_checkpoint", *without)[1]
+    script = shlex.join([command[0], *flags])
+    return f"{launcher()} {script} --resume_from_checkpoint latest {more}".rstrip()
 
 
 def own_images_command(command: Sequence[str], folder: str, output_dir: str) -> str:
@@ -33,12 +45,9 @@ def own_images_command(command: Sequence[str], folder: str, output_dir: str) -> 
     if not command:
         data = f"DataArguments(train_data_dir={folder!r}, resolution=[32])"
         return f"TrainingRun({data}, ModelArguments(), RunArguments(output_dir={output_dir!r})).train()"
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    config = parser.parse_known_args(command[1:])[0].config
-    with_config = f" --config {shlex.quote(config)}" if config else ""
-    script = f"{launcher()} {shlex.quote(command[0])}{with_config}"
-    return f"{script} --train_data_dir {folder} --resolution 32 --output_dir {output_dir}"
+    config = take_flags(command[1:], "--config")[0].config
+    script = shlex.join([command[0], *(["--config", config] if config else [])])
+    return f"{launcher()} {script} --train_data_dir {folder} --resolution 32 --output_dir {output_dir}"
 
 
 def launcher() -> str:

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from huggingface_hub import hf_hub_download
 
 from ..data import HELD_OUT, MODES, ImageSet, hold_out
 from ..evaluation.pixel_batches import batches
@@ -20,51 +22,177 @@ from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from ..variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
-from .images import load_split
+from .images import dims, load_split
 
 # Of --table, beside T. At T only fixed_large is sampled, as the reference.
-TABLE_STEPS = (10, 25, 50, 100)
+TABLE_STEPS = [10, 25, 50, 100]
 # flag: name in tables, scheduler, settings that differ from the model's
 SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "ddim": ("DDIM", DDIMScheduler, {}),  # clips x0_hat, but keeps the unclipped eps_hat
     "eta0": ("eta = 0", DDPMNotesScheduler, {"eta": 0.0}),  # DDIM with the eps_hat of the clipped x0_hat
     "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {}),
 }
+# Settings that, with the images, decide which of them --validation_share holds out.
+DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name")
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
     """Measure and print; write evaluation.json, bits_per_dim.png, the card, table.md (--table)."""
-    accelerator = Accelerator()
-    pipeline = load_pipeline(accelerator, evaluation)
-    own = pipeline.scheduler
-    check_variance_types(evaluation.variance_types or [], own)
-    images = load(accelerator, data, evaluation.split, evaluation.max_images, evaluation.seed)
-    check_images(pipeline, images)
-
-    evaluation = with_defaults(evaluation, own)
-    samples = sample_table(accelerator, data, evaluation, images) if evaluation.metrics else None
-    mse, decoder = measure_variances(accelerator, data, evaluation, pipeline)
-    if evaluation.save_variances and accelerator.is_main_process:
-        optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
-
-    rows: list[Row] = []
-    for variance, kind, path in variances_and_paths(evaluation, own, mse):
-        pipeline.scheduler = scheduler_of(own, variance, mse, decoder if evaluation.decoder == "fitted" else None)
-        rows.append(measure_row(accelerator, pipeline, images, evaluation, variance, kind, path))
-        if accelerator.is_main_process:
-            header = "" if len(rows) > 1 else text_header(TERMINAL_COLUMNS) + "\n"
-            print(header + text_line(TERMINAL_COLUMNS, rows[-1].record()), flush=True)
-        if samples is not None and is_sampled(evaluation, rows[-1], len(own)):
-            row = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
-            samples.add(pipeline, row, timesteps=path)
-    if samples is not None:
-        add_samplers(pipeline, own, evaluation, samples)
-    if accelerator.is_main_process:
-        write(evaluation, images, rows, samples)
-    accelerator.end_training()
+    EvaluationRun(data, evaluation).measure()
 
 
-# ------------------------------------------------------------ loading
+class EvaluationRun:
+    """Measures a model on a split. All methods but `write` are collective.
+
+    Attributes:
+        pipeline: its scheduler changes from row to row. own: the model's scheduler.
+        images: what is measured on.
+        rows: bits/dim, by variance and path.
+        samples: with --metrics, how far samples are from images; its first row is that of `images`.
+    """
+
+    def __init__(self, data: DataArguments, evaluation: EvaluationArguments) -> None:
+        self.accelerator, self.data = Accelerator(), data
+        self.pipeline = load_pipeline(self.accelerator, evaluation)
+        self.own: DDPMNotesScheduler = self.pipeline.scheduler
+        self.evaluation = evaluation = with_defaults(evaluation, self.own)
+        check_variance_types(evaluation.variance_types or [], self.own)
+        self.images = self.load(evaluation.split, evaluation.max_images)
+        check_images(self.pipeline, self.images)
+        if evaluation.split == HELD_OUT:
+            check_held_out(data, evaluation, self.images)
+        self.rows: list[Row] = []
+        self.samples: SampleTable | None = None
+
+    def load(self, split: str, max_images: int | None = None) -> ImageSet:
+        """A split, its images whole or cropped at the centre, decoded by one process per machine.
+
+        With --validation_share, the training split is without the images that were held out, and
+        the split "held_out" is those.
+        """
+        data, share = self.data, self.data.validation_share
+        if share is None and split == HELD_OUT:
+            raise ValueError(f"--split is {HELD_OUT}; it needs --validation_share, which says which images those are")
+        parted = share is not None and split in (data.train_split, HELD_OUT)
+        split_read, most = (data.train_split, data.max_train_samples) if parted else (split, max_images)
+        with self.accelerator.local_main_process_first():
+            found = load_split(self.accelerator, data, split_read, most)
+        if share is not None and parted:
+            training, held_out = hold_out(found, share, self.evaluation.seed)
+            found = held_out if split == HELD_OUT else training
+        return found.at_most(max_images)
+
+    def measure(self) -> None:
+        """Fill `rows` and `samples`, print and write them."""
+        evaluation, own, pipeline = self.evaluation, self.own, self.pipeline
+        if evaluation.metrics:
+            self.samples = self.sample_table()
+        mse, decoder = self.measure_variances()
+        if evaluation.save_variances and self.accelerator.is_main_process:
+            optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
+        for variance, kind, path in self.variances_and_paths(mse):
+            fitted = evaluation.decoder == "fitted" and variance not in LEARNED_VARIANCES
+            pipeline.scheduler = DDPMNotesScheduler.from_config(
+                own.config,
+                variance_type=variance,
+                original_sample_mse=mse if variance == "optimal" else None,
+                decoder_variance=decoder if fitted else None,
+                eta=None,
+            )
+            row = self.measure_row(variance, kind, path)
+            self.rows.append(row)
+            if self.accelerator.is_main_process:
+                header = "" if len(self.rows) > 1 else text_header(TERMINAL_COLUMNS) + "\n"
+                print(header + text_line(TERMINAL_COLUMNS, row.record()), flush=True)
+            if self.samples is not None and is_sampled(evaluation, row, len(own)):
+                names = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
+                self.samples.add(pipeline, names, timesteps=path)
+        if self.samples is not None:
+            self.add_samplers(self.samples)
+        if self.accelerator.is_main_process:
+            self.write()
+        self.accelerator.end_training()
+
+    def sample_table(self) -> SampleTable:
+        evaluation = self.evaluation
+        real = self.load(evaluation.metric_split)
+        network, n, size = evaluation.metric_network, evaluation.metric_images, evaluation.batch_size
+        seed, sets = evaluation.noise_seed, evaluation.metric_sets
+        return SampleTable(self.accelerator, real, self.images, network, n, size, seed, sets, self.data.cache_dir)
+
+    def measure_variances(self) -> tuple[list[float] | None, dict[int, float]]:
+        """V_t of each timestep, and decoder variances by last timestep, as far as they are needed.
+
+        Measured on --variance_split, unless the scheduler knows them.
+        """
+        evaluation, pipeline = self.evaluation, self.pipeline
+        mse, decoder = self.own.original_sample_mse, dict(self.own.decoder_variance or {})
+        uses_mse = "optimal" in (evaluation.variance_types or []) or "best" in (evaluation.paths or [])
+        measures_mse = mse is None and (uses_mse or evaluation.save_variances)
+        fits_decoder = evaluation.decoder == "fitted" and 0 not in decoder
+        if measures_mse or fits_decoder:
+            known = self.load(evaluation.variance_split)
+            labelled, size = pipeline.num_classes is not None, evaluation.batch_size
+        if measures_mse:
+            images = batches(known, labelled=labelled)
+            error = measure_original_sample_mse(pipeline, images, batch_size=size, accelerator=self.accelerator)
+            mse = error.original_sample_mse.tolist()
+        if fits_decoder:
+            decoder[0] = fit_decoder_variance(pipeline, batches(known, labelled=labelled), batch_size=size)[0]
+        return mse, decoder
+
+    def variances_and_paths(self, mse: list[float] | None) -> Iterator[tuple[str, str, list[int]]]:
+        """Variance, kind of path and its timesteps, for each row of the table."""
+        own, T = self.own, len(self.own)
+        for variance in self.evaluation.variance_types or []:
+            for steps in self.evaluation.num_inference_steps or []:
+                for kind in self.evaluation.paths or [] if steps < T else ["even"]:
+                    best = kind == "best"
+                    yield variance, kind, best_timesteps(own, steps, mse) if best else even_timesteps(own, steps)
+
+    def measure_row(self, variance: str, kind: str, path: list[int]) -> Row:
+        """bits/dim with the pipeline's scheduler on a path."""
+        evaluation = self.evaluation
+        settings: dict[str, Any] = {"evaluations_per_image": evaluation.evaluations_per_image, "full": evaluation.full}
+        settings |= {"batch_size": evaluation.batch_size, "seed": evaluation.noise_seed}
+        result = measure_bits_per_dim(self.accelerator, self.pipeline, self.images, timesteps=path, **settings)
+        assert result is not None  # nothing stops it early
+        return Row(variance, kind, len(path), decoder_of(self.pipeline.scheduler, path), result)
+
+    def add_samplers(self, samples: SampleTable) -> None:
+        """Add a row for each of --samplers and number of steps."""
+        evaluation = self.evaluation
+        for flag in evaluation.samplers or []:
+            name, kind, settings = SAMPLERS[flag]
+            # trailing: from pure noise on; the model's own spacing is for T steps
+            self.pipeline.scheduler = kind.from_config(self.own.config, timestep_spacing="trailing", **settings)
+            for steps in evaluation.metric_steps or []:
+                row = {"sampler": name, "path": "trailing", "num_inference_steps": steps}
+                samples.add(self.pipeline, row, num_inference_steps=steps)
+
+    def write(self) -> None:
+        """Write results, and the card of a local model; print the other tables and where all is."""
+        evaluation, samples = self.evaluation, self.samples
+        local = Path(evaluation.model) if Path(evaluation.model).is_dir() else None
+        folder = Path(evaluation.results_dir or local or "outputs/evaluation")
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = weights_digest(local) if local else None
+        each = None if evaluation.full else evaluation.evaluations_per_image
+        metrics = samples.as_list() if samples else None
+        record = save_evaluation(folder, self.images, self.rows, weights, evaluation.noise_seed, each, metrics)
+        names = [name for name in (record.FILE, record.PICTURE) if (folder / name).exists()]
+        print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
+        if samples is not None:
+            print(samples)
+        if evaluation.table:
+            text = results_table(self.rows, record)
+            (folder / "table.md").write_text(text, encoding="utf-8")
+            names.append("table.md")
+            print(f"\n{text}")
+        print(f"Written: {', '.join(f'{folder}/{name}' for name in names)}")
+        if local and folder.samefile(local):
+            write_card(folder)
+            print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
 
 
 def load_pipeline(accelerator: Accelerator, evaluation: EvaluationArguments) -> DDPMNotesPipeline:
@@ -89,22 +217,27 @@ def load_pipeline(accelerator: Accelerator, evaluation: EvaluationArguments) -> 
     return pipeline
 
 
-def load(accelerator: Accelerator, data: DataArguments, split: str, max_images: int | None, seed: int = 0) -> ImageSet:
-    """A split, its images whole or cropped at the centre, decoded by one process per machine.
+def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> EvaluationArguments:
+    """The arguments with what --table asks for, and with the lists that were not given."""
+    T, table = len(own), evaluation.table
+    short = [k for k in TABLE_STEPS if k < T]
+    steps = evaluation.num_inference_steps or ([*short, T] if table else [T])
+    learned = [own.config.variance_type] if own.config.variance_type in LEARNED_VARIANCES else []
+    every = ["fixed_small", "fixed_large", *learned, "optimal"]
+    lists: dict[str, Any] = {
+        "variance_types": every if table else [own.variance_type],
+        "num_inference_steps": steps,
+        "metric_steps": short if table else steps,
+        "samplers": ["ddim", "dpmsolver++"] if table else [],
+    }
+    filled = {name: getattr(evaluation, name) or default for name, default in lists.items()}
+    if table:  # a spread needs two sets
+        filled |= {"metrics": True, "decoder": "fitted", "metric_sets": max(evaluation.metric_sets, 2)}
+    paths = ["even", "best"] if table else evaluation.paths or ["even"]
+    return dataclasses.replace(evaluation, **filled, paths=paths)
 
-    With --validation_share, the training split is without the images that were held out by `seed`,
-    and the split "held_out" is those.
-    """
-    shared = data.validation_share is not None and split in (data.train_split, HELD_OUT)
-    if split == HELD_OUT and not shared:
-        raise ValueError(f"--split is {HELD_OUT}; it needs --validation_share, which says which images those are")
-    split_read, most = (data.train_split, data.max_train_samples) if shared else (split, max_images)
-    with accelerator.local_main_process_first():
-        found = load_split(accelerator, data, split_read, most)
-    if data.validation_share is None or not shared:
-        return found
-    training, held_out = hold_out(found, data.validation_share, seed)
-    return (held_out if split == HELD_OUT else training).at_most(max_images)
+
+# ------------------------------------------------------------ what is refused
 
 
 def check_variance_types(variances: list[str], scheduler: DDPMNotesScheduler) -> None:
@@ -121,73 +254,37 @@ def check_variance_types(variances: list[str], scheduler: DDPMNotesScheduler) ->
 
 def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
     """Refuse images of another size than the model's: many networks would take them."""
-    config = pipeline.unet.config
-    side = config.sample_size
-    size = list(side) if isinstance(side, (list, tuple)) else [side, side]
-    mode = next((mode for mode, channels in MODES.items() if channels == config.in_channels), None)
-    if None not in (mode, side) and (images.channels, *images.size) != (config.in_channels, *size):
+    channels, side = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
+    mode = next((mode for mode in MODES if MODES[mode] == channels), None)
+    height, width = (side, side) if isinstance(side, int) else side or images.size
+    if mode is not None and (images.channels, *images.size) != (channels, height, width):
+        sides = height if height == width else f"{height} {width}"
         raise ValueError(
-            f"the images are {'x'.join(map(str, (images.channels, *images.size)))} and the model's are "
-            f"{'x'.join(map(str, (config.in_channels, *size)))}; they must be the same "
-            f"(--resolution {' '.join(map(str, size[: 1 + (size[0] != size[1])]))} --image_mode {mode})"
+            f"the images are {dims(images)} and the model's are {channels}x{height}x{width}; they must be the same "
+            f"(--resolution {sides} --image_mode {mode})"
         )
 
 
-# ------------------------------------------------------------ what is measured
+def check_held_out(data: DataArguments, evaluation: EvaluationArguments, images: ImageSet) -> None:
+    """Refuse held-out images of the training run's data set that are not those of the run.
 
-
-def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> EvaluationArguments:
-    """The arguments with variances and numbers of steps filled in."""
-    T = len(own)
-    variances, steps, metric_steps = [own.variance_type], [T], evaluation.metric_steps
-    if evaluation.table:
-        learned = [own.config.variance_type] if own.config.variance_type in LEARNED_VARIANCES else []
-        variances = ["fixed_small", "fixed_large", *learned, "optimal"]
-        metric_steps = metric_steps or [k for k in TABLE_STEPS if k < T]
-        steps = [k for k in TABLE_STEPS if k < T] + [T]
-    return dataclasses.replace(
-        evaluation,
-        variance_types=evaluation.variance_types or variances,
-        num_inference_steps=evaluation.num_inference_steps or steps,
-        metric_steps=metric_steps,
-    )
-
-
-def measure_variances(
-    accelerator: Accelerator, data: DataArguments, evaluation: EvaluationArguments, pipeline: DDPMNotesPipeline
-) -> tuple[list[float] | None, dict[int, float]]:
-    """V_t of each timestep, and decoder variances by last timestep, as far as they are needed.
-
-    Measured on --variance_split, unless the scheduler knows them.
+    Some of them would have been trained on. Silent for a model without training_config.yaml.
     """
-    own = pipeline.scheduler
-    mse, decoder = own.original_sample_mse, dict(own.decoder_variance or {})
-    needs_mse = (
-        evaluation.save_variances or "optimal" in (evaluation.variance_types or []) or "best" in evaluation.paths
-    )
-    measures_mse, measures_decoder = needs_mse and mse is None, evaluation.decoder == "fitted" and 0 not in decoder
-    if not (measures_mse or measures_decoder):
-        return mse, decoder
-    known = load(accelerator, data, evaluation.variance_split, None, evaluation.seed)
-    labels = known.labels if pipeline.num_classes is not None else None
-    size = evaluation.batch_size
-    if measures_mse:
-        error = measure_original_sample_mse(pipeline, batches(known), labels, batch_size=size, accelerator=accelerator)
-        mse = error.original_sample_mse.tolist()
-    if measures_decoder:
-        decoder[0] = fit_decoder_variance(pipeline, batches(known), labels, batch_size=size)[0]
-    return mse, decoder
+    folder, file = Path(evaluation.model), "training_config.yaml"
+    try:
+        path = folder / file if folder.is_dir() else hf_hub_download(str(folder), file, revision=evaluation.revision)
+        run = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        return
+    trained_on = run.get("dataset_name") or run.get("train_data_dir")
+    given = {**dataclasses.asdict(data), "seed": evaluation.seed}
+    differ = [name for name in DECIDE_HELD_OUT if given[name] != run.get(name)]
+    if differ and Path(trained_on).name == Path(images.name).name:
+        values = ", ".join(f"--{name} is {given[name]} and was {run.get(name)} in training" for name in differ)
+        raise ValueError(f"{values}; they must be equal, or --split {HELD_OUT} has images that were trained on")
 
 
-def variances_and_paths(
-    evaluation: EvaluationArguments, own: DDPMNotesScheduler, mse: list[float] | None
-) -> Iterator[tuple[str, str, list[int]]]:
-    """Variance, kind of path and its timesteps, for each row of the table."""
-    for variance in evaluation.variance_types or []:
-        for steps in evaluation.num_inference_steps or []:
-            for kind in evaluation.paths if steps < len(own) else ["even"]:
-                path = best_timesteps(own, steps, mse) if kind == "best" else even_timesteps(own, steps)
-                yield variance, kind, path
+# ------------------------------------------------------------ parts of a table
 
 
 def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
@@ -197,95 +294,9 @@ def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
     return spaced.timesteps.tolist()
 
 
-def scheduler_of(
-    own: DDPMNotesScheduler, variance: str, mse: list[float] | None, decoder: dict[int, float] | None
-) -> DDPMNotesScheduler:
-    """The model's scheduler with another variance; `decoder`: None for the variance's own rule."""
-    return DDPMNotesScheduler.from_config(
-        own.config,
-        variance_type=variance,
-        original_sample_mse=mse if variance == "optimal" else None,
-        decoder_variance=None if variance in LEARNED_VARIANCES else decoder,
-        eta=None,
-    )
-
-
-def measure_row(
-    accelerator: Accelerator,
-    pipeline: DDPMNotesPipeline,
-    images: ImageSet,
-    evaluation: EvaluationArguments,
-    variance: str,
-    kind: str,
-    path: list[int],
-) -> Row:
-    """bits/dim of the pipeline's scheduler on a path. Collective."""
-    settings: dict[str, Any] = {"evaluations_per_image": evaluation.evaluations_per_image, "full": evaluation.full}
-    settings |= {"batch_size": evaluation.batch_size, "seed": evaluation.noise_seed}
-    result = measure_bits_per_dim(accelerator, pipeline, images, timesteps=path, **settings)
-    assert result is not None  # nothing stops it early
-    return Row(variance, kind, len(path), decoder_of(pipeline.scheduler, path), result)
-
-
-# ------------------------------------------------------------ samples
-
-
-def sample_table(
-    accelerator: Accelerator, data: DataArguments, evaluation: EvaluationArguments, images: ImageSet
-) -> SampleTable:
-    """The table with its first row, that of `images`, which were held out."""
-    real = load(accelerator, data, evaluation.metric_split, None, evaluation.seed)
-    network, n, size = evaluation.metric_network, evaluation.metric_images, evaluation.batch_size
-    seed, sets = evaluation.noise_seed, evaluation.metric_sets
-    return SampleTable(accelerator, real, images, network, n, size, seed, sets, data.cache_dir)
-
-
 def is_sampled(evaluation: EvaluationArguments, row: Row, T: int) -> bool:
     """Whether samples are drawn for this bound: in a table, not all are worth their time."""
-    if not evaluation.table:
-        return evaluation.metric_steps is None or row.steps in evaluation.metric_steps
-    if row.steps == T:
+    if evaluation.table and row.steps == T:
         return row.variance == "fixed_large"
-    return row.steps in (evaluation.metric_steps or ()) and (row.path == "even" or row.variance == "optimal")
-
-
-def add_samplers(
-    pipeline: DDPMNotesPipeline, own: DDPMNotesScheduler, evaluation: EvaluationArguments, samples: SampleTable
-) -> None:
-    """Add a row for each of --samplers and number of steps. Collective."""
-    for flag in evaluation.samplers:
-        name, kind, settings = SAMPLERS[flag]
-        # trailing: their spacing that starts at pure noise; the model's own setting is for T steps
-        pipeline.scheduler = kind.from_config(own.config, timestep_spacing="trailing", **settings)
-        for steps in evaluation.metric_steps or evaluation.num_inference_steps or []:
-            row = {"sampler": name, "path": "trailing", "num_inference_steps": steps}
-            samples.add(pipeline, row, num_inference_steps=steps)
-
-
-# ------------------------------------------------------------ results
-
-
-def write(
-    evaluation: EvaluationArguments, images: ImageSet, rows: list[Row], samples: SampleTable | None = None
-) -> None:
-    """Write results, and the card of a local model; print the other tables and where all is."""
-    local = Path(evaluation.model) if Path(evaluation.model).is_dir() else None
-    folder = Path(evaluation.results_dir or local or "outputs/evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = weights_digest(local) if local else None
-    each = None if evaluation.full else evaluation.evaluations_per_image
-    metrics = samples.as_list() if samples else None
-    record = save_evaluation(folder, images, rows, weights, evaluation.noise_seed, each, metrics)
-    names = [name for name in (record.FILE, record.PICTURE) if (folder / name).exists()]
-    print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
-    if samples is not None:
-        print(samples)
-    if evaluation.table:
-        text = results_table(rows, record)
-        (folder / "table.md").write_text(text, encoding="utf-8")
-        names.append("table.md")
-        print(f"\n{text}")
-    print(f"Written: {', '.join(f'{folder}/{name}' for name in names)}")
-    if local and folder.samefile(local):
-        write_card(folder)
-        print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
+    wanted = not evaluation.table or row.path == "even" or row.variance == "optimal"
+    return wanted and row.steps in (evaluation.metric_steps or [])

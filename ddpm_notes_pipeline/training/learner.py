@@ -15,6 +15,7 @@ from ..data.batches import step_seed
 from ..objectives import Objective, TimestepSampler
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
+from ..stock_config import PRIVATE_ENTRY
 from .arguments import RunArguments
 from .checkpoints import CheckpointState
 from .logs import warning_once
@@ -67,8 +68,9 @@ class Learner:
             "use_ema": self.run.use_ema,
         }
         for owner, config in (("unet", self.unet.config), ("scheduler", self.scheduler.config)):
-            ours = config.get(PRIVATE_ENTRY) or {}  # a schedule by its name
+            ours = config.get(PRIVATE_ENTRY) or {}  # a schedule by its name and ends
             named = {name: ours.get(name, value) for name, value in config.items() if not name.startswith("_")}
+            named |= {name: ours[name] for name in ("log_snr_range",) if name in ours}
             identity |= {f"{owner}.{name}": value for name, value in named.items()}
         identity = json.loads(json.dumps(identity))  # as a checkpoint returns it
         return CheckpointState(self.average, self.timestep_sampler, self.guard, identity)

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from transformers import ViTConfig, ViTModel
 
 from ddpm_notes_pipeline.data import load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.training.evaluate import main
+from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main
 from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
 from tests.support.launching import ROOT, describe, launch, once
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 SAMPLES = 20
-FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21".split()
+FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21 --variance_split test".split()
 
 
 def save_model(folder, **settings):
@@ -27,8 +28,9 @@ def save_model(folder, **settings):
         sample_size=8,
         in_channels=1,
         out_channels=2 if settings.get("variance_type", "").startswith("learned") else 1,
-        block_out_channels=(32, 32),
+        block_out_channels=(16, 16),
         layers_per_block=1,
+        norm_num_groups=8,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
@@ -46,21 +48,23 @@ def save_network(folder):
     return folder
 
 
-def evaluated(name, *flags, processes=1):
+def evaluated(name, start, *flags, **options):
+    """Folder and output of an evaluation that `train` (in a fork) or `launch` starts."""
+
     def run(folder):
         save_model(folder)
         config = ROOT / "training" / "configs" / "digits.yaml"
         command = ["--model", folder, "--config", config, "--evaluations_per_image", "6", *flags]
         network = save_network(folder.with_name(f"{folder.name}-small-vit"))
         command += ["--metrics", "--metric_images", SAMPLES, "--metric_network", network]
-        return launch(*command, processes=processes, script=EVALUATE)
+        return start(*command, script=EVALUATE, timeout=150, **options)
 
     return once(name, run)
 
 
 @pytest.fixture(scope="module")
-def one():
-    return evaluated("evaluate-1", *FLAGS, "--save_variances")
+def one(train):
+    return evaluated("evaluate-1", train, *FLAGS, "--save_variances")
 
 
 def evaluate_here(folder, *flags):
@@ -154,9 +158,9 @@ def test_samples_are_those_of_their_seeds(one):
 
 
 @pytest.mark.slow
-def test_samplers_are_the_ones_that_they_are_named():
+def test_samplers_are_the_ones_that_they_are_named(train):
     folder, _ = evaluated(
-        "evaluate-samplers", "--num_inference_steps", 5, "--max_images", 8, "--samplers", "ddim", "eta0"
+        "evaluate-samplers", train, "--num_inference_steps", 5, "--max_images", 8, "--samplers", "ddim", "eta0"
     )
     rows = {row["sampler"]: row for row in results(folder)["metrics"] if "sampler" in row}
     path = {"num_inference_steps": 5}
@@ -178,7 +182,8 @@ def test_what_was_measured_is_kept_in_the_models_folder(one):
     assert list(scheduler.decoder_variance) == [0]
 
 
-FEW = "--max_images 4 --num_inference_steps 2 --variance_split test --save_variances".split()
+# Variances are measured on the twentieth of the training images that is not held out.
+FEW = "--max_images 4 --num_inference_steps 2 --validation_share 0.95 --save_variances".split()
 
 
 def saved_scheduler(folder):
@@ -245,7 +250,7 @@ def test_the_table_is_what_the_pipeline_says(one):
 
 @pytest.mark.slow
 def test_two_processes_find_the_same_numbers(one):
-    folder, done = evaluated("evaluate-2", *FLAGS, processes=2)
+    folder, done = evaluated("evaluate-2", launch, *FLAGS, processes=2)
     mine, theirs = results(one[0])["results"], results(folder)["results"]
     for a, b in zip(mine, theirs, strict=True):
         for name in ("total", "standard_error", "prior", "diffusion", "decoder"):
@@ -265,29 +270,67 @@ def test_two_processes_find_the_same_numbers(one):
     )
 
 
-def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
+def test_what_cannot_be_measured_is_said_in_a_line(train, tmp_path):
     save_model(tmp_path)
-    done = launch(
-        "--model", tmp_path, "--dataset_name", "digits", "--split", "validation", script=EVALUATE, expect=None
-    )
-    assert done.returncode != 0
+    flags = ["--model", tmp_path, "--dataset_name", "digits", "--split", "validation"]
+    done = train(*flags, script=EVALUATE, expect=1)
     assert "evaluate.py: error:" in done.stderr and "'validation'" in done.stderr and "test" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--paths", "even", "bset"], "--paths has bset; each must be one of even, best"),
-        (["--paths", "bset", "--table"], "--paths has bset; each must be one of even, best"),
-        (["--variance_types", "fixed_smal", "optimal"], "--variance_types has fixed_smal; each must be one of fixed_"),
-        (["--samplers", "ddmi", "--metrics"], "--samplers has ddmi; each must be one of ddim, eta0, dpmsolver++"),
+        (["--paths", "even", "bset"], "--paths: invalid choice: bset (choose from even, best)"),
+        (["--paths", "bset", "--table"], "--paths: invalid choice: bset (choose from even, best)"),
+        (
+            ["--variance_types", "fixed_smal", "optimal"],
+            "--variance-types: invalid choice: fixed_smal (choose from fix",
+        ),
+        (["--samplers", "ddmi", "--metrics"], "--samplers: invalid choice: ddmi (choose from ddim, eta0, dpmsolver++)"),
     ],
 )
 def test_a_typo_in_a_list_of_choices_is_refused_before_anything_is_loaded(capsys, flags, says):
     """A path of a mistyped kind was an even one, in a table under the mistyped name."""
     with pytest.raises(SystemExit) as exit:
         parse_evaluation_arguments(["--model", "nothing/here", "--dataset_name", "digits", *flags])
-    assert exit.value.code == 2 and says in capsys.readouterr().err
+    assert exit.value.code == 2 and says in capsys.readouterr().err.replace("'", "")  # Python 3.12 dropped them
+
+
+OF_THE_RUN = {"dataset_name": "digits", "train_split": "train", "validation_share": 0.1, "seed": 3}
+HELD_OUT = "--split held_out --validation_share 0.1 --seed 3".split()
+
+
+def held_out_run(folder, of_the_run, *flags):
+    """An evaluation on held-out images, ready to measure, of a model trained `of_the_run`."""
+    save_model(folder)
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(of_the_run))
+    line = ["--model", str(folder), "--dataset_name", "digits", *HELD_OUT, *map(str, flags)]
+    return EvaluationRun(*parse_evaluation_arguments(line))
+
+
+@pytest.mark.parametrize(
+    ("of_the_run", "flags", "says"),
+    [
+        ({}, ["--validation_share", 0.2], "--validation_share is 0.2 and was 0.1 in training"),
+        ({"validation_share": None}, [], "--validation_share is 0.1 and was None in training"),
+        ({}, ["--seed", 0], "--seed is 0 and was 3 in training"),
+        ({"max_train_samples": 500}, [], "--max_train_samples is None and was 500 in training"),
+        (
+            {"seed": 1, "train_split": "test"},
+            [],
+            "--seed is 3 and was 1 in training, --train_split is train and was test",
+        ),
+    ],
+)
+def test_images_that_were_trained_on_are_not_measured_as_held_out(tmp_path, of_the_run, flags, says):
+    """Another share or seed holds other images out: bits/dim were too good, and silently so."""
+    with pytest.raises(ValueError, match=re.escape(says) + ".*; they must be equal"):
+        held_out_run(tmp_path, OF_THE_RUN | of_the_run, *flags)
+
+
+@pytest.mark.parametrize("of_the_run", [{}, {"dataset_name": "me/faces", "seed": 1}, {"dataset_name": "./mine"}])
+def test_images_held_out_by_the_same_settings_or_of_another_data_set_are_measured(tmp_path, of_the_run):
+    assert len(held_out_run(tmp_path, OF_THE_RUN | of_the_run).images) == 144  # a tenth of 1438
 
 
 def test_max_images_takes_the_images_that_its_help_says(capsys):
@@ -319,12 +362,12 @@ def test_a_network_s_output_is_not_read_as_another_variance_than_it_was_trained_
 
 
 @pytest.mark.slow
-def test_images_of_another_size_than_the_models_are_refused(tmp_path):
+def test_images_of_another_size_than_the_models_are_refused(train, tmp_path):
     """Its network would take them, and the card would show the number of no model."""
     save_model(tmp_path)
     flags = ["--model", tmp_path, "--dataset_name", "digits", "--resolution", 16, "--image_mode", "RGB"]
-    done = launch(*flags, script=EVALUATE, expect=None)
-    assert done.returncode != 0 and not (tmp_path / "evaluation.json").exists()
+    done = train(*flags, script=EVALUATE, expect=1)
+    assert not (tmp_path / "evaluation.json").exists()
     assert (
         "images are 3x16x16 and the model's are 1x8x8; they must be the same (--resolution 8 --image_mode L)"
         in done.stderr
