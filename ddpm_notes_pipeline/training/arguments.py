@@ -86,6 +86,7 @@ class ModelArguments:
     dropout: float = setting(0.0, "Dropout inside the UNet.", at_least=0, below=1)
     ddpm_num_steps: int = setting(1000, "T, the length of the diffusion chain.", at_least=1)
     ddpm_beta_schedule: str = setting("linear", "Noise schedule.", BETA_SCHEDULES)
+    log_snr_range: list[float] | None = setting(None, "Ends of the schedule log_snr. Default: 10 -7.")
     rescale_betas_zero_snr: bool = setting(False, "Zero terminal SNR (not with epsilon).")
     prediction_type: str = setting("epsilon", "What the UNet predicts.", PREDICTION_TYPES)
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = setting(
@@ -136,6 +137,7 @@ class RunArguments:
     report_to: Literal["auto", "none", "trackio", "tensorboard", "wandb"] = setting(
         "auto", "A tracker besides the .jsonl logs. auto: trackio if it is installed; `trackio show` opens it."
     )
+    fit_levels: bool = setting(True, "Fit the data's 8-bit levels to the network before its bits/dim are measured.")
     validation_steps: int = setting(1000, "Steps between measurements of bits/dim on held-out images.", at_least=1)
     sample_steps: int | None = setting(None, "Steps between sample grids. Default: only at the end.", at_least=1)
     metric_interval: int | None = setting(

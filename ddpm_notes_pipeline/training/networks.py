@@ -26,6 +26,7 @@ def make_model(model: ModelArguments, images: ImageSet | ImageStream) -> tuple[U
         scheduler = DDPMNotesScheduler(
             num_train_timesteps=model.ddpm_num_steps,
             beta_schedule=model.ddpm_beta_schedule,
+            log_snr_range=model.log_snr_range,
             rescale_betas_zero_snr=model.rescale_betas_zero_snr,
             prediction_type=model.prediction_type,
             variance_type=model.variance_type,
