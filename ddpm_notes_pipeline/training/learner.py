@@ -28,6 +28,7 @@ class Learner:
     Attributes:
         unet: the network. network: the same, wrapped for several processes.
         average: moving average of the weights; None without.
+        levels: fitted to these weights (`level_fit`); a step drops them.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Learner:
             The row of loss.jsonl, read from the device later: no sync here.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
+        self.levels = None
         torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
         position = torch.arange(share) + rank * share
@@ -158,7 +160,7 @@ class Learner:
         Args:
             progress_bar: settings of its bar.
         """
-        pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
+        pipeline = DDPMNotesPipeline(self.unet, self.fitted_scheduler())
         pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
         with warning_once(self.accelerator), self.averaged():
             self.unet.eval()
@@ -167,11 +169,16 @@ class Learner:
             finally:
                 self.unet.train()
 
+    def fitted_scheduler(self) -> DDPMNotesScheduler:
+        """A copy of the scheduler, with the levels if they are fitted."""
+        return DDPMNotesScheduler.from_config(self.scheduler.config, levels=self.levels)
+
     def keep_average(self) -> None:
         """Make the averaged weights the network's own: training has ended."""
         if self.average is not None:
             self.average.copy_to(self.unet.parameters())
             self.average = None
+        self.levels: dict[str, Any] | None = None
 
     def unwrap(self) -> None:
         """Keep the network alone, ready to sample; drop its wrapper and all that trained it."""
