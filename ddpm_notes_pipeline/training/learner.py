@@ -37,6 +37,7 @@ class Learner:
         self.accelerator, self.run, self.unet, self.scheduler = accelerator, run, unet, scheduler
         self.objective = Objective(scheduler, run.objective, run.loss_weighting, snr_gamma=run.snr_gamma)
         self.timestep_sampler = TimestepSampler(len(scheduler), run.timestep_sampling)
+        self.levels: dict[str, Any] | None = None
         if run.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.average: AveragedWeights | None = None
@@ -178,7 +179,6 @@ class Learner:
         if self.average is not None:
             self.average.copy_to(self.unet.parameters())
             self.average = None
-        self.levels: dict[str, Any] | None = None
 
     def unwrap(self) -> None:
         """Keep the network alone, ready to sample; drop its wrapper and all that trained it."""
