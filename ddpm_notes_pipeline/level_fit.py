@@ -38,7 +38,8 @@ class LevelFit:
     Attributes:
         levels: `DDPMNotesScheduler`'s setting of that name.
         gamma: the weights are the shares of the levels to this power.
-        decoder_costs: {t: (nats/dim, its standard error over images)} for paths that end at t.
+        decoder_costs: {t: (nats/dim, its standard error over images)} for paths that end at t; at
+            t = 0 with the network's own variance, if it outputs one.
         guess_errors: {t: (without, with, standard error of the difference)}: mean squared error of
             x0_hat, weighted as in the bound's term.
         num_images, network_evaluations: in all.
@@ -135,8 +136,11 @@ def fit_levels(
     posterior = LevelPosterior(Levels(weights.tolist(), decoder_blur, {}), len(scheduler))
     costs, errors, guess_blur = {}, {}, {}
     for guess in guesses:
-        blur = torch.tensor(decoder_blur[guess.t]) if guess.variance is None else guess.variance / precision
+        blur = torch.tensor(decoder_blur[guess.t], dtype=torch.float64)
         costs[guess.t] = _mean_and_error(-posterior.log_mass(x_0, guess.raw, blur))
+    of_blurs = {t: cost for t, (cost, _) in costs.items()}
+    if guesses[0].variance is not None:
+        costs[0] = _mean_and_error(-posterior.log_mass(x_0, guesses[0].raw, guesses[0].variance / precision))
     for guess in guesses:
         before = guess.weight * (guess.clipped - x_0) ** 2
         best_blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[guess.t])
@@ -145,8 +149,8 @@ def fit_levels(
         if not gain > error:
             break
         guess_blur[guess.t] = best_blur
-    levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale).to_config()
-    return LevelFit(levels, gamma, costs, errors, len(x_0), len(x_0) * len(grid))
+    levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale, of_blurs)
+    return LevelFit(levels.to_config(), gamma, costs, errors, len(x_0), len(x_0) * len(grid))
 
 
 def most_likely(
