@@ -8,6 +8,7 @@ from ..evaluation.records import figures_of
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import Watch, sample
 from ..evaluation.validation import measure_bits_per_dim
+from ..evaluation.yardsticks import Yardsticks, image_yardsticks
 from ..level_fit import fit_levels, level_counts
 from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .images import TrainingImages
@@ -29,6 +30,7 @@ class Measurements:
     Attributes:
         table: of sample metrics; None without --metric_interval.
         level_counts: of the training images, (C, 256), once they are counted.
+        yardsticks: of the validation images, on the main process, once bits/dim are measured.
     """
 
     def __init__(self, learner: Learner, images: TrainingImages, stops: Stops, cache_dir: str | None) -> None:
@@ -36,6 +38,7 @@ class Measurements:
         self.accelerator, run = learner.accelerator, learner.run
         self.table = None
         self.level_counts: torch.Tensor | None = None
+        self.yardsticks: Yardsticks | None = None
         if run.metric_interval is not None:
             sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
             self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
@@ -51,6 +54,9 @@ class Measurements:
             result = measure_bits_per_dim(self.accelerator, pipeline, images, self.stops, **settings)
         if result is not None:
             logs.validation.add(step, bits_per_dim_figures(result))
+            if self.yardsticks is None and self.accelerator.is_main_process:
+                with logs.loss.paused():
+                    self.yardsticks = image_yardsticks(self.images.stored, images)
         return result
 
     def fit_levels(self, logs: RunLogs) -> None:

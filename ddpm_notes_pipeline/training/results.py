@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from .. import __version__
 from ..data import EMBEDDED
 from ..evaluation.records import TrainingRecord
+from ..evaluation.yardsticks import Yardsticks
 from ..hub.push import BackgroundPushes, PublishingError, prepare_repo, push_command, push_folder
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from .arguments import Arguments, RunArguments, as_config, is_local
@@ -113,8 +114,13 @@ def hardware(device: torch.device) -> str:
     return f"{cores} cores of {platform.machine()} {device.type.upper()}"
 
 
-def summary(settings: Arguments, images: TrainingImages, logs: RunLogs, skipped: int) -> str:
-    """Five lines: what was learned, where it is, how to load it, train longer, use other images."""
+def summary(
+    settings: Arguments, images: TrainingImages, logs: RunLogs, skipped: int, yardsticks: Yardsticks | None
+) -> str:
+    """What was learned, where it is, how to load it, train longer, use other images: a line each.
+
+    And how its bits/dim compare with simple codes, if some were measured.
+    """
     data, _, run = settings
     log, losses = logs.loss, logs.loss.history()[1]
     steps, tail = len(losses), last_finite(losses) or [math.nan]
@@ -124,12 +130,14 @@ def summary(settings: Arguments, images: TrainingImages, logs: RunLogs, skipped:
     weights = "averaged (EMA)" if run.use_ema else "raw"
     validated = "" if images.validation is None else ", validation.jsonl"
     folder, output_dir = ("ANOTHER_FOLDER", "another") if data.train_data_dir else ("FOLDER_OF_IMAGES", "mine")
+    bits = logs.validation.rows[-1]["bits_per_dim"] if logs.validation.rows else None
+    compared = "" if yardsticks is None or bits is None else f"\nBeside:    {yardsticks}. {yardsticks.verdict(bits)}"
     longer = resume_command(run.command, "--max_train_steps", more=f"--max_train_steps {2 * steps}")
     return "\n".join(
         [
             f"Learned:   {steps} steps on {count_of(images.train)}{bad_images}, {run.objective} loss "
             f"{sum(tail) / len(tail):.4f} over the last {len(tail)} steps; {validation_words(images, logs)}"
-            f"{skipped_updates}{rate:.0f} images/s, {log.elapsed / 60:.1f} min.",
+            f"{skipped_updates}{rate:.0f} images/s, {log.elapsed / 60:.1f} min.{compared}",
             f"Where:     {Path(run.output_dir)}/ holds the {weights} weights, samples.png (look at it), loss.png, "
             f"loss.jsonl{validated} and checkpoint-{steps}/.",
             f'Load:      python -c "from ddpm_notes_pipeline import DDPMNotesPipeline as P; '

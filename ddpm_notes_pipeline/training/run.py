@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..data.batches import StepBatches
 from ..data.streaming import StreamedBatches
 from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samples
-from ..evaluation.validation import Row, decoder_of, save_evaluation
+from ..evaluation.validation import Row, decoder_of, decoder_type_of, save_evaluation
 from ..hub.card import weights_digest, write_card
 from ..hub.push import BackgroundPushes
 from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
@@ -210,7 +210,7 @@ class TrainingRun:
                 self._write_model(bits_per_dim)
         self._write_samples()
         try:
-            self.accelerator.print(summary(self.settings, self.images, logs, self.learner.guard.skipped), flush=True)
+            self.accelerator.print(self._summary(), flush=True)
             if self.repo_id is not None:
                 publish(self.output_dir, self.repo_id, run, self.pushes)
         finally:
@@ -299,7 +299,9 @@ class TrainingRun:
         save_model(self.output_dir, self.learner, self.images, self.settings, self.logs)
         if bits_per_dim is not None and self.images.validation is not None:
             T = len(scheduler)
-            row = Row(scheduler.variance_type, "even", T, decoder_of(scheduler, list(reversed(range(T)))), bits_per_dim)
+            path, fitted = list(reversed(range(T))), self.learner.fitted_scheduler()
+            decoders = decoder_of(fitted, path), bits_per_dim, decoder_type_of(fitted, path)
+            row = Row(scheduler.variance_type, "even", T, *decoders)
             save_evaluation(
                 self.output_dir,
                 self.images.validation,
@@ -307,6 +309,7 @@ class TrainingRun:
                 weights_digest(self.output_dir),
                 evaluations_per_image=VALIDATION_EVALUATIONS,
                 metrics=table.as_list(last=True) if table else None,
+                yardsticks=self.measurements.yardsticks,
             )
         title = f"{run.objective} loss on {self.images.train.name}"
         save_losses(self.output_dir / "loss.png", *self.logs.loss.history(), title, self.logs.validation.rows)
@@ -344,6 +347,11 @@ class TrainingRun:
         real = self.images.evenly_spaced(self.settings.run.num_samples)
         save_samples(self.output_dir / name, real, samples, title)
         self.logs.tracker.log_image(step, "samples", image_grid(samples))
+
+    def _summary(self) -> str:
+        """The last lines."""
+        skipped, yardsticks = self.learner.guard.skipped, self.measurements.yardsticks
+        return summary(self.settings, self.images, self.logs, skipped, yardsticks)
 
     def _description(self) -> str:
         """The first line: images, network, steps, batch, processes."""
