@@ -26,7 +26,7 @@ from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 
 STREAM = 3  # of random numbers, apart from those of bits_per_dim and of the variances
 TIMESTEPS = 20
-PIXELS = 2**15  # of each channel, over all images, that the fit looks at
+PIXELS = 2**14  # of each channel, over all images, that the fit looks at
 PULL = 1e-4  # of gamma towards 1, nats: decides where the guesses are so sure that gamma hardly counts
 SMALLEST_BLUR = 1e-7  # an exact guess would have none
 
@@ -208,12 +208,14 @@ def _likelihood(
             own = torch.searchsorted(levels, x - HALF_PIXEL).clamp(max=len(levels) - 1)[:, None]
             known = (levels[own[:, 0]] - x).abs() < HALF_PIXEL  # a level of weight 0 says nothing
             distance = -((levels - h_n[:, None]) ** 2) / (2 * variance_n[:, None])
-            features = torch.stack([log_weights.expand_as(distance), distance])[:, known]  # (2, n, levels)
-            log_p = torch.tensordot(parameters, features, dims=1).log_softmax(1)
-            off = features - (log_p.exp() * features).sum(2, keepdim=True)
-            value += float(log_p.gather(1, own[known]).sum())
-            gradient += off.gather(2, own[known].expand(2, -1, 1)).sum((1, 2))
-            curvature += torch.einsum("anl,bnl,nl->ab", off, off, log_p.exp())
+            distance, own = distance[known], own[known]
+            log_p = (parameters[0] * log_weights + parameters[1] * distance).log_softmax(1)
+            p = log_p.exp()
+            mean = torch.stack([p @ log_weights, (p * distance).sum(1)])
+            off = torch.stack([log_weights.expand_as(distance), distance]) - mean[:, :, None]  # (2, n, levels)
+            value += float(log_p.gather(1, own).sum())
+            gradient += off.gather(2, own.expand(2, -1, 1)).sum((1, 2))
+            curvature += (off * p).flatten(1) @ off.flatten(1).T
     return value / n, gradient / n, curvature / n
 
 
