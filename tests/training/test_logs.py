@@ -16,7 +16,7 @@ VALIDATED = "--validation_split test --validation_steps 5 --max_validation_image
 TRACKED = "--max_train_steps 4 --logging_steps 2 --sample_steps 2 --validation_split test --validation_steps 2 --max_validation_images 3"
 
 
-SAID = ["1438", "Learned:", "Where:", "Load:", "Longer:", "Your"]
+SAID = ["1438", "Learned:", "Compare:", "Where:", "Load:", "Longer:", "Your"]
 
 
 @pytest.fixture(scope="module")
