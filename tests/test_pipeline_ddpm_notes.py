@@ -554,6 +554,7 @@ UNCONDITIONAL, CONDITIONAL, NO_NULL = range(3)
     [
         (CONDITIONAL, {"class_labels": NULL + 1}, r"class_labels .*4.*must be 0 to 3"),
         (CONDITIONAL, {"class_labels": [0, -1]}, r"class_labels .*-1.*must be 0 to 3"),
+        (CONDITIONAL, {"class_labels": [0, NULL + 1]}, r"class_labels .*0 to 4.*must be 0 to 3"),
         (CONDITIONAL, {"class_labels": 1.0}, "class_labels"),
         (CONDITIONAL, {"class_labels": [0.0, 1.0]}, "class_labels"),
         (CONDITIONAL, {"class_labels": torch.tensor([0.0, 1.0])}, "class_labels"),

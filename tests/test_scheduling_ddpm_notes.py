@@ -526,6 +526,14 @@ def test_zero_terminal_snr_is_finite_everywhere(prediction_type, extra, zero):
             assert x_t.isfinite().all()
 
 
+def test_thresholding_at_ratio_1_brings_the_largest_value_to_one():
+    config = {"prediction_type": "sample", "thresholding": True, "sample_max_value": 100.0}
+    notes = DDPMNotesScheduler(**config, dynamic_thresholding_ratio=1.0)
+    x_0 = 3 * randn(1)
+    expected = x_0 / x_0.abs().amax((1, 2, 3), keepdim=True)
+    assert rms(notes.predict_original_sample(x_0, randn(2), 500), expected) < 1e-6
+
+
 # ------------------------------------------------------------------------ errors name what is wrong
 
 

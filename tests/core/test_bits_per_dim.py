@@ -349,6 +349,9 @@ def test_a_chain_that_does_not_reach_noise_is_warned_of():
         (torch.full((1, 1, 8, 8), 0.1234), "256 levels"),
         (torch.full((1, 1, 8, 8), math.nan), "not finite"),
         (torch.full((1, 1, 8, 8), 3.0), "from 3 to 3"),
+        # on the grid or not finite at the upper end alone: 3 is where a level 510 would be
+        (torch.tensor([-1.0, 3.0]).repeat(32).view(1, 1, 8, 8), "from -1 to 3"),
+        (torch.tensor([-1.0, math.inf]).repeat(32).view(1, 1, 8, 8), "not finite"),
         (levels(1).float(), "256 levels"),
         (levels(1).float() / 255, "256 levels"),
         (levels(1).long(), "int64"),
