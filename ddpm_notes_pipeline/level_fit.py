@@ -27,6 +27,7 @@ from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 STREAM = 3  # of random numbers, apart from those of bits_per_dim and of the variances
 TIMESTEPS = 20
 PIXELS = 2**15  # of each channel, over all images, that the fit looks at
+PULL = 1e-4  # of gamma towards 1, nats: decides where the guesses are so sure that gamma hardly counts
 SMALLEST_BLUR = 1e-7  # an exact guess would have none
 
 
@@ -37,7 +38,8 @@ class LevelFit:
     Attributes:
         levels: `DDPMNotesScheduler`'s setting of that name.
         gamma: the weights are the shares of the levels to this power.
-        decoder_costs: {t: (nats/dim, its standard error over images)} for paths that end at t.
+        decoder_costs: {t: (nats/dim, its standard error over images)} for paths that end at t; at
+            t = 0 with the network's own variance, if it outputs one.
         guess_errors: {t: (without, with, standard error of the difference)}: mean squared error of
             x0_hat, weighted as in the bound's term.
         num_images, network_evaluations: in all.
@@ -134,8 +136,11 @@ def fit_levels(
     posterior = LevelPosterior(Levels(weights.tolist(), decoder_blur, {}), len(scheduler))
     costs, errors, guess_blur = {}, {}, {}
     for guess in guesses:
-        blur = torch.tensor(decoder_blur[guess.t]) if guess.variance is None else guess.variance / precision
+        blur = torch.tensor(decoder_blur[guess.t], dtype=torch.float64)
         costs[guess.t] = _mean_and_error(-posterior.log_mass(x_0, guess.raw, blur))
+    of_blurs = {t: cost for t, (cost, _) in costs.items()}
+    if guesses[0].variance is not None:
+        costs[0] = _mean_and_error(-posterior.log_mass(x_0, guesses[0].raw, guesses[0].variance / precision))
     for guess in guesses:
         before = guess.weight * (guess.clipped - x_0) ** 2
         best_blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[guess.t])
@@ -144,8 +149,8 @@ def fit_levels(
         if not gain > error:
             break
         guess_blur[guess.t] = best_blur
-    levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale).to_config()
-    return LevelFit(levels, gamma, costs, errors, len(x_0), len(x_0) * len(grid))
+    levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale, of_blurs)
+    return LevelFit(levels.to_config(), gamma, costs, errors, len(x_0), len(x_0) * len(grid))
 
 
 def most_likely(
@@ -180,7 +185,7 @@ def most_likely(
             if found[0] > value:
                 gain, best, (value, gradient, curvature) = found[0] - value, tried, found
                 break
-        if gain < 1e-6:
+        if gain < 1e-9:
             break
     return float(best[0]), float(best[1])
 
@@ -188,8 +193,13 @@ def most_likely(
 def _likelihood(
     weights: torch.Tensor, x_0: torch.Tensor, h: torch.Tensor, variance: torch.Tensor, parameters: torch.Tensor
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """The mean of log p in (gamma, precision), its gradient (2,) and minus its curvature (2, 2)."""
-    value, gradient, curvature = 0.0, torch.zeros(2).double(), torch.zeros(2, 2).double()
+    """The mean of log p in (gamma, precision), its gradient (2,) and minus its curvature (2, 2).
+
+    Less PULL (gamma - 1)^2.
+    """
+    n, off_1 = x_0.numel(), parameters[0] - 1
+    value, gradient = -n * PULL * float(off_1) ** 2, torch.stack([-2 * n * PULL * off_1, torch.zeros_like(off_1)])
+    curvature = torch.tensor([[2 * n * PULL, 0], [0, 0]], dtype=torch.float64)
     for c in range(x_0.shape[1]):
         occurring = weights[c].nonzero().flatten()
         levels, log_weights = (2 * occurring.double() - 255) / 255, weights[c][occurring].log()
@@ -204,7 +214,7 @@ def _likelihood(
             value += float(log_p.gather(1, own[known]).sum())
             gradient += off.gather(2, own[known].expand(2, -1, 1)).sum((1, 2))
             curvature += torch.einsum("anl,bnl,nl->ab", off, off, log_p.exp())
-    return value / x_0.numel(), gradient / x_0.numel(), curvature / x_0.numel()
+    return value / n, gradient / n, curvature / n
 
 
 def least_squares_blur(

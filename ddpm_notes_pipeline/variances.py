@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .core.levels import discretized_gaussian_log_likelihood, to_model_range
+from .core.levels import Levels, discretized_gaussian_log_likelihood, to_model_range
 from .core.seeding import seeded_generator
 from .pipeline_ddpm_notes import DDPMNotesPipeline, is_ddpm
 from .scheduling_ddpm_notes import DECODER_FLOOR, DDPMNotesScheduler
@@ -251,7 +251,8 @@ def best_timesteps(
         scheduler: gives the schedule, and V_t if `original_sample_mse` does not.
         num_inference_steps: K, at least 1.
         prior_costs: (T,) nats/dim of starting at each timestep; None starts at T - 1.
-        decoder_costs: {t: nats/dim} of ending at each of some timesteps; None ends at 0.
+        decoder_costs: {t: nats/dim} of ending at each of some timesteps; None takes those of the
+            scheduler's levels, and ends at 0 if there are none.
 
     Returns:
         K timesteps, strictly falling, for `set_timesteps(timesteps=...)`.
@@ -268,6 +269,8 @@ def best_timesteps(
         start[T - 1] = 0.0
     else:
         start[:] = prior_costs
+    if decoder_costs is None and scheduler.levels is not None:
+        decoder_costs = Levels.from_config(scheduler.levels).decoder_costs
     end = np.full(T, np.inf)
     for t, cost in ({0: 0.0} if decoder_costs is None else decoder_costs).items():
         end[t] = cost

@@ -1,5 +1,6 @@
 """The fit of levels and blurs: what it finds where the truth is known."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.core.levels import to_model_range, to_uint8
 from ddpm_notes_pipeline.level_fit import Guesses, fit_levels, level_counts, most_likely
 from ddpm_notes_pipeline.oracles import CoinDenoiser
+from ddpm_notes_pipeline.variances import best_timesteps, measure_original_sample_mse, optimal_scheduler, step_costs
 
 T = 60
 LEVELS = (2 * np.arange(256) - 255) / 255
@@ -79,6 +81,47 @@ def test_levels_take_a_coin_to_its_entropy():
     assert before.decoder > 0.4
     assert after.decoder < 1e-3
     assert after.total == pytest.approx(1, abs=0.02 + 3 * after.standard_error)
+
+
+def test_with_levels_the_best_path_may_end_above_0_and_its_bound_is_not_higher():
+    """A coin is known from x_t long before t = 0: the steps below cost, and the decoder does not."""
+    scheduler = DDPMNotesScheduler(num_train_timesteps=300, beta_end=0.06)
+    pipeline = DDPMNotesPipeline(CoinDenoiser.from_scheduler(scheduler, sample_size=16), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    coins = to_uint8(pipeline.unet.images(128, torch.Generator().manual_seed(0)))
+    levels = fit_levels(pipeline, coins[:64]).levels
+    pipeline.scheduler = DDPMNotesScheduler.from_config(scheduler.config, levels=levels)
+    mse = measure_original_sample_mse(pipeline, coins[:64], timesteps_per_image=300).original_sample_mse
+    pipeline.scheduler = optimal_scheduler(pipeline.scheduler, mse)
+    free, to_zero = (best_timesteps(pipeline.scheduler, 5, decoder_costs=costs) for costs in (None, {0: 0.0}))
+    assert free[-1] > 0 and to_zero[-1] == 0 and free[0] == to_zero[0] == 299
+    results = [pipeline.bits_per_dim(coins[64:], timesteps=path) for path in (free, to_zero)]
+    difference = results[0].per_image - results[1].per_image
+    assert float(difference.mean()) < 2 * float(difference.std()) / math.sqrt(len(difference))
+    # what the path was chosen by is what it costs
+    cost = sum(step_costs(pipeline.scheduler)[t, s] for t, s in itertools.pairwise(free))
+    cost += levels["decoder_costs"][free[-1]]
+    expected = cost / math.log(2) + results[0].prior
+    assert results[0].total == pytest.approx(expected, abs=4 * results[0].standard_error)
+
+
+def test_a_learned_variance_has_the_cost_of_one_blur_beside_its_own():
+    """best_timesteps is about "optimal", whose decoder has one blur for all pixels."""
+    scheduler = noisy_start(variance_type="learned_range")
+    pipeline = plain_sight(scheduler, size=8)
+    forward = pipeline.unet.forward
+    pipeline.unet.forward = lambda x, t, **settings: (torch.cat([forward(x, t, **settings)[0], 9 * x], 1),)
+    fit = fit_levels(pipeline, three_levels(64, 8))
+    costs = fit.levels["decoder_costs"]
+    assert costs[0] != pytest.approx(fit.decoder_costs[0][0], rel=1e-3)
+    assert costs[5] == pytest.approx(fit.decoder_costs[5][0], rel=1e-5)
+    pipeline.scheduler = DDPMNotesScheduler.from_config(
+        scheduler.config, variance_type="fixed_small", levels=fit.levels
+    )
+    result = pipeline.bits_per_dim(three_levels(400, 8), timesteps=[0])
+    error = math.hypot(result.standard_errors["decoder"], fit.decoder_costs[0][1] / math.log(2))
+    assert costs[0] / math.log(2) == pytest.approx(result.decoder, abs=3 * error)
+    assert abs(fit.decoder_costs[0][0] / math.log(2) - result.decoder) > 5 * error
 
 
 def test_the_likeliest_gamma_and_precision_are_those_of_a_grid():

@@ -15,7 +15,7 @@ ORDER = [
     ["stock_config"],
     ["scheduling_ddpm_notes"],
     ["pipeline_ddpm_notes"],
-    ["objectives", "variances", "oracles", "data"],
+    ["objectives", "variances", "level_fit", "oracles", "data"],
     ["evaluation"],
     ["hub"],
     ["training"],

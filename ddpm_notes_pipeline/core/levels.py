@@ -151,16 +151,19 @@ class Levels:
             as it is.
         decoder_scale: where the network outputs a variance and the path ends at t = 0, the blur of
             each pixel is that variance times this; None takes `decoder_blur` there, too.
+        decoder_costs: {t: nats/dim} of the decoder with `decoder_blur`, for paths that end at t.
+            None where they were not measured.
 
     Raises:
-        ValueError: weights of another number, negative, not finite, or all 0; a blur that is not
-            above 0.
+        ValueError: weights of another number, negative, not finite, or all 0; a blur or a cost that
+            is not above 0.
     """
 
     weights: list[list[float]]
     decoder_blur: dict[int, float]
     guess_blur: dict[int, float]
     decoder_scale: float | None = None
+    decoder_costs: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
         for c, row in enumerate(self.weights):
@@ -177,15 +180,23 @@ class Levels:
         for t, blur in (*self.decoder_blur.items(), *self.guess_blur.items(), *scale.items()):
             if t < 0 or not (math.isfinite(blur) and blur > 0):
                 raise ValueError(f"levels has a blur of {blur!r} at timestep {t}; it must be finite and above 0")
+        for t, cost in (self.decoder_costs or {}).items():
+            if t < 0 or not (math.isfinite(cost) and cost > 0):
+                raise ValueError(f"levels has a cost of {cost!r} at timestep {t}; it must be finite and above 0")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Levels":
         """From a config's entry; JSON turns a dictionary's keys into strings."""
-        blurs = {name: {int(t): float(v) for t, v in config[name].items()} for name in ("decoder_blur", "guess_blur")}
+
+        def by_timestep(name: str) -> dict[int, float]:
+            return {int(t): float(value) for t, value in config[name].items()}
+
         return cls(
             weights=[list(map(float, row)) for row in config["weights"]],
-            **blurs,
+            decoder_blur=by_timestep("decoder_blur"),
+            guess_blur=by_timestep("guess_blur"),
             decoder_scale=config.get("decoder_scale"),
+            decoder_costs=by_timestep("decoder_costs") if config.get("decoder_costs") else None,
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -197,6 +208,8 @@ class Levels:
         }
         if self.decoder_scale is not None:
             config["decoder_scale"] = _rounded(self.decoder_scale)
+        if self.decoder_costs is not None:
+            config["decoder_costs"] = {t: _rounded(cost) for t, cost in self.decoder_costs.items()}
         return config
 
 

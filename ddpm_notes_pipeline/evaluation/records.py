@@ -52,7 +52,10 @@ class BoundRecord(Record):
 
     Attributes:
         variance_type, path, num_inference_steps: variance, "even" or "best", number of steps K.
-        decoder_variance: of p(x_0 | x_t) at the end of the path; None: the network's own.
+        decoder_type: "own", the variance type's; "fitted", a Gaussian of fitted variance; "levels",
+            the probability of each pixel's level (core/levels.py).
+        decoder_variance: of a Gaussian p(x_0 | x_t) at the end of the path; None: the network's
+            own, or no Gaussian.
         total, standard_error: the bound in bits/dim, and its standard error over the images.
         prior, diffusion, decoder, standard_errors: its parts, and their standard errors by name.
         network_evaluations: images that the network was evaluated on, in all.
@@ -61,6 +64,7 @@ class BoundRecord(Record):
     variance_type: str
     path: str
     num_inference_steps: int
+    decoder_type: str = "own"
     decoder_variance: float | None = None
     total: float
     standard_error: float
@@ -73,6 +77,15 @@ class BoundRecord(Record):
     @property
     def key(self) -> Key:
         return self.variance_type, self.path, self.num_inference_steps
+
+    @property
+    def name(self) -> str:
+        """Variance and path in words, "optimal, 10 best steps"."""
+        return f"{self.variance_type}, {self.num_inference_steps} {self.path} steps"
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return {name: value for name, value in values.items() if (name, value) != ("decoder_type", "own")}
 
 
 # ------------------------------------------------------------ samples
@@ -255,6 +268,8 @@ class Evaluation(JSONFile):
         evaluations_per_image: network evaluations an image, or "all".
         results: a row for each variance and path.
         metrics: of held-out images and of samples, each row with its own protocol.
+        yardsticks: bits/dim of simple codes for the same images, by name (yardsticks.py); None
+            where they were not measured.
     """
 
     unit: str = "bits/dim"
@@ -268,9 +283,11 @@ class Evaluation(JSONFile):
     weights: str | None = None
     results: list[BoundRecord]
     metrics: list[SampleRecord] = field(default_factory=list)
+    yardsticks: dict[str, float] | None = None
 
     FILE = "evaluation.json"
     PICTURE: ClassVar[str] = "bits_per_dim.png"  # beside it: where the bits are, timestep by timestep
+    MAP: ClassVar[str] = "bits_map.png"  # pixel by pixel
 
     @property
     def samples(self) -> list[SampleRecord]:
@@ -278,18 +295,30 @@ class Evaluation(JSONFile):
         return [row for row in self.metrics if row.is_sampled]
 
     @property
+    def best(self) -> BoundRecord:
+        """The row with the lowest bound."""
+        return min(self.results, key=lambda row: row.total)
+
+    @property
     def protocol(self) -> str:
         """What the bounds were measured on and how, in words."""
         each = self.evaluations_per_image
         terms = "every term of the bound" if each == "all" else f"{each} network evaluations an image (unbiased)"
+        decoders = {
+            "levels": ", a decoder that knows which levels occur",
+            "fitted": ", a decoder of fitted variance",
+            "own": "",
+        }
+        decoder = next(words for kind, words in decoders.items() if kind in {row.decoder_type for row in self.results})
         return (
             f"{self.images} images of {self.data}, split {self.split}, {self.dims} dims each, "
-            f"{terms}, noise seed {self.seed}"
+            f"{terms}, noise seed {self.seed}{decoder}"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        values = super().as_dict() | {"metrics": [row.as_dict() for row in self.metrics]}
-        return {name: value for name, value in values.items() if name != "metrics" or value}
+        values = super().as_dict()
+        values |= {name: [row.as_dict() for row in getattr(self, name)] for name in ("results", "metrics")}
+        return {name: value for name, value in values.items() if name not in ("metrics", "yardsticks") or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -16,6 +16,7 @@ from .pictures import save_bits_per_dim
 from .pixel_batches import batches
 from .records import BoundRecord, Evaluation, Key, SampleRecord
 from .sampling import Stop, with_progress_bar
+from .yardsticks import Yardsticks
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Row:
 
     Attributes:
         variance: variance type. path: "even" or "best". steps: K.
-        decoder_variance: of p(x_0 | x_t) at the end of the path; None: the network's own.
+        decoder_variance, decoder_type: of `decoder_of` and `decoder_type_of`.
         result: what was measured.
     """
 
@@ -33,6 +34,7 @@ class Row:
     steps: int
     decoder_variance: float | None
     result: BitsPerDimOutput
+    decoder_type: str = "own"
 
     @property
     def key(self) -> Key:
@@ -41,7 +43,8 @@ class Row:
     def record(self) -> BoundRecord:
         """What evaluation.json keeps of it."""
         settings = {"variance_type": self.variance, "path": self.path, "num_inference_steps": self.steps}
-        return BoundRecord.from_dict({**self.result, **settings, "decoder_variance": self.decoder_variance})
+        decoder = {"decoder_type": self.decoder_type, "decoder_variance": self.decoder_variance}
+        return BoundRecord.from_dict({**self.result, **settings, **decoder})
 
 
 def measure_bits_per_dim(
@@ -99,13 +102,24 @@ def measure_bits_per_dim(
 
 
 def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float | None:
-    """Variance of p(x_0 | x_t) at the end of a path; None: the network's own."""
-    if scheduler.variance_type in LEARNED_VARIANCES:
+    """Variance of a Gaussian p(x_0 | x_t) at the end of a path.
+
+    None: the network's own, or `levels` in the place of a Gaussian.
+    """
+    if scheduler.levels is not None or scheduler.variance_type in LEARNED_VARIANCES:
         return None
     scheduler = DDPMNotesScheduler.from_config(scheduler.config)
     scheduler.set_timesteps(timesteps=path)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     return float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
+
+
+def decoder_type_of(scheduler: DDPMNotesScheduler, path: list[int]) -> str:
+    """Which decoder ends a path, as of `BoundRecord`: "own", "fitted" or "levels"."""
+    if scheduler.levels is not None:
+        return "levels"
+    fitted = scheduler.variance_type not in LEARNED_VARIANCES and path[-1] in (scheduler.decoder_variance or {})
+    return "fitted" if fitted else "own"
 
 
 def save_evaluation(
@@ -116,14 +130,17 @@ def save_evaluation(
     seed: int = 0,
     evaluations_per_image: int | None = None,
     metrics: list[SampleRecord] | None = None,
+    yardsticks: Yardsticks | None = None,
 ) -> Evaluation:
     """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; the record.
+
+    Earlier pictures are removed, as they are of other numbers.
 
     Args:
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the
             numbers belong to its model; None if unknown.
         evaluations_per_image: None: every term of the bound.
-        metrics: of samples.
+        metrics: of samples. yardsticks: of the same images.
     """
     dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
     record = Evaluation(
@@ -137,10 +154,12 @@ def save_evaluation(
         weights=weights,
         results=[row.record() for row in rows],
         metrics=metrics or [],
+        yardsticks=yardsticks.bits if yardsticks else None,
     )
     record.write(folder)
     picture = folder / Evaluation.PICTURE
-    picture.unlink(missing_ok=True)  # of other numbers
+    for earlier in (picture, folder / Evaluation.MAP):
+        earlier.unlink(missing_ok=True)
     whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
     if whole:
         save_bits_per_dim(picture, whole, f"{images.name} {images.split}: {len(images)} images of {dims} dims")

@@ -9,7 +9,7 @@ images alone.
 import io
 import lzma
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..core.levels import NUM_LEVELS
+from ..data import ImageSet
+from .pixel_batches import uint8_batches
 
 MOST_DIMS = 2**15  # up to which every pixel gets a histogram of its own (64 MB of counts)
 NEIGHBOUR_EDGES = torch.tensor([1, 64, 128, 192, 255])  # black, four greys, white
+MOST_TRAINING_PIXELS = 2**26  # that `image_yardsticks` counts
+BATCH = 256  # images that `image_yardsticks` reads at once
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -41,13 +45,18 @@ class Yardsticks:
 
     def verdict(self, bits: float) -> str:
         """One sentence: which of the codes `bits` per dim beat, and which not."""
-        beaten = [name for name, other in self.bits.items() if bits < other]
-        better = [f"{name} ({other:.3f})" for name, other in self.bits.items() if bits >= other]
-        if not better:
-            return f"Fewer bits than each of {len(beaten)} simple codes."
-        if not beaten:
-            return f"More bits than each of {len(better)} simple codes."
-        return f"Fewer bits than {', '.join(beaten)}; not fewer than {', '.join(better)}."
+        return verdict(self.bits, bits)
+
+
+def verdict(yardsticks: Mapping[str, float], bits: float) -> str:
+    """One sentence: which of some codes (bits/dim by name) `bits` per dim beat, and which not."""
+    beaten = [name for name, other in yardsticks.items() if bits < other]
+    better = [f"{name} ({other:.3f})" for name, other in yardsticks.items() if bits >= other]
+    if not better:
+        return f"Fewer bits than each of {len(beaten)} simple codes."
+    if not beaten:
+        return f"More bits than each of {len(better)} simple codes."
+    return f"Fewer bits than {', '.join(beaten)}; not fewer than {', '.join(better)}."
 
 
 class Histogram:
@@ -165,6 +174,15 @@ def measure_yardsticks(training: Iterable[torch.Tensor], images: Iterable[torch.
     occurring = (contexts.histograms["one histogram"].counts > 0).sum(1).double()
     bits["uniform over the levels that occur"] = float(occurring.log2().mean())
     return Yardsticks(bits, num_images, num_training)
+
+
+def image_yardsticks(training: ImageSet, images: ImageSet) -> Yardsticks:
+    """`measure_yardsticks` of two sets. Not collective: for the main process alone.
+
+    Histograms are of 2^26 pixel values of the training set at most, of evenly spaced images.
+    """
+    counted = training.at_most(max(1, MOST_TRAINING_PIXELS // training.dims))
+    return measure_yardsticks(uint8_batches("training", counted, BATCH), uint8_batches("images", images, BATCH))
 
 
 def compressed_sizes(image: torch.Tensor) -> dict[str, int]:

@@ -28,6 +28,7 @@ class Learner:
     Attributes:
         unet: the network. network: the same, wrapped for several processes.
         average: moving average of the weights; None without.
+        levels: fitted to these weights (`level_fit`); a step drops them.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Learner:
         self.accelerator, self.run, self.unet, self.scheduler = accelerator, run, unet, scheduler
         self.objective = Objective(scheduler, run.objective, run.loss_weighting, snr_gamma=run.snr_gamma)
         self.timestep_sampler = TimestepSampler(len(scheduler), run.timestep_sampling)
+        self.levels: dict[str, Any] | None = None
         if run.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.average: AveragedWeights | None = None
@@ -99,6 +101,7 @@ class Learner:
             The row of loss.jsonl, read from the device later: no sync here.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
+        self.levels = None
         torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
         position = torch.arange(share) + rank * share
@@ -158,7 +161,7 @@ class Learner:
         Args:
             progress_bar: settings of its bar.
         """
-        pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
+        pipeline = DDPMNotesPipeline(self.unet, self.fitted_scheduler())
         pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
         with warning_once(self.accelerator), self.averaged():
             self.unet.eval()
@@ -166,6 +169,10 @@ class Learner:
                 yield pipeline
             finally:
                 self.unet.train()
+
+    def fitted_scheduler(self) -> DDPMNotesScheduler:
+        """A copy of the scheduler, with the levels if they are fitted."""
+        return DDPMNotesScheduler.from_config(self.scheduler.config, levels=self.levels)
 
     def keep_average(self) -> None:
         """Make the averaged weights the network's own: training has ended."""

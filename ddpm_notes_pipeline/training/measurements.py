@@ -1,11 +1,14 @@
 """What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
 
 import numpy as np
+import torch
 
+from ..evaluation.pixel_batches import batches
 from ..evaluation.records import figures_of
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import Watch, sample
 from ..evaluation.validation import measure_bits_per_dim
+from ..level_fit import fit_levels, level_counts
 from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .images import TrainingImages
 from .learner import Learner
@@ -13,6 +16,8 @@ from .logs import RunLogs, bits_per_dim_figures
 from .stops import Stops
 
 VALIDATION_EVALUATIONS = 16  # network evaluations per validation image
+LEVEL_IMAGES = 128  # training images that the levels are fitted on, and whose levels are counted:
+COUNTED_IMAGES = 10_000
 
 
 class Measurements:
@@ -23,12 +28,14 @@ class Measurements:
 
     Attributes:
         table: of sample metrics; None without --metric_interval.
+        level_counts: of the training images, (C, 256), once they are counted.
     """
 
     def __init__(self, learner: Learner, images: TrainingImages, stops: Stops, cache_dir: str | None) -> None:
         self.learner, self.images, self.stops = learner, images, stops
         self.accelerator, run = learner.accelerator, learner.run
         self.table = None
+        self.level_counts: torch.Tensor | None = None
         if run.metric_interval is not None:
             sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
             self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
@@ -37,6 +44,7 @@ class Measurements:
         """bits/dim of the averaged weights, with fewer evaluations than evaluate.py's default."""
         if self.images.validation is None:
             return None
+        self.fit_levels(logs)
         n = VALIDATION_EVALUATIONS
         images, settings = self.images.validation, {"evaluations_per_image": n, "batch_size": 8 * n}
         with logs.loss.paused(), self.learner.pipeline(desc="validate", leave=False) as pipeline:
@@ -44,6 +52,21 @@ class Measurements:
         if result is not None:
             logs.validation.add(step, bits_per_dim_figures(result))
         return result
+
+    def fit_levels(self, logs: RunLogs) -> None:
+        """Fit the 8-bit levels to the averaged weights as they are, on training images."""
+        if not self.learner.run.fit_levels or self.learner.levels is not None:
+            return
+        if self.level_counts is None:
+            self.level_counts = level_counts(
+                batch["pixel_values"] for batch in batches(self.images.stored.at_most(COUNTED_IMAGES))
+            )
+        with logs.loss.paused(), self.learner.pipeline(leave=False) as pipeline:
+            images = batches(self.images.stored.at_most(LEVEL_IMAGES), labelled=pipeline.num_classes is not None)
+            fit = fit_levels(
+                pipeline, images, counts=self.level_counts, seed=self.learner.run.seed, accelerator=self.accelerator
+            )
+        self.learner.levels = fit.levels
 
     def measure_samples(self, step: int, logs: RunLogs) -> None:
         """How far samples of the averaged weights after `step` steps are from images."""

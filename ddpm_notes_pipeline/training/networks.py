@@ -111,10 +111,11 @@ def default_channels(size: tuple[int, int]) -> list[int]:
 
 
 def without_measured_variances(scheduler: DDPMNotesScheduler) -> DDPMNotesScheduler:
-    """The scheduler without V_t and decoder variance, which belong to the network before training.
+    """The scheduler without V_t, decoder variance and levels, fitted to the network as it was.
 
     "optimal" becomes its stock fallback, the type that fits the network's outputs.
     """
+    scheduler = DDPMNotesScheduler.from_config(scheduler.config, levels=None)  # a run fits its own
     if scheduler.original_sample_mse is None and scheduler.decoder_variance is None:
         return scheduler
     fallback = scheduler.config.variance_type

@@ -192,12 +192,13 @@ def test_the_terms_of_pixels_add_up_to_the_images(with_levels):
 def test_levels_stay_in_the_private_entry_and_survive_saving(tmp_path):
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    levels = config(weights(occurring=(0, 9)), {0: 1e-3, 40: 2e-2}, {2: 1e-4})
+    levels = config(weights(occurring=(0, 9)), {0: 1e-3, 40: 2e-2}, {2: 1e-4}, decoder_costs={0: 0.2, 40: 0.5})
     DDPMNotesScheduler(num_train_timesteps=50, levels=levels).save_pretrained(tmp_path)
     loaded = DDPMNotesScheduler.from_pretrained(tmp_path)
     first, again = LevelPosterior(Levels.from_config(levels), 50), LevelPosterior(Levels.from_config(loaded.levels), 50)
     for name in ("decoder_blur", "guess_blur"):
         assert torch.equal(getattr(first, name).values, getattr(again, name).values)
+    assert Levels.from_config(loaded.levels) == Levels.from_config(levels)
     for stock in (DDPMScheduler, DDIMScheduler):
         assert "levels" not in stock.from_pretrained(tmp_path).config
     assert DDPMNotesScheduler.from_config(loaded.config, levels=None).levels is None
@@ -216,6 +217,7 @@ def test_levels_stay_in_the_private_entry_and_survive_saving(tmp_path):
         ({"guess_blur": {3: math.nan}}, "blur of nan at timestep 3"),
         ({"decoder_blur": {}}, "must have both"),
         ({"decoder_scale": 0.0}, "blur of 0.0 at timestep 0"),
+        ({"decoder_costs": {3: math.inf}}, "cost of inf at timestep 3"),
     ],
 )
 def test_levels_that_are_no_probabilities_or_blurs_are_refused(changed, says):

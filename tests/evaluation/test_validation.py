@@ -1,15 +1,25 @@
 """bits/dim and samples of a set: progress bars with an end, stops, and what the room may import."""
 
 import ast
+import json
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from ddpm_notes_pipeline.data import load_images
+from ddpm_notes_pipeline.evaluation.records import Evaluation
 from ddpm_notes_pipeline.evaluation.sampling import sample
-from ddpm_notes_pipeline.evaluation.validation import measure_bits_per_dim
+from ddpm_notes_pipeline.evaluation.validation import (
+    Row,
+    decoder_of,
+    decoder_type_of,
+    measure_bits_per_dim,
+    save_evaluation,
+)
+from ddpm_notes_pipeline.evaluation.yardsticks import Yardsticks
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
+from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 from tests.evaluation.test_evaluate import save_model
 from tests.support.launching import ROOT
 
@@ -64,6 +74,44 @@ def test_anything_that_says_stop_ends_measuring_and_sampling(pipeline, images):
     assert steps == [(0, 6), (1, 6), (2, 6)]
     whole = sample(Accelerator(), pipeline, 5, 2, stops=StopAfter(100), num_inference_steps=6)
     assert torch.equal(whole, sample(Accelerator(), pipeline, 5, 3, num_inference_steps=6))
+
+
+LEVELS = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.01}, "guess_blur": {0: 0.01}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "kind", "variance"),
+    [
+        ({}, [9, 0], "own", 5.453188e-05),
+        ({"decoder_variance": 0.01}, [9, 0], "fitted", 0.01),
+        ({"decoder_variance": {4: 0.02}}, [9, 0], "own", 5.453188e-05),
+        ({"decoder_variance": {4: 0.02}}, [9, 4], "fitted", 0.02),
+        ({"variance_type": "learned_range", "decoder_variance": 0.01}, [9, 0], "own", None),
+        ({"levels": LEVELS, "decoder_variance": 0.01}, [9, 0], "levels", None),
+    ],
+)
+def test_a_row_says_which_decoder_it_was_measured_with(settings, path, kind, variance):
+    """With levels it named the variance of a Gaussian that was not used."""
+    scheduler = DDPMNotesScheduler(**settings)
+    assert decoder_type_of(scheduler, path) == kind
+    assert decoder_of(scheduler, path) == (None if variance is None else pytest.approx(variance, rel=1e-6))
+
+
+def test_the_record_keeps_decoder_and_yardsticks_and_reads_files_without_them(pipeline, images, tmp_path):
+    result = measure_bits_per_dim(Accelerator(), pipeline, images, evaluations_per_image=4)
+    row = Row("fixed_small", "even", 40, None, result, "levels")
+    (tmp_path / Evaluation.MAP).write_bytes(b"of other numbers")
+    save_evaluation(tmp_path, images, [row], None, yardsticks=Yardsticks({"xz": 2.5}, 21, 1438))
+    record = Evaluation.read(tmp_path)
+    assert record.yardsticks == {"xz": 2.5} and record.results[0].decoder_type == "levels"
+    assert record.results[0].decoder == result.decoder and "knows which levels occur" in record.protocol
+    assert not (tmp_path / Evaluation.MAP).exists()
+
+    old = json.loads((tmp_path / Evaluation.FILE).read_text())
+    del old["yardsticks"], old["results"][0]["decoder_type"]
+    (tmp_path / Evaluation.FILE).write_text(json.dumps(old))
+    record = Evaluation.read(tmp_path)
+    assert record.yardsticks is None and record.results[0].decoder_type == "own" and record.as_dict() == old
 
 
 @pytest.mark.parametrize(("room", "above"), [("evaluation", {"hub", "training"}), ("hub", {"training"})])

@@ -144,13 +144,13 @@ def test_the_metadata_has_the_headline_figures_with_their_protocol(shelf):
 
 def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path):
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
     rows = [
-        ({"images": "held-out test"}, images[:20]),
-        ({"images": "samples", "variance_type": "optimal", "path": "best", "num_inference_steps": 10}, images[20:40]),
+        ({"images": "held-out test"}, images[:8]),
+        ({"images": "samples", "variance_type": "optimal", "path": "best", "num_inference_steps": 10}, images[8:16]),
     ]
     metrics = [
-        {**row, **measure_samples(x, images, train=images, sampling={"seeds": "0..19"}, show_progress=False).as_dict()}
+        {**row, **measure_samples(x, images, train=images, sampling={"seeds": "0..7"}, show_progress=False).as_dict()}
         for row, x in rows
     ]
     for row in metrics:  # as of an ImageSet
@@ -162,8 +162,8 @@ def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path)
     assert kernel.metric_type == "kernel_distance"
     assert kernel.metric_value == round(metrics[1]["kernel_distance (efficientnet-lite0)"], 6)
     assert kernel.metric_name == "kernel distance (efficientnet-lite0), optimal, 10 best steps"
-    assert kernel.metric_args["standard_error"] > 0 and kernel.metric_args["seeds"] == "0..19"
-    assert (kernel.metric_args["images"], kernel.metric_args["real_images"], kernel.metric_args["dims"]) == (20, 60, 64)
+    assert kernel.metric_args["standard_error"] > 0 and kernel.metric_args["seeds"] == "0..7"
+    assert (kernel.metric_args["images"], kernel.metric_args["real_images"], kernel.metric_args["dims"]) == (8, 20, 64)
     figures = {name.partition(" (")[0]: value for name, value in metrics[1].items()}
     cells = (
         f"{figures['kernel_distance']:.5f} ± {figures['kernel_distance_standard_error']:.5f}",
@@ -171,7 +171,7 @@ def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path)
         *(f"{figures[name]:.3f}" for name in ("precision", "recall")),
         *(f"{figures[name]:.4f}" for name in ("pixel_mean_error", "pixel_variance_error", "nearest_train_distance")),
     )
-    assert f"| optimal | best | 10 | 20 | {' | '.join(cells)} |" in card and "| held-out test |  |  | 20 |" in card
+    assert f"| optimal | best | 10 | 8 | {' | '.join(cells)} |" in card and "| held-out test |  |  | 8 |" in card
     assert "the column `nearest` above" in card and not re.search(r"(?<!no )FID", card)
 
 

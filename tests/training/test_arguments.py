@@ -74,7 +74,7 @@ def another(name: str, kind: object) -> object:
     kind = parts[0] if type(None) in typing.get_args(kind) else kind
     if name in LISTED or typing.get_origin(kind) is typing.Literal:
         return next(choice for choice in LISTED.get(name, typing.get_args(kind)) if choice != default)
-    if kind == list[int]:
+    if kind in (list[int], list[float]):
         return [2, 1]
     if kind is bool:
         return not default
