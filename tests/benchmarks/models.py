@@ -78,18 +78,23 @@ def describe(size: str) -> str:
 
 def make_images(size: str, folder: Path, count: int = 1024) -> Path:
     """A saved data set of PNG files: the digits; for L, enlarged to 32x32 in three channels."""
-    import datasets
     from sklearn.datasets import load_digits
 
     side, channels = CONFIGS[size]["sample_size"], CONFIGS[size]["in_channels"]
-    digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8).repeat(side // 8, 1).repeat(side // 8, 2)
+    planes = np.stack([np.roll(digits, -k, 0)[np.arange(count) % len(digits)] for k in range(channels)], -1)
+    return save_images(planes, folder / f"images-{size}")
+
+
+def save_images(images: np.ndarray, path: Path) -> Path:
+    """A saved data set of PNG files, of uint8 images (N, H, W, C)."""
+    import datasets
+
     rows = []
-    for i in range(count):
-        planes = [digits[(i + k) % len(digits)].repeat(side // 8, 0).repeat(side // 8, 1) for k in range(channels)]
+    for image in images:
         file = io.BytesIO()
-        PIL.Image.fromarray(planes[0] if channels == 1 else np.stack(planes, -1)).save(file, "png")
+        PIL.Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "png")
         rows.append({"bytes": file.getvalue(), "path": None})
     features = datasets.Features({"image": datasets.Image()})
-    path = folder / f"images-{size}"
     datasets.Dataset.from_dict({"image": rows}, features=features).save_to_disk(str(path))
     return path

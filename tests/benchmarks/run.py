@@ -24,6 +24,7 @@ PARTS = {  # name -> module and function
     "sampling": "bench_sampling.sampling",
     "training": "bench_training.training",
     "likelihood": "bench_likelihood.likelihood",
+    "levels": "bench_levels.levels",
 }
 
 
