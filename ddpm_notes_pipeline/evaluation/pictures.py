@@ -157,7 +157,7 @@ def save_bit_map(path: Path, images: np.ndarray, result: BitsPerDimOutput, log_s
         log_snr: (T,), of each timestep.
     """
     assert result.maps is not None and result.by_level is not None
-    with _figure(path, 1, 2, (1, 1.15), figsize=(11, 4.8)) as axes:
+    with _figure(path, 1, 2, (1, 1.1), figsize=(11, 4.6)) as axes:
         _draw_maps(axes[0, 0], images[:8], result.maps[:8].sum(1).numpy())
         _draw_bars(axes[0, 1], result.by_level.numpy(), log_snr)
         n = len(result.per_image)
@@ -175,7 +175,7 @@ def _draw_maps(axis: Any, images: np.ndarray, maps: np.ndarray) -> None:
     colours = ScalarMappable(Normalize(0, float(np.quantile(maps, 0.995))), "magma")
     grey = images.shape[1] < 3
     pictures = np.broadcast_to(images[:, :1], (len(images), 3, *images.shape[2:])) if grey else images[:, :3]
-    drawn = colours.cmap(colours.norm(maps), bytes=True)[..., :3].transpose(0, 3, 1, 2)
+    drawn = np.asarray(colours.cmap(colours.norm(maps), bytes=True))[..., :3].transpose(0, 3, 1, 2)
     columns, rows = min(4, len(images)), []
     for i in range(0, len(images), columns):
         for tiles in (pictures[i : i + columns], drawn[i : i + columns]):
@@ -183,28 +183,29 @@ def _draw_maps(axis: Any, images: np.ndarray, maps: np.ndarray) -> None:
     axis.imshow(image_grid(np.concatenate(rows), columns), interpolation="nearest")
     axis.set_title("Images, and the bits of each pixel", fontsize=10)
     axis.axis("off")
-    axis.figure.colorbar(colours, ax=axis, label="bits per pixel", shrink=0.8, extend="max")
+    axis.figure.colorbar(colours, ax=axis, label="bits per pixel", extend="max", aspect=30, pad=0.03)
 
 
 def _draw_bars(axis: Any, by_level: np.ndarray, log_snr: np.ndarray, bins: int = 12) -> None:
     """bits/dim of prior, ranges of log SNR and decoder, stacked by class of level."""
+    from matplotlib.ticker import MaxNLocator
+
     last = int(np.flatnonzero(by_level[:-1].sum(1))[0])  # the path's: the decoder's
     steps = np.delete(np.arange(len(log_snr)), last)
-    finite = log_snr[steps][np.isfinite(log_snr[steps])]
-    edges = np.linspace(finite.min(), finite.max(), bins + 1)
-    place = np.clip(np.searchsorted(edges, log_snr[steps], side="right") - 1, 0, bins - 1)
+    low, high = log_snr[steps[np.isfinite(log_snr[steps])]][[-1, 0]]
+    position = np.clip((log_snr[steps] - low) / (high - low) * bins, 0, bins)  # -inf with the lowest
     sums = np.zeros((bins, 3))
-    np.add.at(sums, place, by_level[steps])
+    np.add.at(sums, position.astype(int).clip(max=bins - 1), by_level[steps])
     bars = np.concatenate([by_level[-1:], sums, by_level[last : last + 1]])
-    at = np.array([-1.5, *range(bins), bins + 0.5])
-    bottom = np.zeros(len(bars))
-    for values, name, colour in zip(
-        bars.T, ("lowest level (0)", "between", "highest level (255)"), ("#1b1b3a", "#8d99ae", "#f4a261"), strict=True
-    ):
+    at, bottom = np.array([-1.5, *(np.arange(bins) + 0.5), bins + 1.5]), np.zeros(len(bars))
+    classes = {"lowest level (0)": "#1b1b3a", "levels between": "#8d99ae", "highest level (255)": "#f4a261"}
+    for values, (name, colour) in zip(bars.T, classes.items(), strict=True):
         axis.bar(at, values, 0.85, bottom, label=f"{name}: {values.sum():.3f}", color=colour)
         bottom += values
-    ticks = np.arange(0, bins + 1, 2)
-    axis.set_xticks([at[0], *(ticks - 0.5), at[-1]], ["prior", *(f"{edge:.1f}" for edge in edges[ticks]), "decoder"])
-    axis.set(xlabel="log SNR of the noisy image (noise on the left, data on the right)", ylabel="bits/dim")
+    ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(low, high) if low <= tick <= high]
+    places = [(tick - low) / (high - low) * bins for tick in ticks]
+    axis.set_xticks([at[0], *places, at[-1]], ["prior", *(f"{tick:g}" for tick in ticks), "decoder"])
+    axis.set(xlabel="log SNR of the noisy image: noise on the left, data on the right", ylabel="bits/dim")
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(title="bits/dim on pixels of the", fontsize=8)
+    axis.set_axisbelow(True)
+    axis.legend(title="bits/dim spent on pixels of", fontsize=8, title_fontsize=8)
