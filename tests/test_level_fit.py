@@ -84,7 +84,7 @@ def test_levels_take_a_coin_to_its_entropy():
 
 
 def test_with_levels_the_best_path_may_end_above_0_and_its_bound_is_not_higher():
-    """A coin is known from x_t long before t = 0: steps below cost, and the decoder does not."""
+    """A coin is known from x_t long before t = 0: the steps below cost, the decoder does not."""
     scheduler = DDPMNotesScheduler(num_train_timesteps=300, beta_end=0.06)
     pipeline = DDPMNotesPipeline(CoinDenoiser.from_scheduler(scheduler, sample_size=16), scheduler)
     pipeline.set_progress_bar_config(disable=True)

@@ -6,13 +6,14 @@
         --config training/configs/digits.yaml --metrics --num_inference_steps 50
     accelerate launch training/evaluate.py --model outputs/digits \
         --config training/configs/digits.yaml --variance_types fixed_small fixed_large optimal \
-        --num_inference_steps 10 100 1000 --paths even best --decoder fitted
+        --num_inference_steps 10 100 1000 --paths even best --decoder levels
     accelerate launch training/evaluate.py --model outputs/mnist \
         --config training/configs/mnist.yaml --table
 
-Prints a table and writes evaluation.json and bits_per_dim.png. What an optimal variance, a best
-path or a fitted decoder needs to know of the data is measured on --variance_split, so not on the
-images that are reported on, unless it is the same split.
+Prints a table, and what simple codes need for the same images; writes evaluation.json,
+bits_per_dim.png and bits_map.png. What an optimal variance, a best path or a decoder (--decoder
+levels) needs to know of the data is measured on --variance_split, so not on the images that are
+reported on, unless it is the same split.
 """
 
 import sys

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..core.likelihood import BitsPerDimOutput
 from ..data import to_uint8
 
 if importlib.util.find_spec("matplotlib") is None:  # fails before anything is trained
@@ -19,12 +20,14 @@ if importlib.util.find_spec("matplotlib") is None:  # fails before anything is t
 
 
 @contextlib.contextmanager
-def _figure(path: Path, rows: int, columns: int, **options: Any) -> Iterator[Any]:
+def _figure(
+    path: Path, rows: int, columns: int, widths: Sequence[float] | None = None, **options: Any
+) -> Iterator[Any]:
     """The axes of a figure that is saved when the block ends: (rows, columns)."""
     from matplotlib.figure import Figure  # when there is something to draw: training does without its 25 MiB
 
     figure = Figure(layout="constrained", **options)
-    yield figure.subplots(rows, columns, sharex=rows > 1, squeeze=False)
+    yield figure.subplots(rows, columns, sharex=rows > 1, squeeze=False, width_ratios=widths)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -143,3 +146,66 @@ def save_bits_per_dim(path: Path, curves: dict[str, np.ndarray], title: str) -> 
             axis.grid(alpha=0.3)
         right.legend()
         left.figure.suptitle(title)
+
+
+def save_bit_map(path: Path, images: np.ndarray, result: BitsPerDimOutput, log_snr: np.ndarray) -> None:
+    """Where the bits are in images, and at which noise: up to 8 images above their maps, and bars.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        result: of these images, measured with `return_map`.
+        log_snr: (T,), of each timestep.
+    """
+    assert result.maps is not None and result.by_level is not None
+    with _figure(path, 1, 2, (1, 1.1), figsize=(11, 4.6)) as axes:
+        _draw_maps(axes[0, 0], images[:8], result.maps[:8].sum(1).numpy())
+        _draw_bars(axes[0, 1], result.by_level.numpy(), log_snr)
+        n = len(result.per_image)
+        title = (
+            f"{result.total:.3f} ± {result.standard_error:.3f} bits/dim" if n > 1 else f"{result.total:.3f} bits/dim"
+        )
+        axes[0, 1].set_title(f"Where they are spent: {title} over {n} image{'s' if n > 1 else ''}", fontsize=10)
+
+
+def _draw_maps(axis: Any, images: np.ndarray, maps: np.ndarray) -> None:
+    """Rows of up to four images above their maps (N, H, W), in bits a pixel."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colours = ScalarMappable(Normalize(0, float(np.quantile(maps, 0.995))), "magma")
+    grey = images.shape[1] < 3
+    pictures = np.broadcast_to(images[:, :1], (len(images), 3, *images.shape[2:])) if grey else images[:, :3]
+    drawn = np.asarray(colours.cmap(colours.norm(maps), bytes=True))[..., :3].transpose(0, 3, 1, 2)
+    columns, rows = min(4, len(images)), []
+    for i in range(0, len(images), columns):
+        for tiles in (pictures[i : i + columns], drawn[i : i + columns]):
+            rows.append(np.pad(tiles, ((0, columns - len(tiles)), *[(0, 0)] * 3), constant_values=255))
+    axis.imshow(image_grid(np.concatenate(rows), columns), interpolation="nearest")
+    axis.set_title("Images, and the bits of each pixel", fontsize=10)
+    axis.axis("off")
+    axis.figure.colorbar(colours, ax=axis, label="bits per pixel", extend="max", aspect=30, pad=0.03)
+
+
+def _draw_bars(axis: Any, by_level: np.ndarray, log_snr: np.ndarray, bins: int = 12) -> None:
+    """bits/dim of prior, ranges of log SNR and decoder, stacked by class of level."""
+    from matplotlib.ticker import MaxNLocator
+
+    last = int(np.flatnonzero(by_level[:-1].sum(1))[0])  # the path's: the decoder's
+    steps = np.delete(np.arange(len(log_snr)), last)
+    low, high = log_snr[steps[np.isfinite(log_snr[steps])]][[-1, 0]]
+    position = np.clip((log_snr[steps] - low) / (high - low) * bins, 0, bins)  # -inf with the lowest
+    sums = np.zeros((bins, 3))
+    np.add.at(sums, position.astype(int).clip(max=bins - 1), by_level[steps])
+    bars = np.concatenate([by_level[-1:], sums, by_level[last : last + 1]])
+    at, bottom = np.array([-1.5, *(np.arange(bins) + 0.5), bins + 1.5]), np.zeros(len(bars))
+    classes = {"lowest level (0)": "#1b1b3a", "levels between": "#8d99ae", "highest level (255)": "#f4a261"}
+    for values, (name, colour) in zip(bars.T, classes.items(), strict=True):
+        axis.bar(at, values, 0.85, bottom, label=f"{name}: {values.sum():.3f}", color=colour)
+        bottom += values
+    ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(low, high) if low <= tick <= high]
+    places = [(tick - low) / (high - low) * bins for tick in ticks]
+    axis.set_xticks([at[0], *places, at[-1]], ["prior", *(f"{tick:g}" for tick in ticks), "decoder"])
+    axis.set(xlabel="log SNR of the noisy image: noise on the left, data on the right", ylabel="bits/dim")
+    axis.grid(alpha=0.3, axis="y")
+    axis.set_axisbelow(True)
+    axis.legend(title="bits/dim spent on pixels of", fontsize=8, title_fontsize=8)

@@ -6,6 +6,7 @@ from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from .records import BoundRecord, Evaluation, SampleMetrics, SampleRecord
+from .yardsticks import verdict
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,15 @@ def bound_columns(digits: int = 4, emphasis: str = "") -> list[Column]:
     ]
 
 
+def _decoder_cell(row: BoundRecord) -> str:
+    if row.decoder_variance is not None:
+        return f"{row.decoder_variance:.3e}"
+    return "levels" if row.decoder_type == "levels" else "network's"
+
+
 TERMINAL_COLUMNS = [
     *bound_columns(digits=5),
-    Column("decoder var", lambda row: f"{row.decoder_variance:.3e}" if row.decoder_variance else "network's", 11),
+    Column("decoder var", _decoder_cell, 11),
     Column("evaluations", lambda row: str(row.network_evaluations), 11),
 ]
 
@@ -76,6 +83,17 @@ TERMINAL_COLUMNS = [
 def bound_table(evaluation: Evaluation) -> str:
     """The bounds as a Markdown table."""
     return markdown(bound_columns(emphasis="**"), evaluation.results)
+
+
+def yardstick_text(evaluation: Evaluation) -> str:
+    """Two lines: the yardsticks, and which of them the lowest bound beats; empty without any."""
+    if not evaluation.yardsticks:
+        return ""
+    best, codes = evaluation.best, ", ".join(f"{name} {bits:.3f}" for name, bits in evaluation.yardsticks.items())
+    return (
+        f"Yardsticks, bits/dim of simple codes for the same images: {codes}.\n"
+        f"{best.name}, {best.total:.3f}: {verdict(evaluation.yardsticks, best.total)}"
+    )
 
 
 # ------------------------------------------------------------ samples

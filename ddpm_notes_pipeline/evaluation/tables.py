@@ -2,7 +2,7 @@
 
 from .findings import findings, kernel_distances, kernel_text
 from .records import BoundRecord, Evaluation
-from .reports import Column, bound_columns, markdown
+from .reports import Column, bound_columns, markdown, yardstick_text
 from .validation import Row
 
 
@@ -22,7 +22,8 @@ def results_table(rows: list[Row], evaluation: Evaluation) -> str:
     for key, value in kernels.items():
         if key not in with_bound:
             lines.append(f"| {' | '.join(map(str, key))} | - | - | - | no bound | {kernel_text(value)} |")
-    return "\n".join([*caption, "", *lines, "", *(f"- {text}" for text in findings(rows, kernels)), ""])
+    sentences = [*yardstick_text(evaluation).splitlines(), *findings(rows, kernels)]
+    return "\n".join([*caption, "", *lines, "", *(f"- {text}" for text in sentences), ""])
 
 
 def _kernel_caption(evaluation: Evaluation) -> str:

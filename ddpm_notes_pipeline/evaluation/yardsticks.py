@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..core.levels import NUM_LEVELS
 from ..data import ImageSet
-from .pixel_batches import uint8_batches
+from .pixel_batches import ONE_SHAPE, uint8_batches
 
 MOST_DIMS = 2**15  # up to which every pixel gets a histogram of its own (64 MB of counts)
 NEIGHBOUR_EDGES = torch.tensor([1, 64, 128, 192, 255])  # black, four greys, white
@@ -180,7 +180,13 @@ def image_yardsticks(training: ImageSet, images: ImageSet) -> Yardsticks:
     """`measure_yardsticks` of two sets. Not collective: for the main process alone.
 
     Histograms are of 2^26 pixel values of the training set at most, of evenly spaced images.
+
+    Raises:
+        ValueError: sets of different shapes, or an empty one.
     """
+    shapes = [(one.channels, *one.size) for one in (training, images)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"training has images (C, H, W) of {shapes[0]} and images of {shapes[1]}; {ONE_SHAPE}")
     counted = training.at_most(max(1, MOST_TRAINING_PIXELS // training.dims))
     return measure_yardsticks(uint8_batches("training", counted, BATCH), uint8_batches("images", images, BATCH))
 

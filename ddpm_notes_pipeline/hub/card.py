@@ -21,7 +21,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord
-from ..evaluation.reports import bound_table, sample_caption, sample_table
+from ..evaluation.reports import bound_table, sample_caption, sample_table, yardstick_text
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from .owner_edits import merge, newest_card, repository_of
@@ -29,7 +29,8 @@ from .owner_edits import merge, newest_card, repository_of
 logger = logging.getLogger(__name__)
 
 BLOCKS = ("about", "use", "measured", "training", "limits")  # of the template, in the card's order
-PICTURES = ("samples.png", "trajectory.gif", Evaluation.PICTURE, "loss.png")
+MEASURED = (Evaluation.PICTURE, Evaluation.MAP)  # pictures of an evaluation
+PICTURES = ("samples.png", "trajectory.gif", *MEASURED, "loss.png")
 HEADLINE_STEPS = (10, 50)
 TASK = "unconditional-image-generation"
 _SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
@@ -117,7 +118,7 @@ def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = 
         pipeline=DDPMNotesPipeline(unet, DDPMNotesScheduler.from_pretrained(folder / "scheduler")),
         run=TrainingRecord.read(folder),
         evaluation=evaluation,
-        pictures=pictures if evaluation else pictures - {Evaluation.PICTURE},
+        pictures=pictures if evaluation else pictures.difference(MEASURED),
         space_id=space_id,
     )
 
@@ -143,7 +144,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
     classes, side, images = pipeline.num_classes or 0, unet.sample_size, facts.run and facts.run.images
     context = template.new_context(
         {
-            **{function.__name__: function for function in (bound_table, sample_caption, sample_table)},
+            **{function.__name__: function for function in (bound_table, sample_caption, sample_table, yardstick_text)},
             **vars(facts),
             "name": facts.name,
             "repo": json.dumps(facts.repo_id, ensure_ascii=False),
@@ -208,7 +209,7 @@ def _eval_results(evaluation: Evaluation, scheduler: DDPMNotesScheduler) -> list
 
 def _bound_result(row: BoundRecord, evaluation: Evaluation) -> EvalResult:
     protocol = {name: getattr(evaluation, name) for name in ("images", "dims", "split", "evaluations_per_image")}
-    settings = {name: getattr(row, name) for name in ("num_inference_steps", "variance_type", "path")}
+    settings = {name: getattr(row, name) for name in ("num_inference_steps", "variance_type", "path", "decoder_type")}
     what = f"bits/dim, {row.variance_type}, {row.num_inference_steps} {row.path} steps"
     estimate = (row.total, row.standard_error)
     return _result("bits_per_dim", what, estimate, evaluation.data, protocol | settings)

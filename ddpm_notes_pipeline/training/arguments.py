@@ -176,16 +176,21 @@ class EvaluationArguments:
     )
     paths: list[str] | None = setting(
         None,
-        "even: K timesteps evenly spaced from 0 to T-1; best: the K, including 0 and T-1, with the least bound of "
-        "optimal. Default: even (--table: both).",
+        "even: K timesteps evenly spaced from 0 to T-1; best: the K from T-1 down to 0 with the least bound of "
+        "optimal; with levels it may end above 0. Default: even (--table: both).",
         ("even", "best"),
     )
-    decoder: Literal["own", "fitted"] = setting(
-        "own", "Variance of the decoder: each variance type's own, or one fitted number for all but the learned."
+    decoder: Literal["own", "fitted", "levels"] = setting(
+        "own",
+        "levels: Bayes' rule on which 8-bit levels occur, which also refines the network's guess, fitted unless the model "
+        "has it; fitted: a Gaussian of one fitted variance for all but the learned, without levels; own: the model's "
+        "levels, or else each variance type's own Gaussian.",
     )
-    variance_split: str = setting("train", "Split on which optimal, best, fitted and --save_variances are measured.")
+    variance_split: str = setting(
+        "train", "Split on which optimal, best, levels, fitted and --save_variances are measured."
+    )
     save_variances: bool = setting(
-        False, "Save the measured variances (with --decoder fitted, the decoder's too) in the model's scheduler."
+        False, "Save what was measured (variances; with --decoder fitted or levels, those) in the model's scheduler."
     )
     full: bool = setting(False, "Evaluate every term of the bound.")
     evaluations_per_image: int = setting(38, "Network evaluations per image, without --full.", at_least=2)
@@ -206,7 +211,7 @@ class EvaluationArguments:
     metric_split: str = setting("train", "Split that samples are compared with, beside the held-out images of --split.")
     metric_network: str = setting("efficientnet-lite0", FEATURE_NETWORK_HELP)
     table: bool = setting(
-        False, "Write table.md: every variance, 10 to T steps, both paths, a fitted decoder, samples, samplers."
+        False, "Write table.md: every variance, 10 to T steps, both paths, --decoder levels, samples, samplers."
     )
     results_dir: str | None = setting(None, "Where results go. Default: the model's folder, or outputs/evaluation.")
 

@@ -1,29 +1,38 @@
 """What training/evaluate.py does: bits/dim and samples of a DDPM, and the table of both."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import hf_hub_download
 
 from ..data import HELD_OUT, MODES, ImageSet, hold_out
+from ..evaluation.level_reports import compare_with_fit, fit_image_levels, fit_text, warn_of_unseen_levels
+from ..evaluation.pictures import save_bit_map
 from ..evaluation.pixel_batches import batches
-from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line
+from ..evaluation.records import Evaluation
+from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line, yardstick_text
 from ..evaluation.samples import SampleTable
 from ..evaluation.tables import results_table
-from ..evaluation.validation import Row, decoder_of, measure_bits_per_dim, save_evaluation
+from ..evaluation.validation import Row, decoder_of, decoder_type_of, measure_bits_per_dim, save_evaluation
+from ..evaluation.yardsticks import MOST_TRAINING_PIXELS, Yardsticks, image_yardsticks
 from ..hub.card import weights_digest, write_card
 from ..hub.push import push_command
+from ..level_fit import LevelFit
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 from ..variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
 from .images import dims, load_split
 
+MAP_IMAGES = 16  # whose bits are drawn
+MAP_PRECISION = 4  # times --evaluations_per_image: a pixel's bits are noisier than their sum
 # Of --table, beside T. At T only fixed_large is sampled, as the reference.
 TABLE_STEPS = [10, 25, 50, 100]
 # flag: name in tables, scheduler, settings that differ from the model's
@@ -37,7 +46,7 @@ DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
-    """Measure and print; write evaluation.json, bits_per_dim.png, the card, table.md (--table)."""
+    """Measure and print; write evaluation.json, two pictures, the card and table.md (--table)."""
     EvaluationRun(data, evaluation).measure()
 
 
@@ -45,9 +54,12 @@ class EvaluationRun:
     """Measures a model on a split. All methods but `write` are collective.
 
     Attributes:
-        pipeline: its scheduler changes from row to row. own: the model's scheduler.
+        pipeline: its scheduler changes from row to row.
+        own: the model's scheduler, with the levels that --decoder asks for.
+        mse: V_t of each timestep; None as long as it is unknown.
+        fit: of the levels; None if the model had them, or needs none.
         images: what is measured on.
-        rows: bits/dim, by variance and path.
+        rows: bits/dim, by variance and path. notes: lines below their table.
         samples: with --metrics, how far samples are from images; its first row is that of `images`.
     """
 
@@ -55,6 +67,8 @@ class EvaluationRun:
         self.accelerator, self.data = Accelerator(), data
         self.pipeline = load_pipeline(self.accelerator, evaluation)
         self.own: DDPMNotesScheduler = self.pipeline.scheduler
+        self.mse: list[float] | None = self.own.original_sample_mse
+        self.fit: LevelFit | None = None
         self.evaluation = evaluation = with_defaults(evaluation, self.own)
         check_variance_types(evaluation.variance_types or [], self.own)
         self.images = self.load(evaluation.split, evaluation.max_images)
@@ -62,10 +76,16 @@ class EvaluationRun:
         if evaluation.split == HELD_OUT:
             check_held_out(data, evaluation, self.images)
         self.rows: list[Row] = []
+        self.notes: list[str] = []
         self.samples: SampleTable | None = None
 
     def load(self, split: str, max_images: int | None = None) -> ImageSet:
-        """A split, its images whole or cropped at the centre, decoded by one process per machine.
+        """As `read`, decoded by one process per machine."""
+        with self.accelerator.local_main_process_first():
+            return self.read(split, max_images)
+
+    def read(self, split: str, max_images: int | None = None) -> ImageSet:
+        """A split, its images whole or cropped at the centre. Not collective.
 
         With --validation_share, the training split is without the images that were held out, and
         the split "held_out" is those.
@@ -75,8 +95,7 @@ class EvaluationRun:
             raise ValueError(f"--split is {HELD_OUT}; it needs --validation_share, which says which images those are")
         parted = share is not None and split in (data.train_split, HELD_OUT)
         split_read, most = (data.train_split, data.max_train_samples) if parted else (split, max_images)
-        with self.accelerator.local_main_process_first():
-            found = load_split(self.accelerator, data, split_read, most)
+        found = load_split(self.accelerator, data, split_read, most)
         if share is not None and parted:
             training, held_out = hold_out(found, share, self.evaluation.seed)
             found = held_out if split == HELD_OUT else training
@@ -84,18 +103,19 @@ class EvaluationRun:
 
     def measure(self) -> None:
         """Fill `rows` and `samples`, print and write them."""
-        evaluation, own, pipeline = self.evaluation, self.own, self.pipeline
+        evaluation, pipeline = self.evaluation, self.pipeline
         if evaluation.metrics:
             self.samples = self.sample_table()
-        mse, decoder = self.measure_variances()
+        self.choose_levels()
+        own, decoder = self.own, self.measure_variances()
         if evaluation.save_variances and self.accelerator.is_main_process:
-            optimal_scheduler(own, mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
-        for variance, kind, path in self.variances_and_paths(mse):
+            optimal_scheduler(own, self.mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
+        for variance, kind, path in self.variances_and_paths():
             fitted = evaluation.decoder == "fitted" and variance not in LEARNED_VARIANCES
             pipeline.scheduler = DDPMNotesScheduler.from_config(
                 own.config,
                 variance_type=variance,
-                original_sample_mse=mse if variance == "optimal" else None,
+                original_sample_mse=self.mse if variance == "optimal" else None,
                 decoder_variance=decoder if fitted else None,
                 eta=None,
             )
@@ -104,6 +124,8 @@ class EvaluationRun:
             if self.accelerator.is_main_process:
                 header = "" if len(self.rows) > 1 else text_header(TERMINAL_COLUMNS) + "\n"
                 print(header + text_line(TERMINAL_COLUMNS, row.record()), flush=True)
+                if self.fit is not None and len(self.rows) == 1:
+                    self.notes.append(compare_with_fit(self.fit, row, path[-1]))
             if self.samples is not None and is_sampled(evaluation, row, len(own)):
                 names = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
                 self.samples.add(pipeline, names, timesteps=path)
@@ -120,15 +142,34 @@ class EvaluationRun:
         seed, sets = evaluation.noise_seed, evaluation.metric_sets
         return SampleTable(self.accelerator, real, self.images, network, n, size, seed, sets, self.data.cache_dir)
 
-    def measure_variances(self) -> tuple[list[float] | None, dict[int, float]]:
-        """V_t of each timestep, and decoder variances by last timestep, as far as they are needed.
+    def choose_levels(self) -> None:
+        """Fit the levels on --variance_split, or drop them, as --decoder asks.
+
+        V_t is of x0_hat as the steps use it: with other levels it has to be measured anew.
+        """
+        evaluation, own, pipeline = self.evaluation, self.own, self.pipeline
+        if evaluation.decoder == "levels" and own.levels is None:
+            images, size = self.load(evaluation.variance_split), evaluation.batch_size
+            self.fit = fit_image_levels(pipeline, images, batch_size=size, accelerator=self.accelerator)
+        if self.fit is not None or (evaluation.decoder == "fitted" and own.levels is not None):
+            self.own = DDPMNotesScheduler.from_config(own.config, levels=self.fit and self.fit.levels)
+            pipeline.scheduler, self.mse = self.own, None
+        if self.accelerator.is_main_process:
+            if self.fit is not None:
+                print(f"{fit_text(self.fit)}\n", flush=True)
+            if self.own.levels is not None:
+                warn_of_unseen_levels(self.own.levels, self.images)
+
+    def measure_variances(self) -> dict[int, float]:
+        """Fill `mse`, and return decoder variances by last timestep, as far as they are needed.
 
         Measured on --variance_split, unless the scheduler knows them.
         """
         evaluation, pipeline = self.evaluation, self.pipeline
-        mse, decoder = self.own.original_sample_mse, dict(self.own.decoder_variance or {})
-        uses_mse = "optimal" in (evaluation.variance_types or []) or "best" in (evaluation.paths or [])
-        measures_mse = mse is None and (uses_mse or evaluation.save_variances)
+        decoder = dict(self.own.decoder_variance or {})
+        uses_mse = "optimal" in (*(evaluation.variance_types or []), self.own.variance_type)
+        uses_mse = uses_mse or "best" in (evaluation.paths or []) or evaluation.save_variances
+        measures_mse = self.mse is None and uses_mse
         fits_decoder = evaluation.decoder == "fitted" and 0 not in decoder
         if measures_mse or fits_decoder:
             known = self.load(evaluation.variance_split)
@@ -136,19 +177,19 @@ class EvaluationRun:
         if measures_mse:
             images = batches(known, labelled=labelled)
             error = measure_original_sample_mse(pipeline, images, batch_size=size, accelerator=self.accelerator)
-            mse = error.original_sample_mse.tolist()
+            self.mse = error.original_sample_mse.tolist()
         if fits_decoder:
             decoder[0] = fit_decoder_variance(pipeline, batches(known, labelled=labelled), batch_size=size)[0]
-        return mse, decoder
+        return decoder
 
-    def variances_and_paths(self, mse: list[float] | None) -> Iterator[tuple[str, str, list[int]]]:
+    def variances_and_paths(self) -> Iterator[tuple[str, str, list[int]]]:
         """Variance, kind of path and its timesteps, for each row of the table."""
         own, T = self.own, len(self.own)
         for variance in self.evaluation.variance_types or []:
             for steps in self.evaluation.num_inference_steps or []:
                 for kind in self.evaluation.paths or [] if steps < T else ["even"]:
                     best = kind == "best"
-                    yield variance, kind, best_timesteps(own, steps, mse) if best else even_timesteps(own, steps)
+                    yield variance, kind, best_timesteps(own, steps, self.mse) if best else even_timesteps(own, steps)
 
     def measure_row(self, variance: str, kind: str, path: list[int]) -> Row:
         """bits/dim with the pipeline's scheduler on a path."""
@@ -157,7 +198,9 @@ class EvaluationRun:
         settings |= {"batch_size": evaluation.batch_size, "seed": evaluation.noise_seed}
         result = measure_bits_per_dim(self.accelerator, self.pipeline, self.images, timesteps=path, **settings)
         assert result is not None  # nothing stops it early
-        return Row(variance, kind, len(path), decoder_of(self.pipeline.scheduler, path), result)
+        scheduler = self.pipeline.scheduler
+        decoder, decoder_type = decoder_of(scheduler, path), decoder_type_of(scheduler, path)
+        return Row(variance, kind, len(path), decoder, result, decoder_type)
 
     def add_samplers(self, samples: SampleTable) -> None:
         """Add a row for each of --samplers and number of steps."""
@@ -170,6 +213,36 @@ class EvaluationRun:
                 row = {"sampler": name, "path": "trailing", "num_inference_steps": steps}
                 samples.add(self.pipeline, row, num_inference_steps=steps)
 
+    def yardsticks(self) -> Yardsticks | None:
+        """Of the measured images, with histograms of the training images. Not collective.
+
+        None, with a warning, if there are no training images of the same size.
+        """
+        data, most = self.data, self.data.max_train_samples
+        if data.streaming:  # reads the first of them
+            most = min(most or MOST_TRAINING_PIXELS, max(1, MOST_TRAINING_PIXELS // self.images.dims))
+        try:
+            return image_yardsticks(self.read(data.train_split, most), self.images)
+        except (ValueError, OSError) as fault:
+            warnings.warn(f"no yardsticks to compare with: {' '.join(str(fault).split())}", stacklevel=2)
+            return None
+
+    def save_map(self, folder: Path) -> None:
+        """Write the picture of where the first images' bits are, with the model's own settings."""
+        evaluation, pipeline = self.evaluation, self.pipeline
+        n, labelled = min(MAP_IMAGES, len(self.images)), pipeline.num_classes is not None
+        pipeline.scheduler = DDPMNotesScheduler.from_config(self.own.config, original_sample_mse=self.mse, eta=None)
+        result = pipeline.bits_per_dim(
+            batches(self.images, 0, n, labelled=labelled),
+            evaluations_per_image=MAP_PRECISION * evaluation.evaluations_per_image,
+            full=evaluation.full,
+            batch_size=evaluation.batch_size,
+            seed=evaluation.noise_seed,
+            return_map=True,
+        )
+        log_snr = self.own.chain.pair(torch.arange(len(self.own)), -1).snr_t.log().numpy()
+        save_bit_map(folder / Evaluation.MAP, self.images.take(range(n)).numpy(), result, log_snr)
+
     def write(self) -> None:
         """Write results, and the card of a local model; print the other tables and where all is."""
         evaluation, samples = self.evaluation, self.samples
@@ -179,9 +252,12 @@ class EvaluationRun:
         weights = weights_digest(local) if local else None
         each = None if evaluation.full else evaluation.evaluations_per_image
         metrics = samples.as_list() if samples else None
-        record = save_evaluation(folder, self.images, self.rows, weights, evaluation.noise_seed, each, metrics)
-        names = [name for name in (record.FILE, record.PICTURE) if (folder / name).exists()]
+        settings = (weights, evaluation.noise_seed, each, metrics, self.yardsticks())
+        record = save_evaluation(folder, self.images, self.rows, *settings)
+        self.save_map(folder)
+        names = [name for name in (record.FILE, record.PICTURE, record.MAP) if (folder / name).exists()]
         print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
+        print("\n".join([yardstick_text(record), *self.notes]))
         if samples is not None:
             print(samples)
         if evaluation.table:
@@ -232,7 +308,7 @@ def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> E
     }
     filled = {name: getattr(evaluation, name) or default for name, default in lists.items()}
     if table:  # a spread needs two sets
-        filled |= {"metrics": True, "decoder": "fitted", "metric_sets": max(evaluation.metric_sets, 2)}
+        filled |= {"metrics": True, "decoder": "levels", "metric_sets": max(evaluation.metric_sets, 2)}
     paths = ["even", "best"] if table else evaluation.paths or ["even"]
     return dataclasses.replace(evaluation, **filled, paths=paths)
 

@@ -4,13 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from transformers import ViTConfig, ViTModel
 
-from ddpm_notes_pipeline.data import load_images
+from ddpm_notes_pipeline.data import hold_out, load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main
@@ -206,6 +207,48 @@ def test_save_variances_saves_what_was_known_and_needed_no_measuring(tmp_path):
     saved = saved_scheduler(tmp_path)
     known = (saved.variance_type, saved.original_sample_mse, saved.decoder_variance)
     assert known == ("optimal", mse, {0: 0.003, 2: 0.1})
+
+
+def test_fitted_levels_are_saved_with_the_v_t_of_the_refined_guess_and_are_what_was_measured(tmp_path, capsys):
+    save_model(tmp_path, original_sample_mse=[0.01] * 40)
+    evaluate_here(tmp_path, *FEW, "--decoder", "levels", "--variance_types", "fixed_small", "optimal")
+    out, saved, written = capsys.readouterr().out, saved_scheduler(tmp_path), results(tmp_path)
+    assert len(np.flatnonzero(saved.levels["weights"][0])) == 17  # of digits
+    assert saved.variance_type == "optimal" and saved.original_sample_mse != [0.01] * 40
+    assert [row["decoder_type"] for row in written["results"]] == ["levels", "levels"]
+    pipe = DDPMNotesPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    images = load_images("digits", split="test", max_samples=4).take(range(4))
+    for row in written["results"]:
+        pipe.scheduler = DDPMNotesScheduler.from_config(saved.config, variance_type=row["variance_type"])
+        total = pipe.bits_per_dim(images, timesteps=[39, 0]).total
+        assert row["total"] == pytest.approx(total, rel=1e-4)  # levels are saved with 6 digits
+    held_in = hold_out(load_images("digits", split="train"), 0.95, 0)[0]
+    counted = np.bincount(held_in.take(range(len(held_in))).numpy().ravel(), minlength=256)
+    assert written["yardsticks"]["uniform over the levels that occur"] == pytest.approx(np.log2((counted > 0).sum()))
+    assert f"Levels: fitted on {len(held_in)} images, gamma" in out and "on the images of the fit" in out
+    assert "Yardsticks, bits/dim of simple codes" in out and (tmp_path / "bits_map.png").stat().st_size > 10_000
+
+
+def test_own_keeps_the_models_levels_and_fitted_drops_them_with_their_v_t(tmp_path):
+    levels = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.1}, "guess_blur": {0: 0.1}}
+    save_model(tmp_path, levels=levels, original_sample_mse=[0.01] * 40)
+    evaluate_here(tmp_path, *FEW)
+    saved = saved_scheduler(tmp_path)
+    assert saved.levels is not None and saved.original_sample_mse == [0.01] * 40
+    assert results(tmp_path)["results"][0]["decoder_type"] == "levels"
+    evaluate_here(tmp_path, *FEW, "--decoder", "fitted")
+    saved = saved_scheduler(tmp_path)
+    assert saved.levels is None and saved.original_sample_mse != [0.01] * 40 and list(saved.decoder_variance) == [0]
+    assert results(tmp_path)["results"][0]["decoder_type"] == "fitted"
+
+
+def test_without_a_training_split_there_are_bits_and_a_warning_but_no_yardsticks(tmp_path):
+    save_model(tmp_path)
+    flags = "--max_images 4 --num_inference_steps 2 --train_split nowhere".split()
+    with pytest.warns(UserWarning, match="no yardsticks to compare with.*nowhere"):
+        evaluate_here(tmp_path, *flags)
+    assert "yardsticks" not in results(tmp_path) and results(tmp_path)["results"][0]["total"] > 0
 
 
 def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):

@@ -1,12 +1,15 @@
 """The animation of samples while they form: about 20 frames, small enough for a card."""
 
+import math
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
 from ddpm_notes_pipeline.data import to_uint8
-from ddpm_notes_pipeline.evaluation.pictures import Trajectory, image_grid
+from ddpm_notes_pipeline.evaluation.pictures import Trajectory, image_grid, save_bit_map
+from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
 
 
 @pytest.mark.parametrize("steps, frames", [(1, 1), (7, 7), (20, 20), (50, 20), (1000, 20)])
@@ -37,3 +40,20 @@ def test_noise_of_any_size_is_well_below_a_megabyte(tmp_path, shape):
     assert (tmp_path / "t.gif").stat().st_size < 800_000
     with PIL.Image.open(tmp_path / "t.gif") as animation:
         assert animation.n_frames == 20 and max(animation.size) <= 400
+
+
+@pytest.mark.parametrize(("shape", "last"), [((1, 1, 8, 8), 0), ((5, 3, 12, 9), 3), ((16, 4, 6, 6), 0)])
+def test_a_map_of_bits_is_drawn_for_any_number_of_images_channels_and_steps(tmp_path, shape, last):
+    """Also where the last SNR is 0, whose logarithm has no place on an axis."""
+    T, generator = 30, torch.Generator().manual_seed(0)
+    by_level = torch.rand(T + 1, 3, generator=generator, dtype=torch.float64)
+    by_level[:last] = 0
+    maps = torch.rand(shape, generator=generator)
+    result = BitsPerDimOutput.from_parts(torch.ones(shape[0], 3).double(), torch.zeros(T), 64, 1, maps, by_level)
+    images = (255 * maps).byte().numpy()
+    save_bit_map(tmp_path / "map.png", images, result, np.array([*np.linspace(9, -9, T - 1), -math.inf]))
+    with PIL.Image.open(tmp_path / "map.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert 900 < pixels.shape[1] < 1400 and 400 < pixels.shape[0] < 700
+    for colour in ("1b1b3a", "8d99ae", "f4a261"):  # of each class of level
+        assert (pixels == list(bytes.fromhex(colour))).all(-1).sum() > 500

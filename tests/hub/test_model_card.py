@@ -138,6 +138,7 @@ def test_the_metadata_has_the_headline_figures_with_their_protocol(shelf):
             "num_inference_steps": 50,
             "variance_type": row["variance_type"],
             "path": "even",
+            "decoder_type": "own",
             "evaluations_per_image": 38,
         }
 
@@ -180,6 +181,26 @@ def test_the_reader_sees_the_same_numbers_and_the_pictures(shelf):
     assert "| optimal | even | 50 | 0.0010 ± 0.0100 | 3.5000 ± 0.0100 | 1.2000 ± 0.0100 | **4.4617 ± 0.0312** |" in card
     assert "359 images of digits, split test, 64 dims each" in card
     assert "](samples.png)" in card and "](bits_per_dim.png)" in card and "](loss.png)" not in card
+
+
+def test_the_card_says_which_simple_codes_the_lowest_bound_beats(tmp_path):
+    evaluation = EVALUATION | {"yardsticks": {"one histogram": 5.5, "xz": 4.46, "PNG": 4.47}}
+    pictures = ("bits_per_dim.png", "bits_map.png")
+    folder = make_folder(tmp_path / "model", evaluation=evaluation, pictures=pictures)
+    card = write_card(folder, "ada/digits")
+    assert "one histogram 5.500, xz 4.460, PNG 4.470" in card and "](bits_map.png)" in card
+    assert "optimal, 50 even steps, 4.462: Fewer bits than one histogram, PNG; not fewer than xz (4.460)." in card
+    assert not re.search(r"\n\n\n", card)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | {"weights": "others"}))
+    card = write_card(folder, "ada/digits")
+    assert "bits_map.png" not in card and "xz" not in card
+
+
+def test_a_card_of_a_model_with_levels_says_so(tmp_path):
+    rows = [row | {"decoder_type": "levels"} for row in EVALUATION["results"]]
+    card = write_card(make_folder(tmp_path / "model", evaluation=EVALUATION | {"results": rows}), "ada/digits")
+    assert "a decoder that knows which levels occur" in " ".join(card.split())
+    assert all(found.metric_args["decoder_type"] == "levels" for found in ModelCard(card).data.eval_results)
 
 
 def test_the_card_shows_a_trajectory_and_links_to_the_demo_also_when_it_is_written_anew(tmp_path):

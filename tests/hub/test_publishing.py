@@ -24,7 +24,7 @@ from tests.support.hub_content import Blob
 from tests.support.launching import ROOT
 
 REPO = "user/digits"
-PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "loss.png")
+PICTURES = ("samples.png", "trajectory.gif", "bits_per_dim.png", "bits_map.png", "loss.png")
 
 
 @pytest.fixture(params=["xet", "lfs"])

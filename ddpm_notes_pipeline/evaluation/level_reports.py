@@ -1,0 +1,85 @@
+"""Fits the levels on an image set, and says how well they fit there and on other images."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..data import ImageSet
+from ..level_fit import LevelFit, fit_levels, level_counts
+from ..pipeline_ddpm_notes import DDPMNotesPipeline
+from ..scheduling_ddpm_notes import LEARNED_VARIANCES
+from .pixel_batches import batches
+from .validation import Row
+
+FIT_IMAGES = 128  # that blurs are fitted on; each costs some 20 network evaluations
+COUNTED_IMAGES = 10_000  # whose levels are counted
+LARGEST_GAP = 0.01  # bits/dim, beyond two standard errors
+
+
+def fit_image_levels(pipeline: DDPMNotesPipeline, images: ImageSet, **settings: Any) -> LevelFit:
+    """`fit_levels` on evenly spaced images of a set, with counts of more of them.
+
+    Collective: every rank must call it.
+
+    Args:
+        settings: of `fit_levels`.
+    """
+    counts = level_counts(batch["pixel_values"] for batch in batches(images.at_most(COUNTED_IMAGES)))
+    few = batches(images.at_most(FIT_IMAGES), labelled=pipeline.num_classes is not None)
+    return fit_levels(pipeline, few, counts=counts, **settings)
+
+
+def fit_text(fit: LevelFit) -> str:
+    """One sentence: what was fitted, and the decoder's bits on the images of the fit."""
+    refined, (cost, error) = fit.levels["guess_blur"], fit.decoder_costs[0]
+    where = f"at t = 0..{max(refined)}" if refined else "nowhere"
+    return (
+        f"Levels: fitted on {fit.num_images} images, gamma {fit.gamma:.3f}, x0_hat refined {where}; the decoder at t = 0 "
+        f"takes {cost / math.log(2):.4f} ± {error / math.log(2):.4f} bits/dim there."
+    )
+
+
+def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
+    """The decoder's bits on the images of the fit beside those on the measured images.
+
+    Warns if they differ by more than 0.01 bits/dim beyond two standard errors.
+
+    Args:
+        last_timestep: of the row's path, one that the fit has a cost of.
+    """
+    cost, error = fit.decoder_costs[last_timestep]
+    if row.variance not in LEARNED_VARIANCES:
+        cost = fit.levels["decoder_costs"][last_timestep]
+    fitted, fitted_error = cost / math.log(2), error / math.log(2)
+    measured, measured_error = row.result.decoder, row.result.standard_errors["decoder"]
+    text = (
+        f"Decoder of levels at t = {last_timestep}, bits/dim: {fitted:.4f} ± {fitted_error:.4f} on the images of the fit, "
+        f"{measured:.4f} ± {measured_error:.4f} on the measured ones"
+    )
+    if abs(measured - fitted) > LARGEST_GAP + 2 * math.hypot(fitted_error, measured_error):
+        warnings.warn(
+            f"{text}: they differ by more than {LARGEST_GAP} beyond two standard errors. The measured images are of "
+            "another kind, or the network knows those of the fit by heart: fit on a split that it was not trained on "
+            "(--variance_split)",
+            stacklevel=2,
+        )
+    return f"{text}."
+
+
+def warn_of_unseen_levels(levels: Mapping[str, Any], images: ImageSet) -> None:
+    """Warn of pixels whose level has the weight 0: no training image had it.
+
+    Args:
+        levels: the scheduler's setting.
+    """
+    counts = level_counts(batch["pixel_values"] for batch in batches(images))
+    unseen = int(counts[torch.tensor(levels["weights"]) == 0].sum())
+    if unseen:
+        warnings.warn(
+            f"{unseen} of {int(counts.sum())} pixels have levels that no training image had (weight 0): the decoder "
+            "spends 24 bits on each",
+            stacklevel=2,
+        )
