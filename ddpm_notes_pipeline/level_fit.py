@@ -141,7 +141,7 @@ def fit_levels(
     of_blurs = {t: cost for t, (cost, _) in costs.items()}
     if guesses[0].variance is not None:
         costs[0] = _mean_and_error(-posterior.log_mass(x_0, guesses[0].raw, guesses[0].variance / precision))
-    for guess in guesses:
+    for guess in guesses[1:]:  # no step to s >= 0 starts at t = 0
         before = guess.weight * (guess.clipped - x_0) ** 2
         best_blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[guess.t])
         gain, error = _mean_and_error(before - after)

@@ -131,7 +131,7 @@ def summary(
     validated = "" if images.validation is None else ", validation.jsonl"
     folder, output_dir = ("ANOTHER_FOLDER", "another") if data.train_data_dir else ("FOLDER_OF_IMAGES", "mine")
     bits = logs.validation.rows[-1]["bits_per_dim"] if logs.validation.rows else None
-    compared = "" if yardsticks is None or bits is None else f"\nCompare:   {yardsticks.verdict(bits)}"
+    compared = "" if yardsticks is None or bits is None else f"\nCompare:   {yardsticks}. {yardsticks.verdict(bits)}"
     longer = resume_command(run.command, "--max_train_steps", more=f"--max_train_steps {2 * steps}")
     return "\n".join(
         [
