@@ -27,6 +27,7 @@ from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 STREAM = 3  # of random numbers, apart from those of bits_per_dim and of the variances
 TIMESTEPS = 20
 PIXELS = 2**15  # of each channel, over all images, that the fit looks at
+GAMMAS = (0.1, 4.0)  # what gamma may be: a guess without doubt says nothing of it
 SMALLEST_BLUR = 1e-7  # an exact guess would have none
 
 
@@ -179,6 +180,7 @@ def most_likely(
         gain = 0.0
         for length in 0.5 ** torch.arange(12):
             tried = best + length * step
+            tried[0] = tried[0].clamp(*GAMMAS)
             tried[1] = tried[1].clamp(best[1] / 4, 1 / SMALLEST_BLUR)
             found = _likelihood(weights, x_0, guess.raw, variance, tried)
             if found[0] > value:
