@@ -28,6 +28,8 @@ STREAM = 3  # of random numbers, apart from those of bits_per_dim and of the var
 TIMESTEPS = 20
 PIXELS = 2**14  # of each channel, over all images, that the fit looks at
 PULL = 1e-4  # of gamma towards 1, nats: decides where the guesses are so sure that gamma hardly counts
+GAMMAS = (0.1, 4.0)  # what gamma may be: 0 to a negative power is no weight
+SMALLEST_GAIN = 0.01  # of the squared error, and twice its standard error: less may not carry over
 SMALLEST_BLUR = 1e-7  # an exact guess would have none
 
 
@@ -101,8 +103,8 @@ def fit_levels(
 ) -> LevelFit:
     """Fit the levels' weights and blurs to the network's guesses of training images.
 
-    The guess is refined up to the last timestep at which that lowers the bound's own term by more
-    than a standard error.
+    The guess is refined up to the last timestep at which that lowers the bound's own term clearly:
+    by more than 1 % of the squared error and two standard errors.
 
     Args:
         pipeline: its scheduler must be a DDPM; levels that it has already are ignored.
@@ -146,7 +148,7 @@ def fit_levels(
         best_blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[guess.t])
         gain, error = _mean_and_error(before - after)
         errors[guess.t] = (float(before.mean()), float(after.mean()), error)
-        if not gain > error:
+        if not gain > max(2 * error, SMALLEST_GAIN * float(before.mean())):
             break
         guess_blur[guess.t] = best_blur
     levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale, of_blurs)
@@ -180,6 +182,7 @@ def most_likely(
         gain = 0.0
         for length in 0.5 ** torch.arange(12):
             tried = best + length * step
+            tried[0] = tried[0].clamp(*GAMMAS)
             tried[1] = tried[1].clamp(best[1] / 4, 1 / SMALLEST_BLUR)
             found = _likelihood(weights, x_0, guess.raw, variance, tried)
             if found[0] > value:

@@ -61,6 +61,7 @@ def test_pixels_of_levels_that_no_training_image_had_are_counted():
 
 
 def test_a_set_is_fitted_on_few_images_and_counted_on_more():
+    """With a guess that leaves no doubt gamma fell to -0.96, and 0 to that power is no weight."""
     train = load_images("digits", split="train", show_progress=False)
     scheduler = DDPMNotesScheduler(40, beta_end=0.4)
     pipeline = DDPMNotesPipeline(plain_sight(scheduler, size=8).unet, scheduler)

@@ -110,6 +110,8 @@ def test_one_command_makes_the_table():
         assert row[f"kernel_distance ({network})"] == pytest.approx((first + second) / 2)
         assert row[f"kernel_distance_standard_error ({network})"] == pytest.approx(abs(first - second) / 2)
         assert row["protocol"]["sampling"]["seeds"] == f"0..{SETS * SAMPLES - 1}, one an image"
-    assert text.count("\n- ") == 5 and "No worse than 40 steps of fixed_large" in text
+    assert {row["decoder_type"] for row in written["results"]} == {"levels"}
+    assert "\n- Yardsticks, " in text and " bits than " in text
+    assert text.count("\n- ") == 2 + 5 and "No worse than 40 steps of fixed_large" in text
     card = (folder / "README.md").read_text()
     assert "| DPM-Solver++ | trailing | 10 |" in card
