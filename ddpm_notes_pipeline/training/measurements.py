@@ -1,15 +1,13 @@
 """What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
 
 import numpy as np
-import torch
 
-from ..evaluation.pixel_batches import batches
+from ..evaluation.level_reports import fit_image_levels
 from ..evaluation.records import figures_of
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import Watch, sample
 from ..evaluation.validation import measure_bits_per_dim
 from ..evaluation.yardsticks import Yardsticks, image_yardsticks
-from ..level_fit import fit_levels, level_counts
 from ..pipeline_ddpm_notes import BitsPerDimOutput
 from .images import TrainingImages
 from .learner import Learner
@@ -17,8 +15,6 @@ from .logs import RunLogs, bits_per_dim_figures
 from .stops import Stops
 
 VALIDATION_EVALUATIONS = 16  # network evaluations per validation image
-LEVEL_IMAGES = 128  # training images that the levels are fitted on, and whose levels are counted:
-COUNTED_IMAGES = 10_000
 
 
 class Measurements:
@@ -29,7 +25,6 @@ class Measurements:
 
     Attributes:
         table: of sample metrics; None without --metric_interval.
-        level_counts: of the training images, (C, 256), once they are counted.
         yardsticks: of the validation images, on the main process, once bits/dim are measured.
     """
 
@@ -37,7 +32,6 @@ class Measurements:
         self.learner, self.images, self.stops = learner, images, stops
         self.accelerator, run = learner.accelerator, learner.run
         self.table = None
-        self.level_counts: torch.Tensor | None = None
         self.yardsticks: Yardsticks | None = None
         if run.metric_interval is not None:
             sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
@@ -63,14 +57,9 @@ class Measurements:
         """Fit the 8-bit levels to the averaged weights as they are, on training images."""
         if not self.learner.run.fit_levels or self.learner.levels is not None:
             return
-        if self.level_counts is None:
-            self.level_counts = level_counts(
-                batch["pixel_values"] for batch in batches(self.images.stored.at_most(COUNTED_IMAGES))
-            )
         with logs.loss.paused(), self.learner.pipeline(leave=False) as pipeline:
-            images = batches(self.images.stored.at_most(LEVEL_IMAGES), labelled=pipeline.num_classes is not None)
-            fit = fit_levels(
-                pipeline, images, counts=self.level_counts, seed=self.learner.run.seed, accelerator=self.accelerator
+            fit = fit_image_levels(
+                pipeline, self.images.stored, seed=self.learner.run.seed, accelerator=self.accelerator
             )
         self.learner.levels = fit.levels
 
