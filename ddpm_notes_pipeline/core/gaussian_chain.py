@@ -285,7 +285,7 @@ def make_betas(
     wrong = ~((betas > 0) & (betas < 1))
     wrong[-1] &= betas[-1] != 1
     if wrong.any():
-        source = f"schedule {schedule!r} from {ends[0]} to {ends[1]}"
+        source = f"beta_start {beta_start}, beta_end {beta_end}: schedule {schedule!r}"
         where = int(np.flatnonzero(wrong)[0])
         raise ValueError(
             f"{source if trained_betas is None else 'trained_betas'} has beta {betas[where]} at timestep {where}; "
