@@ -22,6 +22,8 @@ from .arguments import Arguments
 from .stops import failing_together
 from .trackers import PROJECT, Tracker
 
+# Figures of a step that differ from rank to rank.
+AVERAGED = ("loss",)
 # All that a run logs into its folder.
 LOGS = ("loss.jsonl", "validation.jsonl", "metrics.jsonl", PROJECT, "wandb")
 
@@ -106,23 +108,28 @@ class LossLog(StepLog):
             self.since = time.monotonic()
 
     def write(self, bar: Any) -> None:
-        """Write the steps that are waiting, their losses averaged over processes. Collective."""
-        losses = torch.stack([row["loss"] for row in self.waiting])
-        losses = self.accelerator.reduce(losses, "mean").tolist()
-        norms = torch.stack([row["grad_norm"] for row in self.waiting]).tolist()
+        """Write the steps that are waiting, `AVERAGED` over processes. Collective."""
+        read = {name: self._read(name) for name in self.waiting[0]}
         now = time.monotonic()  # after the sync, when the steps are done
         seconds = self.unwritten + now - self.since
         self.unwritten, self.since, self.elapsed = 0.0, now, now - self.began
         self.training += seconds
-        rate = len(losses) * self.batch_size / seconds if seconds > 0 else math.nan
+        rate = len(self.waiting) * self.batch_size / seconds if seconds > 0 else math.nan
         new = [
-            {"step": self.step + i, **row, "loss": loss, "grad_norm": norm}
-            for i, (row, loss, norm) in enumerate(zip(self.waiting, losses, norms), start=1)
+            {"step": i, **dict(zip(read, values))} for i, values in enumerate(zip(*read.values()), start=self.step + 1)
         ]
         self.step += len(new)
         self.waiting.clear()
         self.append(new, images_per_second=rate)
-        bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}, {rate:.0f} images/s")
+        bar.set_postfix_str(f"loss {sum(read['loss']) / len(new):.4f}, {rate:.0f} images/s")
+
+    def _read(self, name: str) -> list[float]:
+        """A figure of the steps that are waiting, read from the device. Collective."""
+        values = [row[name] for row in self.waiting]
+        if not isinstance(values[0], torch.Tensor):
+            return values
+        stacked = torch.stack(values)
+        return (self.accelerator.reduce(stacked, "mean") if name in AVERAGED else stacked).tolist()
 
     def history(self) -> tuple[list[int], list[float]]:
         """Steps and losses since the start of the run; NaN for non-finite losses."""

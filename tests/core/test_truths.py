@@ -75,7 +75,9 @@ def betas_of(schedule: str, T: int) -> np.ndarray:
         return (1 - ab[1:] / ab[:-1]).astype(np.float64)
     if schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
         ab = np.cos((u + np.longdouble("0.008")) / np.longdouble("1.008") * np.longdouble(math.pi) / 2) ** 2
-    else:  # laplace, Hang et al. 2024, table 1: log SNR = -sgn(1/2 - u) log(1 - 2 |1/2 - u|) / 2, 1e-6 against log 0
+    elif schedule != "laplace":
+        raise ValueError(f"the formula of {schedule!r} is missing here")
+    else:  # Hang et al. 2024, table 1: log SNR = -sgn(1/2 - u) log(1 - 2 |1/2 - u|) / 2, 1e-6 against log 0
         log_snr = -np.sign(0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + np.longdouble("1e-6")) / 2
         ab = np.append(1, 1 / (1 + np.exp(-log_snr[1:])))
     return np.minimum(1 - ab[1:] / ab[:-1], 0.999).astype(np.float64)
