@@ -32,6 +32,7 @@ class Objective:
 
     Args:
         scheduler: the math; its `prediction_type` says what the network outputs and so its target.
+            Levels that it has are left out: between two levels their gradient explodes.
         kind: "simple": squared error of the network's target, mean over dims (Ho et al. 2020,
             eq. 14, for "epsilon").
             "vlb": T times one term of the bound in bits/dim, so that its mean over t is the bound
@@ -55,6 +56,8 @@ class Objective:
         for name, value, choice in (("kind", self.kind, OBJECTIVES), ("weighting", self.weighting, WEIGHTINGS)):
             if value not in choice:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choice)}")
+        if self.scheduler.levels is not None:
+            self.scheduler = DDPMNotesScheduler.from_config(self.scheduler.config, levels=None)
         variance_type = self.scheduler.variance_type
         given = f"kind is {self.kind!r} with variance_type {variance_type!r}"
         if self.kind == "hybrid" and variance_type not in LEARNED_VARIANCES:

@@ -162,7 +162,9 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         self.original_sample_mse = _check_original_sample_mse(original_sample_mse, variance_type, num_train_timesteps)
         self.decoder_variance = _check_decoder_variance(decoder_variance, num_train_timesteps)
         self.levels, self.log_snr_range = levels, log_snr_range
-        self._posterior = None if levels is None else LevelPosterior(Levels.from_config(levels), num_train_timesteps)
+        self._level_posterior = (
+            None if levels is None else LevelPosterior(Levels.from_config(levels), num_train_timesteps)
+        )
         self.hide_private_settings()
 
         self.num_inference_steps: int | None = None
@@ -391,10 +393,10 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         guess = self._original_sample(output, x_t, pair)
         mean = self._mean(self._refined(guess, pair, clip), x_t, pair)
         variance = self._variance(pair, v, guess)
-        if self._posterior is None or pair.none_at_data:
+        if self._level_posterior is None or pair.none_at_data:
             return mean, variance
         is_data = _per_image(pair.s, x_t) < 0
-        level = self._posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
+        level = self._level_posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
         return torch.where(is_data, level[0], mean), torch.where(is_data, level[1], variance)
 
     def step(
@@ -435,9 +437,9 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             std = self._variance(pair, v, x_0).sqrt().masked_fill(_per_image(pair.s, x_t) < 0, 0)
             noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
             x_s = mean + std * noise
-        if self._posterior is not None and not pair.none_at_data:
-            level, _ = self._posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
-            x_s = torch.where(_per_image(pair.s, x_t) < 0, self._posterior.nearest(level), x_s)
+        if self._level_posterior is not None and not pair.none_at_data:
+            level, _ = self._level_posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
+            x_s = torch.where(_per_image(pair.s, x_t) < 0, self._level_posterior.nearest(level), x_s)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMNotesSchedulerOutput(x_s, x_0) if return_dict else (x_s, x_0)
@@ -481,27 +483,29 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
     def _refined(self, guess: torch.Tensor, pair: StepPair, clip: bool | None = None) -> torch.Tensor:
         """x0_hat as the reverse step uses it: the mean of the level given the guess, or clipped."""
         x_0 = self._clip(guess, clip)
-        if self._posterior is None or clip is False:
+        if self._level_posterior is None or clip is False:
             return x_0
-        blur = self._posterior.guess_blur[pair.t]  # 0 where the guess is not refined
+        blur = self._level_posterior.guess_blur[pair.t]  # 0 where the guess is not refined
         if blur.is_cpu:  # only those images that need it
             rows = (blur > 0).expand(len(x_0)).nonzero().flatten().to(x_0.device, non_blocking=True)
             if not len(rows):
                 return x_0
-            mean, _ = self._posterior.mean_variance(guess[rows], _per_image(blur, guess).expand_as(guess)[rows])
+            mean, _ = self._level_posterior.mean_variance(guess[rows], _per_image(blur, guess).expand_as(guess)[rows])
             return x_0.index_put((rows,), mean)
         blur = _per_image(blur, guess)
-        mean, _ = self._posterior.mean_variance(guess, torch.where(blur > 0, blur, 1))
+        mean, _ = self._level_posterior.mean_variance(guess, torch.where(blur > 0, blur, 1))
         return torch.where(blur > 0, mean, x_0)
 
     def _decoder_blur(self, pair: StepPair, v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         """Blur of the guess in the levels' decoder, shaped to broadcast against x."""
-        assert self._posterior is not None
-        blur = _per_image(self._posterior.decoder_blur[pair.t], x)
-        if v is None or self._posterior.decoder_scale is None:
+        assert self._level_posterior is not None
+        blur = _per_image(self._level_posterior.decoder_blur[pair.t], x)
+        if v is None or self._level_posterior.decoder_scale is None:
             return blur
         floor, excess = self._log_variance(pair, v, x)
-        return torch.where(_per_image(pair.t, x) == 0, self._posterior.decoder_scale * (floor + excess).exp(), blur)
+        return torch.where(
+            _per_image(pair.t, x) == 0, self._level_posterior.decoder_scale * (floor + excess).exp(), blur
+        )
 
     def _clip(self, x_0: torch.Tensor, clip: bool | None = None) -> torch.Tensor:
         """A guess of x_0 clipped or thresholded as the config says; `clip` overrides whether."""
@@ -654,8 +658,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         self, x_0: torch.Tensor, guess: torch.Tensor, pair: StepPair, v: torch.Tensor | None, clip: bool | None
     ) -> torch.Tensor:
         """-log P(x_0 | x_t), nats per pixel, float64."""
-        if self._posterior is not None:
-            return -self._posterior.log_mass(x_0, guess, self._decoder_blur(pair, v, guess))
+        if self._level_posterior is not None:
+            return -self._level_posterior.log_mass(x_0, guess, self._decoder_blur(pair, v, guess))
         floor, excess = self._log_variance(pair, v, guess)
         return -discretized_gaussian_log_likelihood(x_0, self._clip(guess, clip), floor + excess)
 

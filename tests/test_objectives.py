@@ -164,3 +164,10 @@ def test_what_makes_no_sense_is_refused():
         Objective(scheduler(), "vlb", "min_snr")
     with pytest.raises(ValueError, match="sampling is 'random'"):
         TimestepSampler(T, "random")
+
+
+def test_the_levels_of_a_scheduler_have_no_part_in_a_loss():
+    levels = {"weights": [[1.0] * 256] * 2, "decoder_blur": {0: 1e-3}, "guess_blur": {0: 1e-3, 7: 1e-3}}
+    (x_0, noise), t, network = batch(), torch.arange(T), Network()
+    plain, with_levels = (Objective(scheduler(levels=given), "vlb") for given in (None, levels))
+    assert torch.equal(plain(network, x_0, noise, t), with_levels(network, x_0, noise, t))
