@@ -124,6 +124,8 @@ def fit_levels(
         raise ValueError(f"the scheduler is {type(pipeline.scheduler).__name__}; it must be a DDPMNotesScheduler")
     scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, levels=None)
     batches = list(pipeline.image_batches(images, class_labels))
+    if not batches:
+        raise ValueError("images is empty; it must have at least one image")
     counts = level_counts(pixels for pixels, _ in batches) if counts is None else counts
     grid = np.unique(np.geomspace(1, len(scheduler), TIMESTEPS + 4).round().astype(int) - 1).tolist()
     x_0, guesses = _evaluate(pipeline, scheduler, batches, grid, batch_size, seed, accelerator)
@@ -227,23 +229,18 @@ def least_squares_blur(
 ) -> tuple[float, torch.Tensor]:
     """The blur whose mean of the level has the least weighted squared error, and that error.
 
-    Golden sections of log blur, from a sixteenth of `start` to sixteen times as much.
+    From a sixteenth of `start` to sixteen times as much, then nearer and nearer around the best.
     """
 
     def error(log_blur: float) -> torch.Tensor:
         mean, _ = posterior.mean_variance(guess.raw, torch.tensor(math.exp(log_blur), dtype=torch.float64))
         return guess.weight * (mean - x_0) ** 2
 
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = math.log(start / 16), math.log(start * 16)
-    tried: dict[float, torch.Tensor] = {}
-    for _ in range(8):
-        inner = (high - ratio * (high - low), low + ratio * (high - low))
-        tried |= {point: error(point) for point in inner if point not in tried}
-        if tried[inner[0]].mean() < tried[inner[1]].mean():
-            high = inner[1]
-        else:
-            low = inner[0]
+    middle, step = math.log(start), math.log(4)
+    tried = {point: error(point) for point in (middle + k * step for k in range(-2, 3))}
+    for _ in range(4):
+        best, step = min(tried, key=lambda point: float(tried[point].mean())), step / 2
+        tried |= {point: error(point) for point in (best - step, best + step)}
     best = min(tried, key=lambda point: float(tried[point].mean()))
     return math.exp(best), tried[best]
 
@@ -259,11 +256,8 @@ def _evaluate(
 ) -> tuple[torch.Tensor, list[Guesses]]:
     """Pixels x_0 (N, C, P) of the images, and the network's guesses of them at each timestep."""
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device, dtype, learned = (
-        pipeline.execution_device,
-        pipeline.sample_dtype,
-        scheduler.variance_type in LEARNED_VARIANCES,
-    )
+    device, dtype = pipeline.execution_device, pipeline.sample_dtype
+    learned = scheduler.variance_type in LEARNED_VARIANCES
     x_0 = torch.cat([to_model_range(pixels) for pixels, _ in batches])
     known = [label for _, label in batches if label is not None]
     labels = torch.cat(known) if known else None

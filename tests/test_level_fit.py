@@ -189,6 +189,22 @@ def test_levels_are_counted_by_channel():
         level_counts([])
 
 
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        fit_levels(plain_sight(size=8), [], counts=level_counts([three_levels(2, 8)]))
+
+
+def test_the_guess_is_refined_by_the_blur_of_least_squared_error():
+    """Of a plain sight the best mean is that of Bayes' rule: the blur is that of the noise."""
+    pipeline = plain_sight()
+    fit = fit_levels(pipeline, three_levels(128))
+    refined = fit.levels["guess_blur"]
+    assert len(refined) > 5
+    for t in list(refined)[:4]:
+        assert refined[t] == pytest.approx(1 / float(pipeline.scheduler.chain.pair(t, -1).snr_t), rel=0.2)
+        assert fit.guess_errors[t][1] < fit.guess_errors[t][0]
+
+
 def test_other_schedulers_have_no_levels_to_fit():
     from diffusers import DDIMScheduler
 
