@@ -26,7 +26,7 @@ from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
 
 STREAM = 3  # of random numbers, apart from those of bits_per_dim and of the variances
 TIMESTEPS = 20
-PIXELS = 2**14  # of each channel, over all images, that the fit looks at
+PIXEL_VALUES = 2**14  # over all images and channels, that the fit looks at
 PULL = 1e-4  # of gamma towards 1, nats: decides where the guesses are so sure that gamma hardly counts
 GAMMAS = (0.1, 4.0)  # what gamma may be: 0 to a negative power is no weight
 SMALLEST_GAIN = 0.01  # of the squared error, and twice its standard error: less may not carry over
@@ -262,7 +262,8 @@ def _evaluate(
     known = [label for _, label in batches if label is not None]
     labels = torch.cat(known) if known else None
     N, dims = len(x_0), x_0[0, 0].numel()
-    kept = torch.randperm(dims, generator=seeded_generator(seed, STREAM, N))[: max(1, PIXELS // N)].sort().values
+    order = torch.randperm(dims, generator=seeded_generator(seed, STREAM, N))
+    kept = order[: max(1, PIXEL_VALUES // (N * x_0.shape[1]))].sort().values
     # every guess has its own noise, whichever process makes it; the others leave zeros
     found = torch.zeros(4, N * len(grid), x_0.shape[1], len(kept))
     mine = torch.arange(N * len(grid))[rank::processes]

@@ -14,7 +14,9 @@ from ..scheduling_ddpm_notes import LEARNED_VARIANCES
 from .pixel_batches import batches
 from .validation import Row
 
-FIT_IMAGES = 128  # that blurs are fitted on; each costs some 20 network evaluations
+# Images that blurs are fitted on, and pixels of them in all; each image costs some 20 network
+# evaluations.
+FIT_IMAGES, LEAST_FIT_IMAGES, FIT_PIXELS = 128, 32, 2**17
 COUNTED_IMAGES = 10_000  # whose levels are counted
 LARGEST_GAP = 0.01  # bits/dim, beyond two standard errors
 
@@ -28,7 +30,8 @@ def fit_image_levels(pipeline: DDPMNotesPipeline, images: ImageSet, **settings: 
         settings: of `fit_levels`.
     """
     counts = level_counts(batch["pixel_values"] for batch in batches(images.at_most(COUNTED_IMAGES)))
-    few = batches(images.at_most(FIT_IMAGES), labelled=pipeline.num_classes is not None)
+    number = min(FIT_IMAGES, max(LEAST_FIT_IMAGES, FIT_PIXELS // math.prod(images.size)))
+    few = batches(images.at_most(number), labelled=pipeline.num_classes is not None)
     return fit_levels(pipeline, few, counts=counts, **settings)
 
 
