@@ -64,6 +64,7 @@ class PathTables(NamedTuple):
     next_timestep: Table  # s after each t of the path, -1 (the data) after its last; OFF_PATH
     log_decoder_variance: Table  # of p(x_0 | x_t), for each last timestep t
     original_sample_mse: Table  # of use to "optimal" alone
+    level_posterior: LevelPosterior | None  # of fitted levels
 
 
 class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
@@ -161,15 +162,16 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         self.eta = _check_eta(eta)
         self.original_sample_mse = _check_original_sample_mse(original_sample_mse, variance_type, num_train_timesteps)
         self.decoder_variance = _check_decoder_variance(decoder_variance, num_train_timesteps)
-        self.levels, self.log_snr_range = levels, log_snr_range
-        self._level_posterior = (
-            None if levels is None else LevelPosterior(Levels.from_config(levels), num_train_timesteps)
-        )
         self.hide_private_settings()
 
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_path(list(range(num_train_timesteps))[::-1], device=None)
+
+    @property
+    def levels(self) -> dict[str, Any] | None:
+        """What is fitted about the levels of the images, as `core.levels.Levels` reads it."""
+        return self.private_setting("levels")
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -235,7 +237,9 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         next_timestep = torch.full((len(self),), OFF_PATH)
         next_timestep[path] = torch.tensor([*path[1:], -1])
         mse = torch.tensor(self.original_sample_mse or [0.0] * len(self), dtype=torch.float64)
-        self._tables = PathTables(Table(next_timestep), Table(self._decoder_variances(path).log()), Table(mse))
+        levels = None if self.levels is None else LevelPosterior(Levels.from_config(self.levels), len(self))
+        log_variances = self._decoder_variances(path).log()
+        self._tables = PathTables(Table(next_timestep), Table(log_variances), Table(mse), levels)
 
     def _decoder_variances(self, path: list[int]) -> torch.Tensor:
         """Variance of p(x_0 | x_t) for every last timestep t, (T,) float64.
@@ -393,10 +397,10 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         guess = self._original_sample(output, x_t, pair)
         mean = self._mean(self._refined(guess, pair, clip), x_t, pair)
         variance = self._variance(pair, v, guess)
-        if self._level_posterior is None or pair.none_at_data:
+        if self._tables.level_posterior is None or pair.none_at_data:
             return mean, variance
         is_data = _per_image(pair.s, x_t) < 0
-        level = self._level_posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
+        level = self._tables.level_posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
         return torch.where(is_data, level[0], mean), torch.where(is_data, level[1], variance)
 
     def step(
@@ -437,9 +441,9 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             std = self._variance(pair, v, x_0).sqrt().masked_fill(_per_image(pair.s, x_t) < 0, 0)
             noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
             x_s = mean + std * noise
-        if self._level_posterior is not None and not pair.none_at_data:
-            level, _ = self._level_posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
-            x_s = torch.where(_per_image(pair.s, x_t) < 0, self._level_posterior.nearest(level), x_s)
+        if self._tables.level_posterior is not None and not pair.none_at_data:
+            level, _ = self._tables.level_posterior.mean_variance(guess, self._decoder_blur(pair, v, guess))
+            x_s = torch.where(_per_image(pair.s, x_t) < 0, self._tables.level_posterior.nearest(level), x_s)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMNotesSchedulerOutput(x_s, x_0) if return_dict else (x_s, x_0)
@@ -483,28 +487,30 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
     def _refined(self, guess: torch.Tensor, pair: StepPair, clip: bool | None = None) -> torch.Tensor:
         """x0_hat as the reverse step uses it: the mean of the level given the guess, or clipped."""
         x_0 = self._clip(guess, clip)
-        if self._level_posterior is None or clip is False:
+        if self._tables.level_posterior is None or clip is False:
             return x_0
-        blur = self._level_posterior.guess_blur[pair.t]  # 0 where the guess is not refined
+        blur = self._tables.level_posterior.guess_blur[pair.t]  # 0 where the guess is not refined
         if blur.is_cpu:  # only those images that need it
             rows = (blur > 0).expand(len(x_0)).nonzero().flatten().to(x_0.device, non_blocking=True)
             if not len(rows):
                 return x_0
-            mean, _ = self._level_posterior.mean_variance(guess[rows], _per_image(blur, guess).expand_as(guess)[rows])
+            mean, _ = self._tables.level_posterior.mean_variance(
+                guess[rows], _per_image(blur, guess).expand_as(guess)[rows]
+            )
             return x_0.index_put((rows,), mean)
         blur = _per_image(blur, guess)
-        mean, _ = self._level_posterior.mean_variance(guess, torch.where(blur > 0, blur, 1))
+        mean, _ = self._tables.level_posterior.mean_variance(guess, torch.where(blur > 0, blur, 1))
         return torch.where(blur > 0, mean, x_0)
 
     def _decoder_blur(self, pair: StepPair, v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         """Blur of the guess in the levels' decoder, shaped to broadcast against x."""
-        assert self._level_posterior is not None
-        blur = _per_image(self._level_posterior.decoder_blur[pair.t], x)
-        if v is None or self._level_posterior.decoder_scale is None:
+        assert self._tables.level_posterior is not None
+        blur = _per_image(self._tables.level_posterior.decoder_blur[pair.t], x)
+        if v is None or self._tables.level_posterior.decoder_scale is None:
             return blur
         floor, excess = self._log_variance(pair, v, x)
         return torch.where(
-            _per_image(pair.t, x) == 0, self._level_posterior.decoder_scale * (floor + excess).exp(), blur
+            _per_image(pair.t, x) == 0, self._tables.level_posterior.decoder_scale * (floor + excess).exp(), blur
         )
 
     def _clip(self, x_0: torch.Tensor, clip: bool | None = None) -> torch.Tensor:
@@ -658,8 +664,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         self, x_0: torch.Tensor, guess: torch.Tensor, pair: StepPair, v: torch.Tensor | None, clip: bool | None
     ) -> torch.Tensor:
         """-log P(x_0 | x_t), nats per pixel, float64."""
-        if self._level_posterior is not None:
-            return -self._level_posterior.log_mass(x_0, guess, self._decoder_blur(pair, v, guess))
+        if self._tables.level_posterior is not None:
+            return -self._tables.level_posterior.log_mass(x_0, guess, self._decoder_blur(pair, v, guess))
         floor, excess = self._log_variance(pair, v, guess)
         return -discretized_gaussian_log_likelihood(x_0, self._clip(guess, clip), floor + excess)
 

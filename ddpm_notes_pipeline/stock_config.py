@@ -29,8 +29,8 @@ STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that all s
 class StockConfigMixin(ConfigMixin):
     """A config under a stock class's name, with our settings in a private entry.
 
-    A subclass keeps each private setting, and `variance_type`, in an attribute of that name, and
-    calls `hide_private_settings` once they are set.
+    A subclass keeps `variance_type`, and each private setting that it changes, in an attribute of
+    that name, and calls `hide_private_settings` once they are set.
     """
 
     variance_type: str
@@ -38,7 +38,11 @@ class StockConfigMixin(ConfigMixin):
     def hide_private_settings(self) -> None:
         """Move what stock classes do not know into the private entry."""
         config = {name: value for name, value in self.config.items() if name not in PRIVATE_SETTINGS}
-        ours = {name: value for name in PRIVATE_SETTINGS if (value := getattr(self, name)) is not None}
+        ours = {
+            name: value
+            for name in PRIVATE_SETTINGS
+            if (value := vars(self).get(name, self.config.get(name))) is not None
+        }
         if self.variance_type == PRIVATE_VARIANCE:
             ours["variance_type"], config["variance_type"] = PRIVATE_VARIANCE, STOCK_FALLBACK
         schedule = config["beta_schedule"]

@@ -9,7 +9,7 @@ The Gaussian cannot know that most levels hardly occur: four fifths of MNIST's p
 second is Bayes' rule: h is a blurred sight of a level whose prior probability is pi_k. Its mean is
 also the better guess of a pixel that must be one of these levels. With flat pi, h = x_t /
 sqrt(alpha_bar) and blur = 1 / SNR it is the decoder of VDM (arXiv 2107.00630); here pi and blur are
-fitted on training images (variances.py).
+fitted on training images (level_fit.py).
 """
 
 import math

@@ -28,7 +28,6 @@ class Learner:
     Attributes:
         unet: the network. network: the same, wrapped for several processes.
         average: moving average of the weights; None without.
-        levels: fitted to these weights (`level_fit`); a step drops them.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class Learner:
         self.accelerator, self.run, self.unet, self.scheduler = accelerator, run, unet, scheduler
         self.objective = Objective(scheduler, run.objective, run.loss_weighting, snr_gamma=run.snr_gamma)
         self.timestep_sampler = TimestepSampler(len(scheduler), run.timestep_sampling)
-        self.levels: dict[str, Any] | None = None
         if run.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.average: AveragedWeights | None = None
@@ -54,7 +52,6 @@ class Learner:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.network, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.parameters = list(unet.parameters())  # once: walking the network takes time at every step
         self.guard = UpdateGuard(accelerator, run.max_nonfinite_steps)
         if run.torch_compile:
             unet.compile()
@@ -101,20 +98,21 @@ class Learner:
             The row of loss.jsonl, read from the device later: no sync here.
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
-        self.levels = None
+        self.set_levels(None)
         torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
         position = torch.arange(share) + rank * share
         t, weight = self.timestep_sampler.sample(batch["u"], position, self.run.train_batch_size)
         weight = weight.to(device, torch.float32, non_blocking=True)
         losses = self._backward(batch, t, weight)
-        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.max_grad_norm)
+        parameters = self.optimizer.param_groups[0]["params"]  # walking the network takes time at every step
+        grad_norm = self.accelerator.clip_grad_norm_(parameters, self.run.max_grad_norm)
         applied = self.guard.update(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         if self.average is not None:
-            self.average.step(self.parameters, applied)
+            self.average.step(parameters, applied)
         if self.run.timestep_sampling == "loss_second_moment":
             gathered = (self.accelerator.gather(value).cpu() for value in (t.to(device), losses))
             self.timestep_sampler.update(*gathered)
@@ -161,7 +159,7 @@ class Learner:
         Args:
             progress_bar: settings of its bar.
         """
-        pipeline = DDPMNotesPipeline(self.unet, self.fitted_scheduler())
+        pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
         with warning_once(self.accelerator), self.averaged():
             self.unet.eval()
@@ -170,9 +168,10 @@ class Learner:
             finally:
                 self.unet.train()
 
-    def fitted_scheduler(self) -> DDPMNotesScheduler:
-        """A copy of the scheduler, with the levels if they are fitted."""
-        return DDPMNotesScheduler.from_config(self.scheduler.config, levels=self.levels)
+    def set_levels(self, levels: dict[str, Any] | None) -> None:
+        """Give the scheduler levels that fit these weights (`level_fit`); a step drops them."""
+        if levels is not self.scheduler.levels:
+            self.scheduler = DDPMNotesScheduler.from_config(self.scheduler.config, levels=levels)
 
     def keep_average(self) -> None:
         """Make the averaged weights the network's own: training has ended."""

@@ -55,13 +55,13 @@ class Measurements:
 
     def fit_levels(self, logs: RunLogs) -> None:
         """Fit the 8-bit levels to the averaged weights as they are, on training images."""
-        if not self.learner.run.fit_levels or self.learner.levels is not None:
+        if not self.learner.run.fit_levels or self.learner.scheduler.levels is not None:
             return
         with logs.loss.paused(), self.learner.pipeline(leave=False) as pipeline:
             fit = fit_image_levels(
                 pipeline, self.images.stored, seed=self.learner.run.seed, accelerator=self.accelerator
             )
-        self.learner.levels = fit.levels
+        self.learner.set_levels(fit.levels)
 
     def measure_samples(self, step: int, logs: RunLogs) -> None:
         """How far samples of the averaged weights after `step` steps are from images."""

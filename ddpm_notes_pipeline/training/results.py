@@ -44,7 +44,7 @@ def save_model(folder: Path, learner: Learner, images: TrainingImages, settings:
 
     That is in training_config.yaml and training_run.json.
     """
-    DDPMNotesPipeline(learner.unet, learner.fitted_scheduler()).save_pretrained(folder)
+    DDPMNotesPipeline(learner.unet, learner.scheduler).save_pretrained(folder)
     save_settings(folder / "training_config.yaml", settings, images.train.fingerprint)
     run_record(learner.accelerator, images, settings, logs).write(folder)
 

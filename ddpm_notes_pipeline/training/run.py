@@ -299,8 +299,8 @@ class TrainingRun:
         save_model(self.output_dir, self.learner, self.images, self.settings, self.logs)
         if bits_per_dim is not None and self.images.validation is not None:
             T = len(scheduler)
-            path, fitted = list(reversed(range(T))), self.learner.fitted_scheduler()
-            decoders = decoder_of(fitted, path), bits_per_dim, decoder_type_of(fitted, path)
+            path = list(reversed(range(T)))
+            decoders = decoder_of(scheduler, path), bits_per_dim, decoder_type_of(scheduler, path)
             row = Row(scheduler.variance_type, "even", T, *decoders)
             save_evaluation(
                 self.output_dir,

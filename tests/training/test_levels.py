@@ -63,6 +63,11 @@ def test_without_levels_the_weights_are_the_same_and_the_bits_are_not(fitted, tr
     assert bits[0] < bits[1] - 0.5
 
 
+def test_levels_of_a_validation_on_the_way_are_not_those_of_the_finished_weights(fitted, train, tmp_path):
+    train(*FITS, "--validation_steps", 4, "--output_dir", tmp_path / "run")
+    assert levels(tmp_path / "run") == levels(fitted[0])
+
+
 def test_levels_are_fitted_anew_when_training_goes_on(fitted, train, tmp_path):
     """From the published folder: the levels of the old weights are dropped, silently."""
     folder, _ = fitted
