@@ -205,6 +205,24 @@ def test_the_guess_is_refined_by_the_blur_of_least_squared_error():
         assert fit.guess_errors[t][1] < fit.guess_errors[t][0]
 
 
+def test_a_guess_that_is_bayes_rule_already_is_left_alone():
+    """Refining tanh by the same rule would sharpen it twice."""
+    pipeline = DDPMNotesPipeline(CoinDenoiser.from_scheduler(noisy_start(), sample_size=16), noisy_start())
+    pipeline.set_progress_bar_config(disable=True)
+    coins = to_uint8(pipeline.unet.images(64, torch.Generator().manual_seed(0)))
+    assert fit_levels(pipeline, coins).levels["guess_blur"] == {}
+
+
+def test_squared_errors_are_weighted_as_in_the_bound():
+    """fixed_large weighs them by posterior variance / b of each step."""
+    small, large = (plain_sight(noisy_start(variance_type=f"fixed_{size}"), 8) for size in ("small", "large"))
+    errors = [fit_levels(pipeline, three_levels(16, 8)).guess_errors for pipeline in (small, large)]
+    for t in list(errors[0])[:5]:
+        pair = small.scheduler.chain.pair(t, t - 1)
+        expected = errors[0][t][0] * float(pair.posterior_variance / pair.b)
+        assert errors[1][t][0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_other_schedulers_have_no_levels_to_fit():
     from diffusers import DDIMScheduler
 
