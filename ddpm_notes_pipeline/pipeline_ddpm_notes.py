@@ -23,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
 from .core.image_batches import ImageBatch, first_images, image_batches, number_of_images, regrouped
+from .core.levels import num_unseen
 from .core.likelihood import PILOT_IMAGES, BitsPerDimOutput, Bound
 from .scheduling_ddpm_notes import DDPMNotesScheduler
 from .stock_config import PRIVATE_ENTRY
@@ -347,6 +348,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
             ValueError: images off the 256-level grid, not finite, of another range or channels;
                 none at all; a scheduler that is no DDPM, or has an eta other than 1; guidance;
                 labels that do not fit.
+
+        Warns of pixels whose level has the weight 0 in the scheduler's levels.
         """
         scheduler = self._bound_scheduler(num_inference_steps, timesteps, evaluations_per_image, guidance_scale)
         batches = self.image_batches(images, class_labels)
@@ -363,7 +366,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
             bound.draw_terms(evaluations_per_image - 1, pilot)
         dims, batches = held[0][0][0].numel(), itertools.chain(held, batches)
         del held, pilot  # the last references to these images, once they are measured
-        parts, number = [], first_image
+        parts, number, unseen = [], first_image, 0
         settings = {"desc": "bits/dim", "unit": "image", "total": number_of_images(images)}
         with self.image_progress_bar(**settings) as bar:
             for pixels, labels in regrouped(batches, max(1, batch_size // bound.terms.per_image)):
@@ -373,7 +376,14 @@ class DDPMNotesPipeline(DiffusionPipeline):
                     )
                 parts.append(bound(pixels, labels, number))
                 number += len(pixels)
+                unseen += num_unseen(pixels, scheduler.levels)
                 bar.update(len(pixels))
+        if unseen:
+            warnings.warn(
+                f"{unseen} of {(number - first_image) * dims} pixels have levels of weight 0, which no image of the level "
+                "fit had: the decoder spends 24 bits on each",
+                stacklevel=3,  # through torch.no_grad, to the caller
+            )
         self.maybe_free_model_hooks()
         maps, by_level = (torch.stack(bound.maps), bound.by_level) if return_map else (None, None)
         return BitsPerDimOutput.from_parts(

@@ -213,6 +213,19 @@ class Levels:
         return config
 
 
+def num_unseen(pixels: torch.Tensor, levels: dict[str, Any] | None) -> int:
+    """How many pixels have a level of weight 0.
+
+    Args:
+        pixels: uint8 (B, C, H, W), on the CPU.
+        levels: the scheduler's setting; None has no weights.
+    """
+    if levels is None:
+        return 0
+    weights = torch.tensor(levels["weights"])
+    return int((weights[torch.arange(len(weights))[:, None, None], pixels.long()] == 0).sum())
+
+
 class LevelPosterior:
     """p(k | h) of the levels that occur, for each channel, and its blurs.
 

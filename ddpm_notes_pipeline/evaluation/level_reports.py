@@ -2,10 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from ..data import ImageSet
 from ..level_fit import LevelFit, fit_levels, level_counts
@@ -70,19 +67,3 @@ def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
             stacklevel=2,
         )
     return f"{text}."
-
-
-def warn_of_unseen_levels(levels: Mapping[str, Any], images: ImageSet) -> None:
-    """Warn of pixels whose level has the weight 0: no training image had it.
-
-    Args:
-        levels: the scheduler's setting.
-    """
-    counts = level_counts(batch["pixel_values"] for batch in batches(images))
-    unseen = int(counts[torch.tensor(levels["weights"]) == 0].sum())
-    if unseen:
-        warnings.warn(
-            f"{unseen} of {int(counts.sum())} pixels have levels that no training image had (weight 0): the decoder "
-            "spends 24 bits on each",
-            stacklevel=2,
-        )

@@ -92,7 +92,7 @@ def yardstick_text(evaluation: Evaluation) -> str:
     best, codes = evaluation.best, ", ".join(f"{name} {bits:.3f}" for name, bits in evaluation.yardsticks.items())
     return (
         f"Yardsticks, bits/dim of simple codes for the same images: {codes}.\n"
-        f"{best.name}, {best.total:.3f}: {verdict(evaluation.yardsticks, best.total)}"
+        f"{best.name}, {best.total:.3f}: {verdict(evaluation.yardsticks, best.total, best.standard_error)}"
     )
 
 

@@ -43,20 +43,32 @@ class Yardsticks:
     def __str__(self) -> str:
         return ", ".join(f"{name} {bits:.3f}" for name, bits in self.bits.items())
 
-    def verdict(self, bits: float) -> str:
-        """One sentence: which of the codes `bits` per dim beat, and which not."""
-        return verdict(self.bits, bits)
+    def verdict(self, bits: float, error: float = 0.0) -> str:
+        """`verdict` on these codes."""
+        return verdict(self.bits, bits, error)
 
 
-def verdict(yardsticks: Mapping[str, float], bits: float) -> str:
-    """One sentence: which of some codes (bits/dim by name) `bits` per dim beat, and which not."""
-    beaten = [name for name, other in yardsticks.items() if bits < other]
-    better = [f"{name} ({other:.3f})" for name, other in yardsticks.items() if bits >= other]
-    if not better:
+def verdict(yardsticks: Mapping[str, float], bits: float, error: float = 0.0) -> str:
+    """One sentence: which of some codes (bits/dim by name) a number of bits/dim beats, which not.
+
+    Args:
+        error: standard error of `bits`. Closer than two of them is neither.
+    """
+    if not math.isfinite(error):  # of a single image
+        error = 0.0
+    beaten = [name for name, other in yardsticks.items() if bits + 2 * error < other]
+    better: list[str] = []
+    close: list[str] = []
+    for name, other in yardsticks.items():
+        if name not in beaten:
+            (better if bits - 2 * error >= other else close).append(f"{name} ({other:.3f})")
+    if len(beaten) == len(yardsticks):
         return f"Fewer bits than each of {len(beaten)} simple codes."
-    if not beaten:
+    if len(better) == len(yardsticks):
         return f"More bits than each of {len(better)} simple codes."
-    return f"Fewer bits than {', '.join(beaten)}; not fewer than {', '.join(better)}."
+    groups = {"fewer bits than": beaten, "not fewer than": better, "within two standard errors of": close}
+    text = "; ".join(f"{words} {', '.join(names)}" for words, names in groups.items() if names)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 class Histogram:

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import hf_hub_download
 
 from ..data import HELD_OUT, MODES, ImageSet, hold_out
-from ..evaluation.level_reports import compare_with_fit, fit_image_levels, fit_text, warn_of_unseen_levels
+from ..evaluation.level_reports import compare_with_fit, fit_image_levels, fit_text
 from ..evaluation.pictures import save_bit_map
 from ..evaluation.pixel_batches import batches
 from ..evaluation.records import Evaluation
@@ -154,11 +154,8 @@ class EvaluationRun:
         if self.fit is not None or (evaluation.decoder == "fitted" and own.levels is not None):
             self.own = DDPMNotesScheduler.from_config(own.config, levels=self.fit and self.fit.levels)
             pipeline.scheduler, self.mse = self.own, None
-        if self.accelerator.is_main_process:
-            if self.fit is not None:
-                print(f"{fit_text(self.fit)}\n", flush=True)
-            if self.own.levels is not None:
-                warn_of_unseen_levels(self.own.levels, self.images)
+        if self.fit is not None and self.accelerator.is_main_process:
+            print(f"{fit_text(self.fit)}\n", flush=True)
 
     def measure_variances(self) -> dict[int, float]:
         """Fill `mse`, and return decoder variances by last timestep, as far as they are needed.
@@ -257,7 +254,7 @@ class EvaluationRun:
         self.save_map(folder)
         names = [name for name in (record.FILE, record.PICTURE, record.MAP) if (folder / name).exists()]
         print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
-        print("\n".join([yardstick_text(record), *self.notes]))
+        print("\n".join([*([] if evaluation.table else [yardstick_text(record)]), *self.notes]))
         if samples is not None:
             print(samples)
         if evaluation.table:

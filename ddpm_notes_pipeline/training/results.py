@@ -130,8 +130,11 @@ def summary(
     weights = "averaged (EMA)" if run.use_ema else "raw"
     validated = "" if images.validation is None else ", validation.jsonl"
     folder, output_dir = ("ANOTHER_FOLDER", "another") if data.train_data_dir else ("FOLDER_OF_IMAGES", "mine")
-    bits = logs.validation.rows[-1]["bits_per_dim"] if logs.validation.rows else None
-    compared = "" if yardsticks is None or bits is None else f"\nCompare:   {yardsticks}. {yardsticks.verdict(bits)}"
+    compared = ""
+    if yardsticks is not None and logs.validation.rows and logs.validation.rows[-1]["bits_per_dim"] is not None:
+        row = logs.validation.rows[-1]
+        verdict = yardsticks.verdict(row["bits_per_dim"], row["standard_error"] or 0.0)
+        compared = f"\nCompare:   {yardsticks}. {verdict}"
     longer = resume_command(run.command, "--max_train_steps", more=f"--max_train_steps {2 * steps}")
     return "\n".join(
         [

@@ -1,6 +1,7 @@
 """The posterior of a pixel's level against a sum over the 256 levels, written out in numpy."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.core.levels import LevelPosterior, Levels, to_model_range
-from ddpm_notes_pipeline.oracles import CoinDenoiser
+from ddpm_notes_pipeline.oracles import CoinDenoiser, GaussianDenoiser
 
 LEVELS = (2 * np.arange(256) - 255) / 255
 UNIFORM = 2.0**-16
@@ -239,3 +240,23 @@ def test_samples_have_only_levels_that_occur():
     )
     pixels = pipeline(8, generator=torch.Generator().manual_seed(0), output_type="latent").images
     assert set(pixels.unique().tolist()) <= {-1.0, 1.0}
+
+
+def test_pixels_of_levels_that_no_training_image_had_have_finite_bits_and_are_counted_in_a_warning():
+    """One level of weight 0 in each of two channels, another in the second."""
+    pi = np.ones((2, 256))
+    pi[0, 7] = pi[1, 9] = 0
+    levels = config((pi / 256).tolist())
+    scheduler = DDPMNotesScheduler(10, beta_end=0.9, levels=levels)
+    network = GaussianDenoiser(scheduler.alphas_cumprod.tolist(), sample_size=4, channels=2)
+    pipeline = DDPMNotesPipeline(network, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = torch.full((3, 2, 4, 4), 128, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.bits_per_dim(pixels)
+    pixels[0, 0, 0, :3] = 7
+    pixels[1, :, 1, 1] = 9  # occurs in the first channel
+    pixels[2, 0, 2, 2] = 7
+    with pytest.warns(UserWarning, match="5 of 96 pixels have levels of weight 0"):
+        assert math.isfinite(pipeline.bits_per_dim(pixels).total)

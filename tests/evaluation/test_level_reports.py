@@ -11,7 +11,6 @@ from ddpm_notes_pipeline.evaluation.level_reports import (
     compare_with_fit,
     fit_image_levels,
     fit_text,
-    warn_of_unseen_levels,
 )
 from ddpm_notes_pipeline.evaluation.validation import Row
 from ddpm_notes_pipeline.level_fit import fit_levels, level_counts
@@ -44,20 +43,6 @@ def test_images_of_another_kind_than_those_of_the_fit_give_a_warning(fit):
     grey = torch.where(three_levels(100, 8) == 0, 128, 0).byte()  # the rare level everywhere
     with pytest.warns(UserWarning, match="differ by more than 0.01"):
         compare_with_fit(fit, measured(fit, grey), 0)
-
-
-def test_pixels_of_levels_that_no_training_image_had_are_counted():
-    test = load_images("digits", split="test", show_progress=False)
-    levels = {"weights": [[1.0] * 256]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_unseen_levels(levels, test)
-    for level in (0, 255):
-        levels["weights"][0][level] = 0.0
-    pixels = test.take(range(359))
-    unseen = int(((pixels == 0) | (pixels == 255)).sum())
-    with pytest.warns(UserWarning, match=f"{unseen} of {pixels.numel()} pixels"):
-        warn_of_unseen_levels(levels, test)
 
 
 def test_a_set_is_fitted_on_few_images_and_counted_on_more():

@@ -86,6 +86,16 @@ def test_a_verdict_names_what_is_beaten_and_what_is_not():
     assert codes.verdict(9.0) == "More bits than each of 3 simple codes."
 
 
+def test_a_verdict_leaves_open_what_is_closer_than_two_standard_errors():
+    codes = Yardsticks({"one histogram": 3.0, "xz": 2.5, "PNG": 5.0}, 10, 20)
+    assert codes.verdict(2.9, 0.04) == codes.verdict(2.9)
+    assert codes.verdict(2.9, 0.06) == (
+        "Fewer bits than PNG; not fewer than xz (2.500); within two standard errors of one histogram (3.000)."
+    )
+    assert codes.verdict(2.45, 0.1).endswith("; within two standard errors of xz (2.500).")
+    assert codes.verdict(2.7, float("nan")) == codes.verdict(2.7)
+
+
 def test_a_set_without_images_is_refused():
     image = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="training is empty"):
