@@ -1,9 +1,9 @@
 """The loops that training is compared with, as a program: a number on stdin runs so many steps.
 
-python training_loops.py peer SIZE FOLDER      the loop of diffusers' train_unconditional.py,
-re-enacted python training_loops.py bare SIZE no|bf16     forward, backward, optimizer step, on
-resident data, compiled python training_loops.py update SIZE no|bf16   the same with gradient
-clipping and averaged weights
+python training_loops.py peer SIZE FOLDER       diffusers' train_unconditional.py, re-enacted
+python training_loops.py bare SIZE no|bf16      forward, backward, optimizer step; compiled, on
+                                                resident data
+python training_loops.py update SIZE no|bf16    the same with clipping and averaged weights
 """
 
 import sys
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -26,10 +26,24 @@ from models import BATCH, CONFIGS, make_unet
 OPTIMIZER: dict[str, Any] = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
 
 
-def peer_loop(size: str, folder: str) -> Iterator[None]:
-    """The script's defaults: float32, plain AdamW, EMAModel, the loss read at every step."""
+def peer_loop(
+    unet: UNet2DModel,
+    folder: str,
+    batch_size: int = BATCH,
+    learning_rate: float = OPTIMIZER["lr"],
+    warmup: int = 500,
+    steps: int = 100_000,
+) -> Iterator[EMAModel]:
+    """The script's defaults: float32, plain AdamW, EMAModel, the loss read at every step.
+
+    Args:
+        unet: trained in place. folder: a saved data set with a column "image".
+        warmup, steps: of the learning rate's schedule; the loop itself never ends.
+
+    Yields:
+        the average of the weights, after each step.
+    """
     accelerator = Accelerator(mixed_precision="no")
-    unet = make_unet(size)
     ema = EMAModel(
         unet.parameters(),
         decay=0.9999,
@@ -40,9 +54,9 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
         model_config=unet.config,
     )
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER)
+    optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER | {"lr": learning_rate})
     images = datasets.load_from_disk(folder)
-    side, mode = CONFIGS[size]["sample_size"], "L" if CONFIGS[size]["in_channels"] == 1 else "RGB"
+    side, mode = unet.config.sample_size, "L" if unet.config.in_channels == 1 else "RGB"
 
     def to_tensor(image: Any) -> torch.Tensor:
         """Resize, crop, tensor in [0, 1], normalised to [-1, 1]."""
@@ -53,8 +67,8 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
         return torch.from_numpy(np.ascontiguousarray(pixels)).float().div(255).sub(0.5).div(0.5)
 
     images.set_transform(lambda rows: {"input": [to_tensor(image) for image in rows["image"]]})
-    loader = DataLoader(images, batch_size=BATCH, shuffle=True, num_workers=0)
-    lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
+    loader = DataLoader(images, batch_size=batch_size, shuffle=True, num_workers=0)
+    lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     ema.to(accelerator.device)
     global_step = 0
@@ -82,7 +96,7 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
             logs["ema_decay"] = ema.cur_decay_value
             bar.set_postfix(**logs)
             accelerator.log(logs, step=global_step)
-            yield
+            yield ema
         bar.close()
 
 
@@ -111,8 +125,8 @@ def bare_loop(size: str, precision: str, clip_and_average: bool = False) -> Iter
 def main() -> None:
     kind, size, word = sys.argv[1:]
     torch.set_num_threads(1)
-    loops: dict[str, Callable[[str, str], Iterator[None]]] = {
-        "peer": peer_loop,
+    loops: dict[str, Callable[[str, str], Iterator[Any]]] = {
+        "peer": lambda size, folder: peer_loop(make_unet(size), folder),
         "bare": bare_loop,
         "update": lambda size, precision: bare_loop(size, precision, clip_and_average=True),
     }

@@ -1,6 +1,7 @@
-"""examples/ddpm-mnist: a published repository, kept unchanged, must keep loading.
+"""Published repositories must keep loading, and keep the numbers on their cards.
 
-Its pipeline.py and its numbers are of version 0.1.0; both are compared with the current code.
+ddpm-mnist-0.1.0, beside this file, is examples/ddpm-mnist as version 0.1.0 published it: its code,
+its card and its numbers. examples/ddpm-mnist has the same weights, and levels.
 """
 
 import json
@@ -20,34 +21,70 @@ from ddpm_notes_pipeline.hub.push import HUB_FILES
 from tests.support.launching import ROOT
 
 EXAMPLE = ROOT / "examples" / "ddpm-mnist"
-EVALUATION = json.loads((EXAMPLE / "evaluation.json").read_text())
+OLD = ROOT / "tests" / "examples" / "ddpm-mnist-0.1.0"
+FOLDERS = {"today's": EXAMPLE, "0.1.0": OLD}
 LOADERS = {
-    "package": lambda: DDPMNotesPipeline.from_pretrained(EXAMPLE),
-    "its own code": lambda: DiffusionPipeline.from_pretrained(
-        EXAMPLE, custom_pipeline=str(EXAMPLE), trust_remote_code=True
+    "package": DDPMNotesPipeline.from_pretrained,
+    "its own code": lambda folder: DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=str(folder), trust_remote_code=True
     ),
-    "stock": lambda: DDPMPipeline.from_pretrained(EXAMPLE),
+    "stock": DDPMPipeline.from_pretrained,
 }
+WITH_BOUND = ["package", "its own code"]
 
 
-def loaded(how):
-    pipe = LOADERS[how]()
+def loaded(folder, how):
+    pipe = LOADERS[how](folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_it_holds_what_a_push_sends_and_no_more():
-    names = [path.relative_to(EXAMPLE).as_posix() for path in EXAMPLE.rglob("*") if path.is_file()]
+def evaluation(folder):
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def measured_images(folder):
+    """The images that the folder's numbers are of."""
+    said = evaluation(folder)
+    images = load_images("mnist", split=said["split"], max_samples=said["images"], show_progress=False)
+    assert images.fingerprint == said["fingerprint"]
+    return images.take(range(said["images"]))
+
+
+def ten_even_steps(pipe):
+    spaced = DDPMNotesScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace", steps_offset=0)
+    spaced.set_timesteps(10)
+    return spaced.timesteps.tolist()
+
+
+def row_of(folder, variance_type, path, steps):
+    for row in evaluation(folder)["results"]:
+        if (row["variance_type"], row["path"], row["num_inference_steps"]) == (variance_type, path, steps):
+            return row
+    raise KeyError(f"{folder} has no {variance_type}, {path}, {steps}")
+
+
+def check_card(folder, row):
+    card = ModelCard.load(folder / "README.md")
+    assert f"**{row['total']:.4f} ± {row['standard_error']:.4f}**" in card.text
+    values = [r.metric_value for r in card.data.eval_results if r.metric_type == "bits_per_dim"]
+    assert round(row["total"], 6) in [round(value, 6) for value in values]
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
+def test_it_holds_what_a_push_sends_and_no_more(folder):
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     assert sorted(filter_repo_objects(names, allow_patterns=HUB_FILES)) == sorted(names)
     assert {"README.md", "pipeline.py", "samples.png", "evaluation.json", "training_config.yaml"} <= set(names)
-    assert (EXAMPLE / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 8e6
-    assert EVALUATION["weights"] == weights_digest(EXAMPLE)
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 8e6
+    assert evaluation(folder)["weights"] == weights_digest(folder)
 
 
 @pytest.mark.parametrize("how", LOADERS)
-def test_it_loads_and_draws(how, caplog):
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
+def test_it_loads_and_draws(folder, how, caplog):
     with caplog.at_level(logging.WARNING):
-        pipe = loaded(how)
+        pipe = loaded(folder, how)
     assert not caplog.records
     images = pipe(2, num_inference_steps=20, generator=torch.Generator().manual_seed(0), output_type="np").images
     assert images.shape[:3] == (2, 28, 28) and np.isfinite(images).all()
@@ -56,25 +93,27 @@ def test_it_loads_and_draws(how, caplog):
     assert rim.mean() < 0.05 and (images.max(axis=(1, 2)) > 0.7).all()
 
 
-@pytest.mark.parametrize("how", ["package", "its own code"])
-def test_its_bits_per_dim_are_those_on_its_card(how):
+@pytest.mark.parametrize("how", WITH_BOUND)
+def test_what_was_published_before_levels_has_the_bits_on_its_card(how):
     """Ten steps on the same images: all terms, from the same noise, to float32 accuracy."""
-    row = next(
-        row
-        for row in EVALUATION["results"]
-        if (row["variance_type"], row["path"], row["num_inference_steps"]) == ("fixed_large", "even", 10)
-    )
-    n = EVALUATION["images"]
-    images = load_images("mnist", split=EVALUATION["split"], max_samples=n, show_progress=False)
-    assert images.fingerprint == EVALUATION["fingerprint"]
-    pipe = loaded(how)
-    spaced = DDPMNotesScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace", steps_offset=0)
-    spaced.set_timesteps(10)
+    row = row_of(OLD, "fixed_large", "even", 10)
+    pipe = loaded(OLD, how)
+    timesteps = ten_even_steps(pipe)
     settings = {"variance_type": "fixed_large", "decoder_variance": {0: row["decoder_variance"]}}
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings)
-    result = pipe.bits_per_dim(images.take(range(n)), timesteps=spaced.timesteps.tolist(), seed=EVALUATION["seed"])
+    result = pipe.bits_per_dim(measured_images(OLD), timesteps=timesteps, seed=evaluation(OLD)["seed"])
     assert result.total == pytest.approx(row["total"], rel=1e-4)
-    card = ModelCard.load(EXAMPLE / "README.md")
-    assert f"**{row['total']:.4f} ± {row['standard_error']:.4f}**" in card.text
-    values = [r.metric_value for r in card.data.eval_results if r.metric_type == "bits_per_dim"]
-    assert round(row["total"], 6) in [round(value, 6) for value in values]
+    check_card(OLD, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", WITH_BOUND)
+def test_the_example_has_the_bits_on_its_card(how):
+    """Ten steps with its levels, as above."""
+    row = row_of(EXAMPLE, "learned_range", "even", 10)
+    pipe = loaded(EXAMPLE, how)
+    assert pipe.scheduler.levels is not None and row["decoder_type"] == "levels"
+    timesteps = ten_even_steps(pipe)
+    result = pipe.bits_per_dim(measured_images(EXAMPLE), timesteps=timesteps, seed=evaluation(EXAMPLE)["seed"])
+    assert result.total == pytest.approx(row["total"], rel=1e-4)
+    check_card(EXAMPLE, row)

@@ -268,17 +268,17 @@ def test_the_headline_is_the_own_variance_at_t_and_the_lowest_bounds_at_10_and_5
 
 
 def test_records_of_a_published_repository_are_written_as_they_were_read():
-    """evaluation.json and training_run.json of examples/ddpm-mnist, from an earlier version."""
-    example = ROOT / "examples" / "ddpm-mnist"
+    """evaluation.json and training_run.json of version 0.1.0."""
+    example = ROOT / "tests" / "examples" / "ddpm-mnist-0.1.0"
     for record in (Evaluation, TrainingRecord):
         text = (example / record.FILE).read_text(encoding="utf-8")
         assert json.dumps(record.read(example).as_dict(), indent=2) + "\n" == text
 
 
 def test_a_card_of_an_earlier_version_is_replaced_but_for_what_its_owner_wrote(tmp_path):
-    """The published card of examples/ddpm-mnist has 2,535 lines, 2,344 of them metadata."""
+    """The card that version 0.1.0 published has 2,535 lines, 2,344 of them metadata."""
     folder = tmp_path / "mnist"
-    shutil.copytree(ROOT / "examples" / "ddpm-mnist", folder)
+    shutil.copytree(ROOT / "tests" / "examples" / "ddpm-mnist-0.1.0", folder)
     path = folder / "README.md"
     before = path.read_text(encoding="utf-8")
     assert before.count("<!-- generated:") == 5
