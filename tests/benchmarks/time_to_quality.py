@@ -1,6 +1,6 @@
 """How long training takes to be as good as the official script's loop.
 
-    python tests/benchmarks/time_to_quality.py --data digits --seeds 0 1 --output_dir outputs/quality
+    python tests/benchmarks/time_to_quality.py --data digits --seeds 0 1 --output_dir quality
     python tests/benchmarks/time_to_quality.py --data digits --runs half stratified
 
 Every run trains the recipe's network on its images: by the loop of diffusers'
