@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .core.image_batches import ImageBatch, first_images, image_batches, number_of_images, regrouped
 from .core.levels import num_unseen
-from .core.likelihood import PILOT_IMAGES, BitsPerDimOutput, Bound
+from .core.likelihood import EVALUATIONS_PER_IMAGE, PILOT_IMAGES, BitsPerDimOutput, Bound
 from .scheduling_ddpm_notes import DDPMNotesScheduler
 from .stock_config import PRIVATE_ENTRY
 
@@ -302,7 +302,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
         class_labels: Any = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
-        evaluations_per_image: int = 38,
+        evaluations_per_image: int = EVALUATIONS_PER_IMAGE,
         full: bool = False,
         clip: bool | None = None,
         batch_size: int = 128,
@@ -329,8 +329,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
                 None takes the batches' own, else the null label.
             num_inference_steps, timesteps: the path; a sampler of K steps has its own bound. None:
                 every timestep.
-            evaluations_per_image: network evaluations for each image. A path of no more steps is
-                summed in full.
+            evaluations_per_image: network evaluations for each image; a dozen gives most for the
+                cost if there are enough images. A path of no more steps is summed in full.
             full: evaluate every term of the path.
             clip: clip x0_hat; None as the scheduler's config says (improved-diffusion: in
                 evaluation, not in training).

@@ -83,6 +83,26 @@ def test_levels_take_a_coin_to_its_entropy():
     assert after.total == pytest.approx(1, abs=0.02 + 3 * after.standard_error)
 
 
+@pytest.mark.slow
+def test_with_levels_few_evaluations_have_the_mean_of_the_full_sum_and_the_errors_they_say():
+    """Over 20 seeds: a guess that snaps to the wrong level is rare and costs much."""
+    scheduler = DDPMNotesScheduler(num_train_timesteps=300, beta_end=0.06)
+    pipeline, images = plain_sight(scheduler, size=4), three_levels(64, size=4)
+    levels = fit_levels(pipeline, three_levels(100, size=4, seed=1)).levels
+    assert len(levels["guess_blur"]) > 2
+    pipeline.scheduler = DDPMNotesScheduler.from_config(scheduler.config, levels=levels)
+    full = [pipeline.bits_per_dim(images, full=True, seed=seed) for seed in range(20)]
+    few = [pipeline.bits_per_dim(images, seed=seed) for seed in range(20)]
+    truth, of_truth = (np.mean([result.total for result in full]), np.std([result.total for result in full], ddof=1))
+    totals, spread = [result.total for result in few], np.std([result.total for result in few], ddof=1)
+    assert abs(np.mean(totals) - truth) < 3.5 * math.hypot(spread, of_truth) / math.sqrt(20)
+    # the images are the same each time: their own spread, which the standard error has too, is not
+    of_images = np.stack([result.per_image.numpy() for result in full]).mean(0).var(ddof=1) / 64
+    said = math.sqrt(np.mean([result.standard_error**2 for result in few]) - of_images)
+    assert 0.6 < spread / said < 1.5
+    assert sum(abs(result.total - truth) < 1.96 * result.standard_error for result in few) >= 17
+
+
 def test_with_levels_the_best_path_may_end_above_0_and_its_bound_is_not_higher():
     """A coin is known from x_t long before t = 0: the steps below cost, the decoder does not."""
     scheduler = DDPMNotesScheduler(num_train_timesteps=300, beta_end=0.06)

@@ -23,8 +23,9 @@ from .image_batches import ImageBatch
 from .levels import to_model_range
 from .seeding import seeded_generator
 
-DEFENSIVE_SHARE = 0.3  # share of an image's terms that is drawn whatever the pilot images said
-PILOT_IMAGES = 16
+DEFENSIVE_SHARE = 0.1  # share of an image's terms that is drawn whatever the pilot images said
+PILOT_IMAGES, PILOT_STEPS = 16, 48
+EVALUATIONS_PER_IMAGE = 12
 
 # x_t (R, C, H, W), t (R,), labels (R,) or None -> the network's output
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -182,7 +183,7 @@ class Bound:
     def draw_terms(self, n: int, pilot: Iterable[ImageBatch]) -> None:
         """Evaluate n of the steps for each image, drawn as the pilot images suggest, not all."""
         density = even_density(self.scheduler.chain, self.t[:-1], self.s[:-1])
-        grid = torch.searchsorted(density.cumsum(0), (torch.arange(n) + 0.5) / n)
+        grid = torch.searchsorted(density.cumsum(0), (torch.arange(PILOT_STEPS) + 0.5) / PILOT_STEPS)
         grid = grid.clamp(max=len(density) - 1).unique()
         nats = []
         for i, (pixels, labels) in enumerate(pilot):
@@ -271,13 +272,20 @@ def even_density(chain: Any, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 
 
 def pilot_probabilities(grid: torch.Tensor, nats: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
-    """p proportional to the root mean square of each step's term: the least noise for the number.
+    """p proportional to the spread of each step's term: the least noise for the number of draws.
+
+    The draws are evenly spread, so that a term's mean, which varies slowly from step to step, adds
+    no noise: what counts is its standard deviation over images and noise. A few images know it
+    badly, the less of them the more: the mean's share in the spread is 1 / (pilot images), and
+    neighbouring steps are averaged.
 
     Args:
         grid: the steps that were measured, (G,). nats: their terms, (pilot images, G).
         density: (K - 1,). A share of the draws follows it and no pilot, which may have missed rare
             large terms: no weight can explode.
     """
-    rms = nats.pow(2).mean(0).sqrt().clamp(min=1e-12)
-    p = torch.from_numpy(np.exp(np.interp(np.arange(len(density)), grid.numpy(), rms.log().numpy())))
+    spread = (nats.var(0, unbiased=False) + nats.mean(0).pow(2) / len(nats)).sqrt().clamp(min=1e-12)
+    padded = torch.cat([spread[:1], spread, spread[-1:]])
+    smooth = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    p = torch.from_numpy(np.exp(np.interp(np.arange(len(density)), grid.numpy(), smooth.log().numpy())))
     return (1 - DEFENSIVE_SHARE) * p / p.sum() + DEFENSIVE_SHARE * density

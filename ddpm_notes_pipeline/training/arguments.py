@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..core.gaussian_chain import BETA_SCHEDULES
+from ..core.likelihood import EVALUATIONS_PER_IMAGE
 from ..objectives import OBJECTIVES, TIMESTEP_SAMPLINGS, WEIGHTINGS
 from ..scheduling_ddpm_notes import PREDICTION_TYPES, VARIANCE_TYPES
 from .commands import typed_flags
@@ -193,7 +194,9 @@ class EvaluationArguments:
         False, "Save what was measured (variances; with --decoder fitted or levels, those) in the model's scheduler."
     )
     full: bool = setting(False, "Evaluate every term of the bound.")
-    evaluations_per_image: int = setting(38, "Network evaluations per image, without --full.", at_least=2)
+    evaluations_per_image: int = setting(
+        EVALUATIONS_PER_IMAGE, "Network evaluations per image, without --full.", at_least=2
+    )
     batch_size: int = setting(128, "Noisy images through the network at once.", at_least=1)
     noise_seed: int = setting(0, "Seed of the noise, and of the samples.")
     metrics: bool = setting(False, "Also sample, and measure how far samples are from images.")

@@ -32,7 +32,7 @@ from .arguments import DataArguments, EvaluationArguments
 from .images import dims, load_split
 
 MAP_IMAGES = 16  # whose bits are drawn
-MAP_PRECISION = 4  # times --evaluations_per_image: a pixel's bits are noisier than their sum
+MAP_PRECISION = 12  # times --evaluations_per_image: a pixel's bits are noisier than their sum
 # Of --table, beside T. At T only fixed_large is sampled, as the reference.
 TABLE_STEPS = [10, 25, 50, 100]
 # flag: name in tables, scheduler, settings that differ from the model's

@@ -14,8 +14,6 @@ from .learner import Learner
 from .logs import RunLogs, bits_per_dim_figures
 from .stops import Stops
 
-VALIDATION_EVALUATIONS = 16  # network evaluations per validation image
-
 
 class Measurements:
     """Measures a learner's weights and logs the figures; the time does not count as training.
@@ -38,14 +36,13 @@ class Measurements:
             self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
 
     def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:
-        """bits/dim of the averaged weights, with fewer evaluations than evaluate.py's default."""
+        """bits/dim of the averaged weights."""
         if self.images.validation is None:
             return None
         self.fit_levels(logs)
-        n = VALIDATION_EVALUATIONS
-        images, settings = self.images.validation, {"evaluations_per_image": n, "batch_size": 8 * n}
+        images = self.images.validation
         with logs.loss.paused(), self.learner.pipeline(desc="validate", leave=False) as pipeline:
-            result = measure_bits_per_dim(self.accelerator, pipeline, images, self.stops, **settings)
+            result = measure_bits_per_dim(self.accelerator, pipeline, images, self.stops)
         if result is not None:
             logs.validation.add(step, bits_per_dim_figures(result))
             if self.yardsticks is None and self.accelerator.is_main_process:

@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..core.likelihood import EVALUATIONS_PER_IMAGE
 from ..data.batches import StepBatches
 from ..data.streaming import StreamedBatches
 from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samples
@@ -36,7 +37,7 @@ from .commands import resume_command
 from .images import count_of, dims, load_training_images
 from .learner import Learner
 from .logs import LOGS, RunLogs, warning_once
-from .measurements import VALIDATION_EVALUATIONS, Measurements
+from .measurements import Measurements
 from .networks import make_model
 from .results import open_repo, publish, save_model, summary
 from .stops import Stopped, Stops, failing_together
@@ -307,7 +308,7 @@ class TrainingRun:
                 self.images.validation,
                 [row],
                 weights_digest(self.output_dir),
-                evaluations_per_image=VALIDATION_EVALUATIONS,
+                evaluations_per_image=EVALUATIONS_PER_IMAGE,
                 metrics=table.as_list(last=True) if table else None,
                 yardsticks=self.measurements.yardsticks,
             )

@@ -1,17 +1,21 @@
 """Evaluations for bits/dim: all T terms per image beside a random few, at equal standard error."""
 
+import math
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.data import load_images
-from measure import ROOT, Row, Settings, count_row, environment
+from measure import ROOT, Row, Settings, count_row, environment, rounds_of
 
-IMAGES, TRAINING_STEPS = 48, 400
+IMAGES, TRAINING_STEPS, SEEDS = 48, 400, 20
+LARGE_SET = 10_000  # images that the pilot's evaluations are spread over, as in CIFAR-10's test set
 
 
 def trained_pipeline(folder: Path) -> DDPMNotesPipeline:
@@ -25,37 +29,47 @@ def trained_pipeline(folder: Path) -> DDPMNotesPipeline:
     return DDPMNotesPipeline.from_pretrained(str(folder / "out"))
 
 
-def likelihood() -> list[Row]:
-    """Evaluations at equal standard error are proportional to (evaluations) x (standard error)^2.
-
-    The standard error falls with the root of their number, whether they go to more images or more
-    terms.
-    """
+def likelihood() -> Iterator[Row]:
+    """Evaluations at equal standard error, for the digits and for the published MNIST model."""
     with tempfile.TemporaryDirectory() as name:
-        pipeline = trained_pipeline(Path(name))
-        pipeline.set_progress_bar_config(disable=True)
-        pixels = load_images("digits", split="test", cache_dir=name, show_progress=False)
-        images = pixels.take(torch.arange(min(len(pixels), round(IMAGES * Settings.effort))))
-        full = pipeline.bits_per_dim(images, full=True)
-        rows = []
-        for evaluations in (38, 12):
-            few = pipeline.bits_per_dim(images, evaluations_per_image=evaluations, pilot_images=images)
-            distance = abs(few.total - full.total) / (few.standard_error**2 + full.standard_error**2) ** 0.5
-            if distance > 4:
-                raise RuntimeError(f"{few.total} and {full.total} bits/dim are {distance:.1f} standard errors apart")
-            # The pilot takes 16 images, however large the set: spread over the 10,000 of CIFAR-10's
-            # test.
-            pilot = (few.network_evaluations / len(images) - evaluations) * len(images) / 10_000
-            equal = (evaluations + pilot) * (few.standard_error / full.standard_error) ** 2
-            errors = f"{full.total:.3f} ± {full.standard_error:.3f} and {few.total:.3f} ± {few.standard_error:.3f}"
-            rows.append(
-                count_row(
-                    f"bits/dim of {len(images)} digits, {evaluations} evaluations an image ({errors})",
-                    "the full sum over T = 1000, at equal standard error",
-                    full.network_evaluations / len(images),
-                    equal,
-                    "evaluations/image",
-                    "x fewer",
-                )
-            )
-    return rows
+        models = {"digits": trained_pipeline(Path(name))}
+        models["mnist"] = DDPMNotesPipeline.from_pretrained(ROOT / "examples" / "ddpm-mnist")
+        for data, pipeline in models.items():
+            pipeline.set_progress_bar_config(disable=True)
+            pixels = load_images(data, split="test", cache_dir=name, show_progress=False)
+            images = pixels.at_most(min(len(pixels), round(IMAGES * Settings.effort)))
+            yield from beside_the_full_sum(pipeline, images.take(range(len(images))), data)
+
+
+def beside_the_full_sum(pipeline: DDPMNotesPipeline, images: torch.Tensor, data: str) -> Iterator[Row]:
+    """A row for each number of evaluations an image.
+
+    Evaluations at equal standard error are proportional to (evaluations) x (standard error)^2: the
+    error falls with the root of their number, whether they go to more images or more terms.
+
+    Raises:
+        RuntimeError: the mean over the seeds is four standard errors off the full sum.
+    """
+    full = pipeline.bits_per_dim(images, full=True)
+    for evaluations in (8, 12, 38):
+        settings = {"evaluations_per_image": evaluations, "pilot_images": images}
+        runs = [pipeline.bits_per_dim(images, seed=seed, **settings) for seed in range(rounds_of(SEEDS))]
+        totals = torch.tensor([run.total for run in runs], dtype=torch.float64)
+        variance = statistics.mean(run.standard_error**2 for run in runs)
+        pilot = runs[0].network_evaluations - evaluations * len(images)
+        # of the noise alone: the images are the same for each seed
+        said, spread = math.sqrt(max(variance - full.standard_error**2, 0)), float(totals.std())
+        # the full sum has noise of its own, less than that of any run
+        distance = abs(float(totals.mean()) - full.total) / math.hypot(spread / math.sqrt(len(runs)), spread)
+        if distance > 4:
+            raise RuntimeError(f"{float(totals.mean())} and {full.total} bits/dim are {distance:.1f} errors apart")
+        errors = f"{full.total:.3f} ± {full.standard_error:.3f} in full, {float(totals.mean()):.3f} ± {math.sqrt(variance):.3f}"
+        yield count_row(
+            f"bits/dim of {len(images)} images of {data}, {evaluations} evaluations an image ({errors}; "
+            f"spread over {len(runs)} seeds {spread:.4f}, as the errors say {said:.4f})",
+            "the full sum over T = 1000, at equal standard error",
+            full.network_evaluations / len(images),
+            (evaluations + pilot / LARGE_SET) * variance / full.standard_error**2,
+            "evaluations/image",
+            "x fewer",
+        )

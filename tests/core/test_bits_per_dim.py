@@ -82,7 +82,7 @@ def test_the_coins_bound_from_few_evaluations_is_the_integrals():
     assert abs(result.diffusion - KL_SUM) < 3 * result.standard_errors["diffusion"]
     assert result.decoder == pytest.approx(DECODER, abs=1e-5)
     assert result.standard_error < 0.02
-    assert result.network_evaluations == 150 * 38 + 16 * 37  # the images, and the pilot
+    assert result.network_evaluations == 150 * 12 + 16 * 48  # the images, and the pilot
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,11 @@ def test_a_run_saves_the_levels_of_its_data_and_its_number_is_measured_with_them
     pipeline = DDPMNotesPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images = load_images("digits", split="test").at_most(16)
-    pixels, again = images.take(range(16)), {"evaluations_per_image": 16}
+    pixels = images.take(range(16))
     total = json.loads((folder / "evaluation.json").read_text())["results"][0]["total"]
-    assert pipeline.bits_per_dim(pixels, **again).total == pytest.approx(total, rel=1e-6)
+    assert pipeline.bits_per_dim(pixels).total == pytest.approx(total, rel=1e-6)
     pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, levels=None)
-    assert pipeline.bits_per_dim(pixels, **again).total > total + 0.5
+    assert pipeline.bits_per_dim(pixels).total > total + 0.5
 
 
 def test_samples_of_a_trained_model_have_only_levels_that_occur(fitted):
