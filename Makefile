@@ -61,7 +61,7 @@ test-oldest:  ## run the quick tests with the oldest versions that setup.cfg all
 	@$(PYTHON) tests/support/oldest.py > $(OLDEST)/constraints.txt
 	$(MAKE) test VENV=$(OLDEST) VENV_FLAGS= PIP_FLAGS="-c $(OLDEST)/constraints.txt"
 
-bench: $(INSTALLED)  ## measure speed beside the peers: about 20 minutes (ONLY=step,terms ARGS="--clock cpu")
+bench: $(INSTALLED)  ## measure speed beside the peers: about 25 minutes (ONLY=step,terms ARGS="--clock cpu")
 	$(VENV)/bin/python tests/benchmarks/run.py --only "$(ONLY)" $(ARGS)
 
 lint: $(INSTALLED)  ## run ruff and mypy

@@ -21,8 +21,9 @@ from accelerate import Accelerator
 
 from .core.levels import HALF_PIXEL, LOGITS_AT_ONCE, NUM_LEVELS, LevelPosterior, Levels, to_model_range
 from .core.seeding import seeded_generator
+from .names import LEARNED_VARIANCES
 from .pipeline_ddpm_notes import DDPMNotesPipeline, is_ddpm
-from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
+from .scheduling_ddpm_notes import DDPMNotesScheduler
 
 STREAM = 3  # of random numbers, apart from those of bits_per_dim and of the variances
 TIMESTEPS = 20

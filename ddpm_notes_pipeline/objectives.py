@@ -19,11 +19,8 @@ from typing import Any
 
 import torch
 
-from .scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
-
-OBJECTIVES = ("simple", "hybrid", "vlb")
-WEIGHTINGS = ("none", "min_snr")
-TIMESTEP_SAMPLINGS = ("uniform", "stratified", "loss_second_moment")
+from .names import LEARNED_VARIANCES, OBJECTIVES, TIMESTEP_SAMPLINGS, WEIGHTINGS
+from .scheduling_ddpm_notes import DDPMNotesScheduler
 
 
 @dataclass

@@ -31,7 +31,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .scheduling_ddpm_notes import PREDICTION_TYPES
+from .names import PREDICTION_TYPES
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):

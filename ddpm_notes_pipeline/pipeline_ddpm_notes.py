@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from .core.image_batches import ImageBatch, first_images, image_batches, number_of_images, regrouped
 from .core.levels import num_unseen
-from .core.likelihood import EVALUATIONS_PER_IMAGE, PILOT_IMAGES, BitsPerDimOutput, Bound
+from .core.likelihood import PILOT_IMAGES, BitsPerDimOutput, Bound
+from .names import EVALUATIONS_PER_IMAGE
 from .scheduling_ddpm_notes import DDPMNotesScheduler
 from .stock_config import PRIVATE_ENTRY
 

@@ -23,24 +23,13 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .core.gaussian_chain import (
-    GaussianChain,
-    StepPair,
-    Table,
-    Timesteps,
-    make_betas,
-    rescale_zero_terminal_snr,
-    shorten,
-    widest_float,
-)
+from .core.gaussian_chain import GaussianChain, StepPair, Table, Timesteps, shorten, widest_float
 from .core.levels import LevelPosterior, Levels, discretized_gaussian_log_likelihood
+from .core.schedules import make_betas, rescale_zero_terminal_snr
+from .names import LEARNED_VARIANCES, PREDICTION_TYPES, TIMESTEP_SPACINGS, VARIANCE_TYPES
 from .stock_config import PRIVATE_ENTRY as PRIVATE_ENTRY  # imported from here by others
 from .stock_config import StockConfigMixin
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-LEARNED_VARIANCES = ("learned", "learned_range")
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES, "optimal")
 OFF_PATH = -2  # in the table of each timestep's next one
 DECODER_FLOOR = 1e-6  # of the decoder's variance with "optimal"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 
-from .core.gaussian_chain import make_betas
+from .core.schedules import make_betas
 
 PRIVATE_ENTRY = "_ddpm_notes"
 PRIVATE_SETTINGS = ("original_sample_mse", "decoder_variance", "levels", "log_snr_range", "eta")

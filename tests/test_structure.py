@@ -11,6 +11,7 @@ from ddpm_notes_pipeline.hub.code import PACKAGE
 ROOT = PACKAGE.parent
 # From the inside out. Modules of one line may import each other.
 ORDER = [
+    ["names"],
     ["core"],
     ["stock_config"],
     ["scheduling_ddpm_notes"],

@@ -19,13 +19,20 @@ reported on, unless it is the same split.
 import sys
 import warnings
 
-from ddpm_notes_pipeline.training.evaluate import main
 from ddpm_notes_pipeline.training.parser import one_line, parse_evaluation_arguments
 
-if __name__ == "__main__":
+
+def main() -> None:
     warnings.formatwarning = one_line
     settings = parse_evaluation_arguments()
+    # Not at the top: it loads torch, which --help and a mistyped flag do without.
+    from ddpm_notes_pipeline.training.evaluate import main as measure
+
     try:
-        main(*settings)
+        measure(*settings)
     except (ValueError, ImportError, OSError) as fault:
         sys.exit(f"evaluate.py: error: {' '.join(str(fault).split())}")
+
+
+if __name__ == "__main__":
+    main()

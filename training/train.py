@@ -18,14 +18,9 @@ from typing import NoReturn
 
 from tqdm.auto import tqdm
 
-from ddpm_notes_pipeline.hub.push import PublishingError
-from ddpm_notes_pipeline.training.arguments import RunArguments
-from ddpm_notes_pipeline.training.checkpoints import CheckpointError, list_checkpoints
+from ddpm_notes_pipeline.training.arguments import Arguments, RunArguments
 from ddpm_notes_pipeline.training.commands import resume_command
 from ddpm_notes_pipeline.training.parser import one_line, parse_arguments
-from ddpm_notes_pipeline.training.results import NotPublishedError
-from ddpm_notes_pipeline.training.run import TrainingRun
-from ddpm_notes_pipeline.training.stops import FailedElsewhere, Stopped, Stops
 
 DISTRIBUTED = int(os.environ.get("WORLD_SIZE", 1)) > 1
 
@@ -33,11 +28,22 @@ DISTRIBUTED = int(os.environ.get("WORLD_SIZE", 1)) > 1
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.formatwarning = one_line
-    data, model, run = parse_arguments()
+    train(parse_arguments())
+
+
+def train(settings: Arguments) -> None:
+    """The run, and how it ends."""
+    # Not at the top: these load torch, which --help and a mistyped flag do without.
+    from ddpm_notes_pipeline.hub.push import PublishingError
+    from ddpm_notes_pipeline.training.checkpoints import CheckpointError, list_checkpoints
+    from ddpm_notes_pipeline.training.results import NotPublishedError
+    from ddpm_notes_pipeline.training.run import TrainingRun
+    from ddpm_notes_pipeline.training.stops import FailedElsewhere, Stopped, Stops
+
     stops = Stops()
     stops.install()
     try:
-        TrainingRun(data, model, run, stops).train()
+        TrainingRun(*settings, stops).train()
     except Stopped as stop:
         exit_now(stop.status, f"train.py: {stop}", once=stop.together)
     except FailedElsewhere:
@@ -45,17 +51,16 @@ def main() -> None:
     except NotPublishedError as fault:  # its last line is a command to copy
         sys.exit(f"train.py: error: {fault}")
     except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
-        text = describe(fault, run)
+        text = describe(fault, settings.run, list_checkpoints(Path(settings.run.output_dir)))
         if DISTRIBUTED:
             exit_now(1, text, once=isinstance(fault, FloatingPointError))
         tqdm.write(text, file=sys.stderr)
         sys.exit(1)
 
 
-def describe(fault: Exception, run: RunArguments) -> str:
+def describe(fault: Exception, run: RunArguments, checkpoints: list[Path]) -> str:
     """The failure in one line, with the command that resumes if there is a checkpoint."""
     text = f"train.py: error: {' '.join(str(fault).split())}".rstrip(".")
-    checkpoints = list_checkpoints(Path(run.output_dir))
     if not checkpoints or isinstance(fault, ValueError):  # a mistake in the settings ends no run
         return text
     return f"{text}. {checkpoints[0]} is left. Resume: {resume_command(run.command)}"

@@ -25,7 +25,6 @@ from .seeding import seeded_generator
 
 DEFENSIVE_SHARE = 0.1  # share of an image's terms that is drawn whatever the pilot images said
 PILOT_IMAGES, PILOT_STEPS = 16, 48
-EVALUATIONS_PER_IMAGE = 12
 
 # x_t (R, C, H, W), t (R,), labels (R,) or None -> the network's output
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]

@@ -8,7 +8,7 @@ difference counts if it exceeds two standard errors.
 import math
 from collections.abc import Iterable
 
-from ..scheduling_ddpm_notes import LEARNED_VARIANCES
+from ..names import LEARNED_VARIANCES
 from .records import Estimate, Key, SampleRecord
 from .validation import Row
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..data import ImageSet
 from ..level_fit import LevelFit, fit_levels, level_counts
+from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import LEARNED_VARIANCES
 from .pixel_batches import batches
 from .validation import Row
 

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data import ImageSet
+from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipeline
-from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
+from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .pictures import save_bits_per_dim
 from .pixel_batches import batches
 from .records import BoundRecord, Evaluation, Key, SampleRecord

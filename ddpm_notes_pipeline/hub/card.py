@@ -22,8 +22,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord
 from ..evaluation.reports import bound_table, sample_caption, sample_table, yardstick_text
+from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
+from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .owner_edits import merge, newest_card, repository_of
 
 logger = logging.getLogger(__name__)

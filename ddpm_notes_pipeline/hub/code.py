@@ -15,7 +15,9 @@ from .. import __version__
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = (
+    "names.py",
     "core/seeding.py",
+    "core/schedules.py",
     "core/gaussian_chain.py",
     "core/levels.py",
     "core/image_batches.py",

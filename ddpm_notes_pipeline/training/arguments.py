@@ -14,10 +14,15 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..core.gaussian_chain import BETA_SCHEDULES
-from ..core.likelihood import EVALUATIONS_PER_IMAGE
-from ..objectives import OBJECTIVES, TIMESTEP_SAMPLINGS, WEIGHTINGS
-from ..scheduling_ddpm_notes import PREDICTION_TYPES, VARIANCE_TYPES
+from ..core.schedules import BETA_SCHEDULES
+from ..names import (
+    EVALUATIONS_PER_IMAGE,
+    OBJECTIVES,
+    PREDICTION_TYPES,
+    TIMESTEP_SAMPLINGS,
+    VARIANCE_TYPES,
+    WEIGHTINGS,
+)
 from .commands import typed_flags
 
 FEATURE_NETWORK_HELP = "Network whose features are compared: efficientnet-lite0, or a vision model of transformers."

@@ -25,8 +25,9 @@ from ..evaluation.yardsticks import MOST_TRAINING_PIXELS, Yardsticks, image_yard
 from ..hub.card import weights_digest, write_card
 from ..hub.push import push_command
 from ..level_fit import LevelFit
+from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import LEARNED_VARIANCES, DDPMNotesScheduler
+from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from ..variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
 from .images import dims, load_split

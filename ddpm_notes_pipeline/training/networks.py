@@ -9,8 +9,9 @@ from diffusers import UNet2DModel
 
 from ..data import ImageSet
 from ..data.streaming import ImageStream
+from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import LEARNED_VARIANCES, PRIVATE_ENTRY, DDPMNotesScheduler
+from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
 from .arguments import ModelArguments, is_local
 
 

@@ -23,13 +23,13 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..core.likelihood import EVALUATIONS_PER_IMAGE
 from ..data.batches import StepBatches
 from ..data.streaming import StreamedBatches
 from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samples
 from ..evaluation.validation import Row, decoder_of, decoder_type_of, save_evaluation
 from ..hub.card import weights_digest, write_card
 from ..hub.push import BackgroundPushes
+from ..names import EVALUATIONS_PER_IMAGE
 from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, check_arguments, warmup_steps
 from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint

@@ -25,6 +25,7 @@ PARTS = {  # name -> module and function
     "training": "bench_training.training",
     "likelihood": "bench_likelihood.likelihood",
     "levels": "bench_levels.levels",
+    "startup": "bench_startup.startup",
 }
 
 

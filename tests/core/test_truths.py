@@ -31,7 +31,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ddpm_notes_pipeline.core.gaussian_chain import BETA_SCHEDULES
+from ddpm_notes_pipeline.core.schedules import BETA_SCHEDULES
 from ddpm_notes_pipeline.oracles import CoinDenoiser, GaussianDenoiser
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler, discretized_gaussian_log_likelihood
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddpm_notes_pipeline.core.gaussian_chain import BETA_SCHEDULES
-from ddpm_notes_pipeline.objectives import OBJECTIVES, TIMESTEP_SAMPLINGS, WEIGHTINGS
-from ddpm_notes_pipeline.scheduling_ddpm_notes import PREDICTION_TYPES
+from ddpm_notes_pipeline.core.schedules import BETA_SCHEDULES
+from ddpm_notes_pipeline.names import OBJECTIVES, PREDICTION_TYPES, TIMESTEP_SAMPLINGS, WEIGHTINGS
 from ddpm_notes_pipeline.training.arguments import (
     DataArguments,
     ModelArguments,
