@@ -1,4 +1,4 @@
-"""Names that settings may have, and a default. No imports: flags list them before torch is loaded."""
+"""Names that settings may have, and a default; no imports, as flags list them without torch."""
 
 # of the scheduler
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
