@@ -7,6 +7,7 @@ import torch
 
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from tests.support.no_sync import META, no_sync
 
 T = 8
 
@@ -171,3 +172,52 @@ def test_the_levels_of_a_scheduler_have_no_part_in_a_loss():
     (x_0, noise), t, network = batch(), torch.arange(T), Network()
     plain, with_levels = (Objective(scheduler(levels=given), "vlb") for given in (None, levels))
     assert torch.equal(plain(network, x_0, noise, t), with_levels(network, x_0, noise, t))
+
+
+OF_A_DEVICE = [
+    ("simple", "fixed_small", "none"),
+    ("simple", "fixed_small", "min_snr"),
+    ("hybrid", "learned_range", "min_snr"),
+    ("vlb", "learned", "none"),
+    ("vlb", "fixed_large", "none"),
+]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("kind, variance_type, weighting", OF_A_DEVICE)
+def test_no_loss_or_gradient_waits_for_the_device(kind, variance_type, weighting, where, prediction_type):
+    """With timesteps on the CPU, where training draws them, and on the device."""
+    math_of = scheduler(variance_type=variance_type, prediction_type=prediction_type)
+    objective = Objective(math_of, kind, weighting)
+    network = torch.nn.Conv2d(2, 4 if variance_type.startswith("learned") else 2, 1, device=META)
+    x_0, noise = (images.to(META) for images in batch())
+    t = torch.arange(T, device=where)
+    with no_sync():
+        losses = objective(lambda x, t, **_: (network(x) + t.reshape(-1, 1, 1, 1),), x_0, noise, t)
+        losses.mean().backward()
+    assert losses.shape == (T,) and losses.device == network.weight.grad.device == META
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+def test_timesteps_are_drawn_where_the_uniform_numbers_are(sampling):
+    u, position = torch.rand(4, dtype=torch.float64, device=META), torch.arange(4, device=META)
+    with no_sync():
+        t, weight = TimestepSampler(T, sampling).sample(u, position, 4)
+    assert t.device == weight.device == META
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified", "loss_second_moment"])
+def test_the_default_device_of_torch_changes_no_timestep(sampling):
+    u, position = torch.linspace(0, 0.99, 4, dtype=torch.float64), torch.arange(4)
+
+    def drawn():
+        sampler = TimestepSampler(T, sampling, history=1)
+        sampler.update(*seen)
+        return sampler.sample(u, position, 4)
+
+    seen = torch.arange(T), torch.arange(1.0, T + 1)
+    expected = drawn()
+    with META:
+        found = drawn()
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))

@@ -30,6 +30,7 @@ from diffusers import (
 from ddpm_notes_pipeline.oracles import GaussianDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline, pipeline_source
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from tests.support.no_sync import META, no_sync
 
 SHAPE = (1, 8, 8)
 NULL = 3  # of a UNet with classes 0, 1, 2
@@ -816,6 +817,48 @@ def test_latents_of_another_type_are_taken_in_the_sample_s():
     images = latent(pipe, num_inference_steps=2, latents=x_T)
     assert images.dtype == torch.float32
     assert torch.equal(images, latent(pipe, num_inference_steps=2, latents=x_T.float()))
+
+
+HOW = [{"evaluations_per_image": 3}, {"full": True, "return_map": True}]
+LEVELS = {"weights": [[1.0] * 256], "decoder_blur": {0: 1e-3, 999: 1e-2}, "guess_blur": {0: 1e-3, 900: 0.1}}
+
+
+@pytest.mark.parametrize(
+    "model, arguments",
+    [
+        ({}, {}),
+        ({}, {"eta": 0.5}),
+        ({"variance_type": "learned_range"}, {}),
+        ({"thresholding": True}, {"timesteps": [900, 500, 3]}),
+        ({"levels": LEVELS}, {}),
+        ({"classes": True}, {"class_labels": [0, 2], "guidance_scale": 2.0}),
+    ],
+    ids=str,
+)
+def test_no_step_of_the_loop_waits_for_the_device(model, arguments):
+    """From the first noise to the last mean, which only its caller reads."""
+    settings = {name: value for name, value in model.items() if name != "classes"}
+    unet = conditional_unet() if model.get("classes") else tiny_unet(out_channels=2 if "variance_type" in model else 1)
+    pipe = pipeline(unet.to(META), DDPMNotesScheduler(**settings))
+    if "timesteps" not in arguments:
+        arguments = {**arguments, "num_inference_steps": 5}
+    with no_sync():
+        images = pipe(2, output_type="latent", **arguments).images
+    assert images.device == META and images.shape == (2, *SHAPE)
+
+
+def test_the_default_device_of_torch_changes_neither_images_nor_bits():
+    pixels = torch.randint(0, 256, (3, *SHAPE), generator=seed(), dtype=torch.uint8)
+    pipe = pipeline(scheduler=DDPMNotesScheduler(levels=LEVELS))
+
+    def everything():
+        by_few, by_all = (pipe.bits_per_dim(pixels, timesteps=[999, 90, 40, 3, 0], **how) for how in HOW)
+        return latent(pipe, num_inference_steps=4), by_few.parts_per_image, by_all.parts_per_image, by_all.by_level
+
+    expected = everything()
+    with META:
+        found = everything()
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
 def test_sampling_leaves_no_gradient_and_the_network_as_it_was():

@@ -29,6 +29,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler, DDPMNotesSchedulerOutput
+from tests.support.no_sync import META, HostSync, no_sync
 
 SHAPE = (2, 3, 4, 4)
 DTYPES = [torch.bfloat16, torch.float16]
@@ -371,34 +372,77 @@ def test_a_variance_half_that_is_not_used_changes_nothing(config):
             assert torch.equal(*terms) and terms[0].shape == (2,)
 
 
-@pytest.mark.parametrize("where", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    "case", ["linear", "fixed_large", "learned_range", "learned", "optimal", "thresholding", "zero_snr_v", "eta"]
-)
-def test_no_step_forces_a_device_sync(case, where):
-    """Tensors on the device "meta" hold no values: to read one is an error, as to wait for one is.
+LEVELS = {
+    "weights": [[1.0] * 128 + [0.0] * 128] * 3,
+    "decoder_blur": {0: 1e-3, 999: 1e-2},
+    "guess_blur": {0: 1e-3, 900: 0.1},
+    "decoder_scale": 1.5,
+}
 
-    Timesteps on the CPU, which are checked there, and timesteps on the device, which are not.
-    """
-    config = {"eta": 0.5} if case == "eta" else settings(case, 1000)
-    scheduler = DDPMNotesScheduler(**config)
-    scheduler.set_timesteps(10, device=where)
+
+WITH_LEVELS = {
+    f"{case} with levels": case for case in ("linear", "learned", "learned_range", "optimal", "v_prediction")
+}
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("case", [*SAME_AS_STOCK, *RIGHT_WHERE_STOCK_IS_NOT, "eta", *WITH_LEVELS])
+def test_no_call_waits_for_the_device(case, where):
+    """With timesteps on the CPU, which are checked there, and on the device, which are not."""
+    config = {"eta": 0.5} if case == "eta" else settings(WITH_LEVELS.get(case, case), 1000)
+    scheduler = DDPMNotesScheduler(levels=LEVELS if case in WITH_LEVELS else None, **config)
+    scheduler.set_timesteps(3, device=where)
     channels = 6 if case.startswith("learned") else 3
-    x_t, output = torch.empty(SHAPE, device="meta"), torch.empty(2, channels, 4, 4, device="meta")
-    for t in scheduler.timesteps:
-        result = scheduler.step(output, t, x_t)
-        assert result.prev_sample.device.type == result.pred_original_sample.device.type == "meta"
-        assert result.prev_sample.shape == SHAPE and result.prev_sample.dtype == torch.float32
-        assert scheduler.previous_timestep(t).device.type == where
+    x_t, output = torch.empty(SHAPE, device=META), torch.empty(2, channels, 4, 4, device=META)
     steps = torch.tensor([900, 5], device=where)
-    scheduler.add_noise(x_t, x_t, steps), scheduler.get_velocity(x_t, x_t, steps)
-    scheduler.predict_noise(output, x_t, steps), scheduler.prior_kl(x_t, steps)
-    scheduler.posterior_mean_variance(x_t, x_t, steps, steps - 1)
-    scheduler.reverse_mean_variance(output, x_t, steps, steps - 1)
-    if case != "eta":
-        for last in ([900, 5], [900, -1], [-1, -1]):
-            terms = scheduler.vlb_terms(output, x_t, x_t, torch.tensor([901, 6]), torch.tensor(last, device=where))
-            assert terms.shape == (2,)
+    pairs = [(torch.tensor([901, 6]), torch.tensor(s, device=where)) for s in ([900, 5], [900, -1], [-1, -1])]
+    with no_sync():
+        for t in scheduler.timesteps:
+            result = scheduler.step(output, t, x_t)
+            assert result.prev_sample.device == result.pred_original_sample.device == META
+            assert result.prev_sample.shape == SHAPE and result.prev_sample.dtype == torch.float32
+            assert scheduler.previous_timestep(t).device.type == where
+        assert scheduler.previous_timestep(333).device.type == where
+        scheduler.add_noise(x_t, x_t, steps), scheduler.get_velocity(x_t, x_t, steps)
+        scheduler.prior_kl(x_t), scheduler.prior_kl(x_t, steps)
+        scheduler.forward_mean_variance(x_t, steps), scheduler.posterior_mean_variance(x_t, x_t, steps, steps - 1)
+        for clip in (True, False):
+            scheduler.predict_noise(output, x_t, steps, clip)
+        for t, s in pairs:
+            scheduler.reverse_mean_variance(output, x_t, t, s)
+            if case != "eta":
+                terms = scheduler.vlb_terms(output, x_t, x_t, t, s)
+                assert terms.shape == (2,) and terms.device == META
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity", "predict_noise", "prior_kl"])
+def test_timesteps_of_another_device_are_read_once_they_have_arrived(method):
+    """A copy to the CPU that is not waited for holds whatever was in that memory."""
+    scheduler, t, x = DDPMNotesScheduler(), torch.tensor([900, 5], device=META), randn(0)
+    images = [x] if method == "prior_kl" else [x, x]
+    with no_sync(), pytest.raises(HostSync, match="waits for its values"):
+        getattr(scheduler, method)(*images, t)
+
+
+def test_the_default_device_of_torch_changes_no_number():
+    """A scheduler made and used where new tensors go to another device by default."""
+    config = {"variance_type": "learned_range", "levels": LEVELS}
+    x_0, x_t, output = images(0), randn(1), torch.cat([randn(2), images(3)], dim=1)
+
+    def everything() -> list[torch.Tensor]:
+        scheduler = DDPMNotesScheduler(**config)
+        scheduler.set_timesteps(7)
+        results = [scheduler.timesteps, scheduler.prior_kl(x_0)]
+        for t in scheduler.timesteps:
+            s = scheduler.previous_timestep(t)
+            results += [scheduler.add_noise(x_0, x_t, int(t)), scheduler.vlb_terms(output, x_0, x_t, t, s)]
+            results += scheduler.step(output, t, x_t, generator=gen(4), return_dict=False)
+        return results
+
+    expected = everything()
+    with META:
+        found = everything()
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
 def test_timesteps_on_the_device_give_the_steps_of_timesteps_on_the_cpu(monkeypatch):

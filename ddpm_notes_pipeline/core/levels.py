@@ -232,8 +232,8 @@ class LevelPosterior:
         self.decoder_scale = fitted.decoder_scale
         self.decoder_blur = Table(_interpolated(fitted.decoder_blur, T))
         self.guess_blur = Table(_interpolated(fitted.guess_blur, T, beyond=0))
-        pi = torch.tensor(fitted.weights, dtype=torch.float64)
-        levels = (2 * torch.arange(NUM_LEVELS, dtype=torch.float64) - 255) / 255
+        pi = torch.tensor(fitted.weights, dtype=torch.float64, device="cpu")
+        levels = (2 * torch.arange(NUM_LEVELS, dtype=torch.float64, device="cpu") - 255) / 255
         self._log_weights = [Table(row.log() - row.sum().log()) for row in pi]
         self._occurring = [Table(row.nonzero().flatten()) for row in pi]
         self._levels = Table(levels)
@@ -308,7 +308,7 @@ def _pixels(images: torch.Tensor, c: int, levels: int) -> tuple[torch.Tensor, ..
 def _interpolated(blur: dict[int, float], T: int, beyond: float | None = None) -> torch.Tensor:
     """A blur at every timestep, (T,) float64; `beyond` the largest known one, if it is given."""
     if not blur:
-        return torch.zeros(T, dtype=torch.float64)
+        return torch.zeros(T, dtype=torch.float64, device="cpu")
     known = sorted(blur)
     log_blur = np.interp(np.log1p(np.arange(T)), np.log1p(known), [math.log(blur[t]) for t in known])
     table = torch.from_numpy(np.exp(log_blur))

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from ddpm_notes_pipeline import DDPMNotesPipeline
+from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from ddpm_notes_pipeline.training.arguments import RunArguments
+from ddpm_notes_pipeline.training.learner import Learner
 from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import AveragedWeights, UpdateGuard, poisoned
 from tests.support.comparing import assert_same, losses, rows
 from tests.support.launching import TINY, TRAIN, error_lines
+from tests.support.no_sync import META, HostSync, no_sync
 
 NAN, INF = math.nan, math.inf
 
@@ -198,6 +203,75 @@ def test_non_finite_losses_stay_out_of_the_timestep_sampler():
     clean.update(t[values.isfinite()], values[values.isfinite()])
     assert_same(sampler.state_dict(), clean.state_dict())
     assert sampler.counts.tolist() == [2, 1, 1]
+
+
+# -------------------------------------------------------------------- on a device without values
+
+
+def meta_learner(variance_type="fixed_small", **settings) -> Learner:
+    """A learner on the device "meta", with AdamW's fused kernel as on CUDA."""
+    accelerator = Accelerator(cpu=True)
+    for state in (PartialState(), AcceleratorState()):
+        state.device = META
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2 if variance_type.startswith("learned") else 1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=3,
+        dropout=0.1,
+    ).to(META)
+    run = RunArguments(train_batch_size=4, max_train_steps=10, **settings)
+    learner = Learner(accelerator, unet.train(), DDPMNotesScheduler(variance_type=variance_type), run)
+    optimizer = learner.optimizer.optimizer
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group["fused"] = True  # torch has that kernel on "meta", and refuses to start with it there
+    for parameter in unet.parameters():
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=META), **moments}
+    learner.schedule(0, 10, 2)
+    return learner
+
+
+def device_step(learner: Learner) -> dict:
+    """A step on a batch from the CPU, as a loader gives it."""
+    batch = {
+        "pixel_values": torch.zeros(4, 1, 8, 8, dtype=torch.uint8),
+        "noise": torch.zeros(4, 1, 8, 8),
+        "u": torch.linspace(0, 0.9, 4, dtype=torch.float64),
+        "class_labels": torch.tensor([0, 1, 2, 0]),
+    }
+    with no_sync():
+        return learner.update(0, batch)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_weighting": "min_snr", "timestep_sampling": "stratified"},
+        {"gradient_accumulation_steps": 2, "ema_schedule": "constant"},
+        {"objective": "hybrid", "variance_type": "learned_range"},
+        {"objective": "vlb", "use_ema": False},
+    ],
+    ids=str,
+)
+def test_no_training_step_waits_for_the_device(settings):
+    """From the batch to the average; what is logged stays there until it is read."""
+    learner = meta_learner(**settings)
+    row = device_step(learner)
+    assert row["loss"].device == row["grad_norm"].device == META
+    assert [norm.device for *_, norm in learner.guard.waiting] == [META]
+
+
+def test_timesteps_by_the_losses_before_wait_for_them():
+    """The one setting whose next step needs the numbers of this one, as its docstring says."""
+    with pytest.raises(HostSync):
+        device_step(meta_learner(objective="vlb", timestep_sampling="loss_second_moment"))
 
 
 # -------------------------------------------------------------------- in real runs
