@@ -30,6 +30,7 @@ from diffusers import (
 from ddpm_notes_pipeline.oracles import GaussianDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline, pipeline_source
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from tests.support.devices import DEVICE
 from tests.support.no_sync import META, no_sync
 
 SHAPE = (1, 8, 8)
@@ -60,7 +61,7 @@ def one_thread():
 
 def tiny_unet(channels=1, out_channels=None, size=8, **options):
     torch.manual_seed(0)
-    return UNet2DModel(
+    unet = UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=out_channels or channels,
@@ -70,7 +71,8 @@ def tiny_unet(channels=1, out_channels=None, size=8, **options):
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         **options,
-    ).eval()
+    )
+    return unet.eval().to(DEVICE)
 
 
 def conditional_unet(**options):
@@ -90,7 +92,7 @@ def seed(n=0):
 
 
 def noise(batch_size=2, shape=SHAPE, n=7):
-    return torch.randn(batch_size, *shape, generator=seed(n))
+    return torch.randn(batch_size, *shape, generator=seed(n)).to(DEVICE)
 
 
 def latent(pipe, **arguments):
@@ -105,7 +107,7 @@ def plain_loop(unet, scheduler, path, batch_size=2, generator=None, **step_argum
     scheduler.set_timesteps(**path)
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = generator
-    x = torch.randn(batch_size, *SHAPE, generator=generator) * scheduler.init_noise_sigma
+    x = torch.randn(batch_size, *SHAPE, generator=generator).to(DEVICE) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = unet(scheduler.scale_model_input(x, t), t).sample
         x = scheduler.step(output, t, x, **step_arguments).prev_sample
@@ -139,7 +141,7 @@ def equations(unet, scheduler, path, x_t, generator, eta=None):
             mean = math.sqrt(ab_s) * x_0 + math.sqrt(1 - ab_s - variance) * eps
         x_t = mean
         if s >= 0:
-            x_t = x_t + math.sqrt(variance) * torch.randn(x_t.shape, generator=generator)
+            x_t = x_t + math.sqrt(variance) * torch.randn(x_t.shape, generator=generator).to(DEVICE)
     return x_t
 
 
@@ -471,7 +473,7 @@ def test_guidance_0_is_the_unconditional_model():
 def test_guidance_is_null_plus_w_times_the_difference(w):
     unet = conditional_unet()
     pipe = pipeline(unet, DDPMNotesScheduler(clip_sample=False))
-    x_T, labels, t = noise(), torch.tensor([0, 2]), 500
+    x_T, labels, t = noise(), torch.tensor([0, 2], device=DEVICE), 500
     images = latent(pipe, class_labels=labels, guidance_scale=w, timesteps=[t], latents=x_T)
     with torch.no_grad():
         conditional = unet(x_T, t, class_labels=labels).sample.double()
@@ -485,7 +487,7 @@ def test_guidance_is_null_plus_w_times_the_difference(w):
 def test_guidance_moves_the_mean_and_leaves_the_learned_variance_conditional():
     unet = conditional_unet(out_channels=2)
     pipe = pipeline(unet, DDPMNotesScheduler(variance_type="learned_range", clip_sample=False))
-    x_T, labels, (t, s), w = noise(), torch.tensor([1, 2]), (600, 300), 3.0
+    x_T, labels, (t, s), w = noise(), torch.tensor([1, 2], device=DEVICE), (600, 300), 3.0
     seen = []
     latent(
         pipe,
@@ -502,7 +504,7 @@ def test_guidance_moves_the_mean_and_leaves_the_learned_variance_conditional():
     b = 1 - ab_t / ab_s
     x_0 = (x_T - math.sqrt(1 - ab_t) * (null + w * (conditional - null))) / math.sqrt(ab_t)
     mean = math.sqrt(ab_s) * b / (1 - ab_t) * x_0 + math.sqrt(ab_t / ab_s) * (1 - ab_s) / (1 - ab_t) * x_T
-    z = torch.randn(2, *SHAPE, generator=seed())
+    z = torch.randn(2, *SHAPE, generator=seed()).to(DEVICE)
 
     def x_s(v):
         return mean + z * torch.exp(
@@ -515,7 +517,7 @@ def test_guidance_moves_the_mean_and_leaves_the_learned_variance_conditional():
 
 def test_guidance_serves_other_schedulers_too():
     unet = conditional_unet(out_channels=2)
-    labels = torch.tensor([0, 1])
+    labels = torch.tensor([0, 1], device=DEVICE)
 
     def guided(x, t):
         null = unet(x, t, class_labels=torch.full_like(labels, NULL)).sample[:, :1]
@@ -649,7 +651,7 @@ def test_each_output_type_is_the_same_sample(channels, mode, size):
     assert torch.equal(images("pt"), unit)
     array = images("np")
     assert isinstance(array, np.ndarray) and array.shape == (2, H, W, channels)
-    np.testing.assert_array_equal(array, unit.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(array, unit.permute(0, 2, 3, 1).cpu().numpy())
     pictures = images("pil")
     assert [type(picture) for picture in pictures] == [PIL.Image.Image] * 2
     for picture, values in zip(pictures, array, strict=True):

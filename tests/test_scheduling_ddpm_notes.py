@@ -29,6 +29,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler, DDPMNotesSchedulerOutput
+from tests.support.devices import DEVICE
 from tests.support.no_sync import META, HostSync, no_sync
 
 SHAPE = (2, 3, 4, 4)
@@ -45,17 +46,22 @@ def gen(seed: int) -> torch.Generator:
 
 
 def randn(seed: int, shape: tuple = SHAPE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=gen(seed)).to(dtype)
+    return torch.randn(shape, generator=gen(seed)).to(DEVICE, dtype)
 
 
 def images(seed: int, shape: tuple = SHAPE) -> torch.Tensor:
-    return torch.rand(shape, generator=gen(seed)) * 2 - 1
+    return (torch.rand(shape, generator=gen(seed)) * 2 - 1).to(DEVICE)
+
+
+def array(x: torch.Tensor) -> np.ndarray:
+    """float64."""
+    return x.double().cpu().numpy()
 
 
 def rms(got: torch.Tensor, expected) -> float:
     """||got - expected|| / ||expected||."""
-    expected = torch.as_tensor(expected).double()
-    return ((got.double() - expected).norm() / expected.norm()).item()
+    got, expected = got.double().cpu(), torch.as_tensor(expected).double().cpu()
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def like_stock(got: torch.Tensor, stock: torch.Tensor) -> bool:
@@ -91,11 +97,11 @@ class Reference:
         return {"epsilon": eps, "sample": x_0, "v_prediction": signal * eps - noise * x_0}[kind]
 
     def add_noise(self, x_0, eps, t):
-        return np.sqrt(self.alpha_bar[t]) * x_0.double().numpy() + np.sqrt(1 - self.alpha_bar[t]) * eps.double().numpy()
+        return np.sqrt(self.alpha_bar[t]) * array(x_0) + np.sqrt(1 - self.alpha_bar[t]) * array(eps)
 
     def step(self, output, t, s, x_t, z):
         """x_s and x0_hat."""
-        output, x_t, z = output.double().numpy(), x_t.double().numpy(), z.double().numpy()
+        output, x_t, z = array(output), array(x_t), array(z)
         config, kind = self.config, self.config.get("prediction_type", "epsilon")
         abar_t, abar_s = self.alpha_bar[t], self.alpha_bar[s]
         output, v = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
@@ -131,7 +137,7 @@ def network_output(reference: Reference, t: int, shape: tuple = SHAPE) -> tuple[
     """x_t and an imperfect network's output, with a variance half where the type has one."""
     seed = 10 * t
     x_0, eps = images(seed, shape), randn(seed + 1, shape)
-    x_t = torch.from_numpy(reference.add_noise(x_0, eps, t)).float()
+    x_t = torch.from_numpy(reference.add_noise(x_0, eps, t)).float().to(DEVICE)
     output = (reference.target(x_0, eps, t) + 0.3 * randn(seed + 2, shape)).float()
     if reference.config.get("variance_type") in ("learned", "learned_range"):
         output = torch.cat([output, images(seed + 3, shape)], dim=1)
@@ -228,7 +234,7 @@ def test_forward_process_agrees_with_stock_and_with_float64(case, T):
     x_0, eps, shaped = images(0, (20, 3, 4, 4)), randn(1, (20, 3, 4, 4)), t.numpy().reshape(-1, 1, 1, 1)
     x_t, v = ours.add_noise(x_0, eps, t), ours.get_velocity(x_0, eps, t)
     reference.config["prediction_type"] = "v_prediction"
-    v_64 = reference.target(x_0.double().numpy(), eps.double().numpy(), shaped)
+    v_64 = reference.target(array(x_0), array(eps), shaped)
     for got, exact, want in (
         (x_t, reference.add_noise(x_0, eps, shaped), stock.add_noise(x_0, eps, t)),
         (v, v_64, stock.get_velocity(x_0, eps, t)),
@@ -245,7 +251,7 @@ def test_eta_is_that_of_the_ddim_scheduler(eta, case):
     for t in ours.timesteps:
         x_t, output = network_output(reference, int(t))
         got = ours.step(output, t, x_t, generator=gen(7)).prev_sample
-        noise = randn(7) if t > 0 else torch.zeros(SHAPE)  # DDIM's pv(0, -1) is 0
+        noise = randn(7) if t > 0 else torch.zeros(SHAPE, device=DEVICE)  # DDIM's pv(0, -1) is 0
         want = ddim.step(output, t, x_t, eta=eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
         assert like_stock(got, want)
 
@@ -418,7 +424,7 @@ def test_no_call_waits_for_the_device(case, where):
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity", "predict_noise", "prior_kl"])
 def test_timesteps_of_another_device_are_read_once_they_have_arrived(method):
     """A copy to the CPU that is not waited for holds whatever was in that memory."""
-    scheduler, t, x = DDPMNotesScheduler(), torch.tensor([900, 5], device=META), randn(0)
+    scheduler, t, x = DDPMNotesScheduler(), torch.tensor([900, 5], device=META), randn(0).cpu()
     images = [x] if method == "prior_kl" else [x, x]
     with no_sync(), pytest.raises(HostSync, match="waits for its values"):
         getattr(scheduler, method)(*images, t)
@@ -477,7 +483,7 @@ def test_log_variances_do_not_give_nan(variance_type):
     # stock: sqrt(log variance) is NaN, always (fixed_large_log) or for every negative output
     # (learned)
     scheduler = DDPMNotesScheduler(variance_type=variance_type)
-    log_variance = -4 * torch.rand(SHAPE) if variance_type == "learned" else torch.empty(2, 0, 4, 4)
+    log_variance = 2 * images(4) - 2 if variance_type == "learned" else torch.empty(2, 0, 4, 4, device=DEVICE)
     for t in scheduler.timesteps[::37]:
         assert scheduler.step(torch.cat([randn(0), log_variance], dim=1), t, randn(1)).prev_sample.isfinite().all()
 
@@ -486,11 +492,11 @@ def test_learned_range_at_the_decoder_starts_from_the_floor_of_the_papers():
     # stock: log variance -46 (a variance of 1e-20) at t = 0; improved-diffusion: log pv(1, 0) =
     # -9.8
     scheduler = DDPMNotesScheduler(variance_type="learned_range")
-    x_t, v = randn(0), torch.full(SHAPE, -1.0)
+    x_t, v = randn(0), torch.full(SHAPE, -1.0, device=DEVICE)
     low = scheduler.reverse_mean_variance(torch.cat([randn(1), v], dim=1), x_t, 0, -1)[1]
     high = scheduler.reverse_mean_variance(torch.cat([randn(1), -v], dim=1), x_t, 0, -1)[1]
-    torch.testing.assert_close(low, torch.full(SHAPE, 5.453188e-05), rtol=1e-6, atol=0)
-    torch.testing.assert_close(high, torch.full(SHAPE, 1e-4), rtol=1e-6, atol=0)
+    torch.testing.assert_close(low, torch.full(SHAPE, 5.453188e-05, device=DEVICE), rtol=1e-6, atol=0)
+    torch.testing.assert_close(high, torch.full(SHAPE, 1e-4, device=DEVICE), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -505,7 +511,7 @@ def test_noise_is_added_in_half_precision(beta_schedule, dtype):
         index = torch.tensor([t])
         x_t, v = scheduler.add_noise(x_0, eps, index), scheduler.get_velocity(x_0, eps, index)
         assert x_t.dtype == v.dtype == dtype
-        exact = torch.from_numpy(reference.add_noise(x_0, eps, t))
+        exact = torch.from_numpy(reference.add_noise(x_0, eps, t)).to(DEVICE)
         rounding = HALF_ULP[dtype] * exact.abs() * (1 + 1e-4) + 1e-7
         assert ((x_t.double() - exact).abs() <= rounding).all(), t
         # what was added to the image has the standard deviation asked for
@@ -556,7 +562,7 @@ def test_zero_terminal_snr_is_finite_everywhere(prediction_type, extra, zero):
     assert scheduler.alphas_cumprod[-1] == 0
     x_0, x_t = images(0), randn(1)
     assert torch.equal(scheduler.add_noise(x_0, x_t, torch.tensor([999, 999])), x_t)
-    assert torch.equal(scheduler.prior_kl(x_0, 999), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(scheduler.prior_kl(x_0, 999), torch.zeros(2, dtype=torch.float64, device=DEVICE))
     assert scheduler.predict_noise(x_0, x_t, 999).isfinite().all()
     if scheduler.eta is None:
         assert scheduler.vlb_terms(x_0, x_0, x_t, 999, 900).isfinite().all()

@@ -19,6 +19,7 @@ from ddpm_notes_pipeline.training.learner import Learner
 from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import AveragedWeights, UpdateGuard, poisoned
 from tests.support.comparing import assert_same, losses, rows
+from tests.support.devices import DEVICE
 from tests.support.launching import TINY, TRAIN, error_lines
 from tests.support.no_sync import META, HostSync, no_sync
 
@@ -40,8 +41,8 @@ class Scaled(Accelerator):
     """With fp16's loss scaler, which accelerate refuses to make on a CPU and torch does not."""
 
     def __init__(self, scale: float) -> None:
-        super().__init__(cpu=True)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        super().__init__(cpu=DEVICE.type == "cpu")
+        self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
         self.native_amp = True
 
     def unscale_gradients(self, optimizer=None):
@@ -53,8 +54,8 @@ class Run:
     """One weight per input; the loss of an image is (weight * input)^2."""
 
     def __init__(self, limit=3, scale=None, fused=True):
-        self.accelerator = Accelerator(cpu=True) if scale is None else Scaled(scale)
-        self.weight = torch.nn.Linear(2, 1, bias=False)
+        self.accelerator = Accelerator(cpu=DEVICE.type == "cpu") if scale is None else Scaled(scale)
+        self.weight = torch.nn.Linear(2, 1, bias=False, device=DEVICE)
         self.fill(1)
         optimizer = torch.optim.AdamW(self.weight.parameters(), lr=0.1, fused=fused)
         self.network, self.optimizer = self.accelerator.prepare(self.weight, optimizer)
@@ -74,7 +75,7 @@ class Run:
         own.
         """
         self.steps += 1
-        inputs = torch.tensor([[value, 0.0] for value in x])
+        inputs = torch.tensor([[value, 0.0] for value in x], device=DEVICE)
         loss = self.network(inputs).square().flatten()
         self.accelerator.backward(poisoned(loss.mean()))
         if gradient is not None:
@@ -194,6 +195,20 @@ def test_a_gradient_that_no_loss_scale_helps_ends_the_run():
     # scale 4 -> 2 -> 1 are the scaler's; then three in a row
     assert (run.guard.scale_skipped, run.guard.skipped) == (2, 3)
     assert run.weight.weight.tolist() == [[1, 1]]
+
+
+def test_an_average_on_any_device_is_that_of_its_definition():
+    """In float64, of the weights after each step; the third step is skipped."""
+    run, expected, seen = Run(), None, []
+    for x in (1.0, 2.0, NAN, 3.0):
+        run.step(x)
+        weight = run.weight.weight.detach().double().cpu()
+        if not math.isnan(x):
+            expected = weight if expected is None else 0.9 * expected + 0.1 * weight
+        seen.append((run.average.shadow_params[0].double().cpu(), expected, weight))
+    for average, right, _ in seen:
+        torch.testing.assert_close(average, right, rtol=1e-6, atol=1e-8)
+    assert float((seen[-1][0] - seen[-1][2]).abs().max()) > 1e-2, "the average is the weights: nothing was tested"
 
 
 def test_non_finite_losses_stay_out_of_the_timestep_sampler():
