@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .core.gaussian_chain import to_device
 from .names import LEARNED_VARIANCES, OBJECTIVES, TIMESTEP_SAMPLINGS, WEIGHTINGS
 from .scheduling_ddpm_notes import DDPMNotesScheduler
 
@@ -81,15 +82,14 @@ class Objective:
             t: timesteps, (B,). On the CPU they are checked without a device sync.
         """
         x_t = self.scheduler.add_noise(x_0, noise, t)
-        network_t = t.to(x_t.device, non_blocking=True)
-        model_output = network(x_t, network_t, class_labels=class_labels, return_dict=False)[0].float()
+        model_output = network(x_t, to_device(t, x_t.device), class_labels=class_labels, return_dict=False)[0].float()
         if self.kind == "vlb":
             return self._vlb(model_output, x_0, x_t, t)
         output = model_output[:, : x_0.shape[1]]
         target = self._target(x_0, noise, t)
         simple = (output - target).pow(2).flatten(1).mean(1)
         if self.weighting != "none":
-            simple = simple * self.weight(t).to(simple)
+            simple = simple * to_device(self.weight(t), simple.device, simple.dtype)
         if self.kind == "simple":
             return simple
         held = torch.cat([output.detach(), model_output[:, x_0.shape[1] :]], dim=1)
@@ -132,7 +132,8 @@ class TimestepSampler:
             0..T-1, for less noise in the batch's mean.
             "loss_second_moment": p(t) ~ sqrt(E[loss_t^2]) over the last `history` losses of each t,
             uniform until every t has that many (Nichol & Dhariwal, arXiv 2102.09672, eq. 18); for
-            "vlb", whose terms differ by orders of magnitude.
+            "vlb", whose terms differ by orders of magnitude. The next step waits for these losses:
+            on an accelerator, a host sync at each step, which the other two do without.
         history: losses remembered of each t. uniform_share: of p(t), what stays uniform.
     """
 
@@ -144,13 +145,13 @@ class TimestepSampler:
         self.num_train_timesteps = num_train_timesteps
         self.sampling = sampling
         self.uniform_share = uniform_share
-        self.losses = torch.zeros(num_train_timesteps, history, dtype=torch.float64)
-        self.counts = torch.zeros(num_train_timesteps, dtype=torch.int64)
+        self.losses = torch.zeros(num_train_timesteps, history, dtype=torch.float64, device="cpu")
+        self.counts = torch.zeros(num_train_timesteps, dtype=torch.int64, device="cpu")
 
     def probabilities(self) -> torch.Tensor:
         """p(t), (T,) float64, sums to 1."""
         T = self.num_train_timesteps
-        uniform = torch.full((T,), 1 / T, dtype=torch.float64)
+        uniform = torch.full((T,), 1 / T, dtype=torch.float64, device="cpu")
         if self.sampling != "loss_second_moment" or int(self.counts.min()) < self.losses.shape[1]:
             return uniform
         weights = self.losses.pow(2).mean(1).sqrt()

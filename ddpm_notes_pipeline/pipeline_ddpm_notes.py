@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
+from .core.gaussian_chain import to_device
 from .core.image_batches import ImageBatch, first_images, image_batches, number_of_images, regrouped
 from .core.levels import num_unseen
 from .core.likelihood import PILOT_IMAGES, BitsPerDimOutput, Bound
@@ -152,7 +153,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
         # The scheduler gets each timestep where the path is, on the CPU for a DDPM: checking it
         # there forces no device sync. The network gets it on its own device.
         with self.progress_bar(total=len(path)) as bar:
-            for i, (t, network_t) in enumerate(zip(path, path.to(device))):
+            for i, (t, network_t) in enumerate(zip(path, to_device(path, device))):
                 if self._interrupt:
                     break
                 model_input = self.scheduler.scale_model_input(x_t, t)
@@ -240,7 +241,7 @@ class DDPMNotesPipeline(DiffusionPipeline):
             raise ValueError(
                 f"class_labels has {int(labels.min())} to {int(labels.max())}; it must be 0 to {embeddings - 1}"
             )
-        return labels.long().expand(batch_size).to(device)
+        return to_device(labels.long(), device).expand(batch_size)
 
     def _prepare_scheduler(
         self, n: int | None, timesteps: list[int] | None, eta: float | None, generator: Any, device: torch.device

@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .core.gaussian_chain import GaussianChain, StepPair, Table, Timesteps, shorten, widest_float
+from .core.gaussian_chain import GaussianChain, StepPair, Table, Timesteps, shorten, to_device, widest_float
 from .core.levels import LevelPosterior, Levels, discretized_gaussian_log_likelihood
 from .core.schedules import make_betas, rescale_zero_terminal_snr
 from .names import LEARNED_VARIANCES, PREDICTION_TYPES, TIMESTEP_SPACINGS, VARIANCE_TYPES
@@ -222,10 +222,11 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         return [int(t) for t in path]
 
     def _set_path(self, path: list[int], device: str | torch.device | None) -> None:
-        self.timesteps = torch.tensor(path).to(device)
-        next_timestep = torch.full((len(self),), OFF_PATH)
-        next_timestep[path] = torch.tensor([*path[1:], -1])
-        mse = torch.tensor(self.original_sample_mse or [0.0] * len(self), dtype=torch.float64)
+        cpu = torch.device("cpu")  # whatever torch's default device is
+        self.timesteps = torch.tensor(path, device=cpu).to(device)
+        next_timestep = torch.full((len(self),), OFF_PATH, device=cpu)
+        next_timestep[path] = torch.tensor([*path[1:], -1], device=cpu)
+        mse = torch.tensor(self.original_sample_mse or [0.0] * len(self), dtype=torch.float64, device=cpu)
         levels = None if self.levels is None else LevelPosterior(Levels.from_config(self.levels), len(self))
         log_variances = self._decoder_variances(path).log()
         self._tables = PathTables(Table(next_timestep), Table(log_variances), Table(mse), levels)
@@ -238,9 +239,10 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         its own rule with posterior variance 0 and c_0 = 1. A fitted number comes first.
         """
         if self.variance_type == "optimal":
-            variances = torch.tensor(self.original_sample_mse, dtype=torch.float64).clamp(min=DECODER_FLOOR)
+            mse = torch.tensor(self.original_sample_mse, dtype=torch.float64, device="cpu")
+            variances = mse.clamp(min=DECODER_FLOOR)
         else:
-            s = torch.arange(len(self))
+            s = torch.arange(len(self), device="cpu")
             t = s + 1
             if len(path) > 1 and path[-1] > 0:
                 t[path[-1]] = path[-2]
@@ -263,7 +265,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             ValueError: t is not on the path.
         """
         _, s = self._step_on_path(timestep)
-        return timestep - 1 if self.num_inference_steps is None else s.reshape(()).to(self.timesteps.device)
+        return timestep - 1 if self.num_inference_steps is None else to_device(s.reshape(()), self.timesteps.device)
 
     def _step_on_path(self, timestep: Timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """t and the s that follows it, (1,) int64, where t is; checked where that costs no sync."""
@@ -273,7 +275,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         value = timestep.item() if isinstance(timestep, torch.Tensor) and timestep.numel() == 1 else timestep
         if not _is_whole(value):
             raise ValueError(f"timestep is {timestep!r}; it must be one whole number on the path")
-        t = torch.tensor([int(value)])
+        t = torch.tensor([int(value)], device="cpu")
         if not 0 <= value < len(self) or int(s := self._tables.next_timestep[t]) == OFF_PATH:
             raise ValueError(
                 f"timestep is {int(value)}; it must be on the path: {shorten(self.timesteps.tolist())} (see set_timesteps)"
@@ -410,7 +412,8 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             timestep: t, on the path that `set_timesteps` chose. On an accelerator it is looked up
                 there, unchecked: no host sync.
             sample: x_t, (B, C, ...), floating point.
-            generator: for z: one, or one an image; a CPU generator serves any device.
+            generator: for z: one, or one an image; a CPU generator serves any device, whose host
+                then waits for the copy of each draw.
             return_dict: an output object, or the tuple (prev_sample, pred_original_sample).
 
         Returns:
@@ -480,7 +483,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
             return x_0
         blur = self._tables.level_posterior.guess_blur[pair.t]  # 0 where the guess is not refined
         if blur.is_cpu:  # only those images that need it
-            rows = (blur > 0).expand(len(x_0)).nonzero().flatten().to(x_0.device, non_blocking=True)
+            rows = to_device((blur > 0).expand(len(x_0)).nonzero().flatten(), x_0.device)
             if not len(rows):
                 return x_0
             mean, _ = self._tables.level_posterior.mean_variance(
@@ -628,7 +631,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         if not pair.none_at_data:
             is_data = pair.s < 0
             if is_data.is_cpu:  # the decoder of those images alone that need it
-                rows = is_data.expand(len(x_0)).nonzero().flatten().to(x_0.device, non_blocking=True)
+                rows = to_device(is_data.expand(len(x_0)).nonzero().flatten(), x_0.device)
                 at_data = self.chain.pair(pair.t.expand(len(x_0))[is_data.expand(len(x_0))], -1)
                 cost = self._decoder_cost(x_0[rows], guess[rows], at_data, None if v is None else v[rows], clip)
                 terms = terms.index_put((rows,), cost)
@@ -672,7 +675,7 @@ def _per_image(values: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None 
     """One value an image (B,), or one for all (1,), on x's device, shaped to broadcast to x."""
     if values.numel() not in (1, x.shape[0]):
         raise ValueError(f"{values.numel()} timesteps for {x.shape[0]} images; there must be one, or one an image")
-    return values.to(x.device, dtype or values.dtype, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+    return to_device(values, x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _check_images(**images: torch.Tensor) -> torch.dtype:

@@ -1,5 +1,7 @@
 """For every test: a private Hugging Face home, no network, one thread a worker; the joined file.
 
+DDPM_NOTES_DEVICE=cuda runs the suites of scheduler, pipeline, objectives and updates on a GPU.
+
 Runs before any test module is imported, so the environment set here is the one that torch and the
 Hugging Face libraries read, in this process and in the ones that tests start.
 """
@@ -51,6 +53,12 @@ if WORKER is not None:  # workers already fill the cores; more threads than core
         sys.modules["torch"].set_num_threads(1)
 
 JOINED = os.environ.get("DDPM_NOTES_JOINED") == "1"
+DEVICE = os.environ.get("DDPM_NOTES_DEVICE", "cpu")  # read by support/devices.py
+if DEVICE != "cpu":  # the tests' bounds are those of float32, and two calls are compared bit for bit
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def use_joined_file() -> None:
@@ -128,4 +136,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"ddpm_notes: {'the joined file pipeline.py' if JOINED else 'the package'}; HF_HOME={HF_HOME}"
+    return f"ddpm_notes: {'the joined file pipeline.py' if JOINED else 'the package'}; on {DEVICE}; HF_HOME={HF_HOME}"

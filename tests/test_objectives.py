@@ -7,6 +7,8 @@ import torch
 
 from ddpm_notes_pipeline.objectives import Objective, TimestepSampler
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from tests.support.devices import DEVICE
+from tests.support.no_sync import META, no_sync
 
 T = 8
 
@@ -20,7 +22,11 @@ def scheduler(**settings):
 def batch(n=T, channels=2):
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(0, 256, (n, channels, 4, 4), generator=generator)
-    return levels / 127.5 - 1, torch.randn(n, channels, 4, 4, generator=generator)
+    return (levels / 127.5 - 1).to(DEVICE), torch.randn(n, channels, 4, 4, generator=generator).to(DEVICE)
+
+
+def smooth(x, t):
+    return torch.sin(2 * x) * (1 + 0.1 * t.to(x.device).reshape(-1, 1, 1, 1))
 
 
 class Network(torch.nn.Module):
@@ -31,7 +37,7 @@ class Network(torch.nn.Module):
         self.doubled, self.output = doubled, None
 
     def forward(self, x, t, class_labels=None, return_dict=True):
-        out = torch.sin(2 * x) * (1 + 0.1 * t.reshape(-1, 1, 1, 1))
+        out = smooth(x, t)
         self.output = torch.cat([out, 0.3 * torch.cos(x)], dim=1) if self.doubled else out
         self.output.requires_grad_()
         return (self.output,)
@@ -40,7 +46,7 @@ class Network(torch.nn.Module):
 def alpha_bars(math_of):
     betas = torch.linspace(0.02, 0.4, T, dtype=torch.float64)
     assert torch.allclose(betas.float(), math_of.betas)
-    return torch.cumprod(1 - betas, 0)
+    return torch.cumprod(1 - betas, 0).to(DEVICE)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -52,7 +58,7 @@ def test_simple_is_the_squared_error_of_what_the_network_predicts(prediction_typ
     target = {"epsilon": noise, "sample": x_0, "v_prediction": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[
         prediction_type
     ]
-    expected = ((torch.sin(2 * x_t) * (1 + 0.1 * t.reshape(-1, 1, 1, 1)) - target) ** 2).mean((1, 2, 3))
+    expected = ((smooth(x_t, t) - target) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -80,7 +86,7 @@ def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_a_thousandth_of_th
     mean, variance = gradient(Objective(math_of, "hybrid"))
     _, of_the_bound = gradient(Objective(math_of, "vlb"))
     x_t = math_of.add_noise(x_0, noise, t)
-    error = torch.sin(2 * x_t) * (1 + 0.1 * t.reshape(-1, 1, 1, 1)) - noise
+    error = smooth(x_t, t) - noise
     torch.testing.assert_close(mean, 2 * error / error[0].numel(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(variance, 0.001 * of_the_bound, rtol=1e-4, atol=1e-9)
     assert float(variance.abs().min(1).values.max()) > 0
@@ -171,3 +177,52 @@ def test_the_levels_of_a_scheduler_have_no_part_in_a_loss():
     (x_0, noise), t, network = batch(), torch.arange(T), Network()
     plain, with_levels = (Objective(scheduler(levels=given), "vlb") for given in (None, levels))
     assert torch.equal(plain(network, x_0, noise, t), with_levels(network, x_0, noise, t))
+
+
+OF_A_DEVICE = [
+    ("simple", "fixed_small", "none"),
+    ("simple", "fixed_small", "min_snr"),
+    ("hybrid", "learned_range", "min_snr"),
+    ("vlb", "learned", "none"),
+    ("vlb", "fixed_large", "none"),
+]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("kind, variance_type, weighting", OF_A_DEVICE)
+def test_no_loss_or_gradient_waits_for_the_device(kind, variance_type, weighting, where, prediction_type):
+    """With timesteps on the CPU, where training draws them, and on the device."""
+    math_of = scheduler(variance_type=variance_type, prediction_type=prediction_type)
+    objective = Objective(math_of, kind, weighting)
+    network = torch.nn.Conv2d(2, 4 if variance_type.startswith("learned") else 2, 1, device=META)
+    x_0, noise = (images.to(META) for images in batch())
+    t = torch.arange(T, device=where)
+    with no_sync():
+        losses = objective(lambda x, t, **_: (network(x) + t.reshape(-1, 1, 1, 1),), x_0, noise, t)
+        losses.mean().backward()
+    assert losses.shape == (T,) and losses.device == network.weight.grad.device == META
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+def test_timesteps_are_drawn_where_the_uniform_numbers_are(sampling):
+    u, position = torch.rand(4, dtype=torch.float64, device=META), torch.arange(4, device=META)
+    with no_sync():
+        t, weight = TimestepSampler(T, sampling).sample(u, position, 4)
+    assert t.device == weight.device == META
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified", "loss_second_moment"])
+def test_the_default_device_of_torch_changes_no_timestep(sampling):
+    u, position = torch.linspace(0, 0.99, 4, dtype=torch.float64), torch.arange(4)
+
+    def drawn():
+        sampler = TimestepSampler(T, sampling, history=1)
+        sampler.update(*seen)
+        return sampler.sample(u, position, 4)
+
+    seen = torch.arange(T), torch.arange(1.0, T + 1)
+    expected = drawn()
+    with META:
+        found = drawn()
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))

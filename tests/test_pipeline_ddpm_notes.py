@@ -30,6 +30,8 @@ from diffusers import (
 from ddpm_notes_pipeline.oracles import GaussianDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline, pipeline_source
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from tests.support.devices import DEVICE
+from tests.support.no_sync import META, no_sync
 
 SHAPE = (1, 8, 8)
 NULL = 3  # of a UNet with classes 0, 1, 2
@@ -59,7 +61,7 @@ def one_thread():
 
 def tiny_unet(channels=1, out_channels=None, size=8, **options):
     torch.manual_seed(0)
-    return UNet2DModel(
+    unet = UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=out_channels or channels,
@@ -69,7 +71,8 @@ def tiny_unet(channels=1, out_channels=None, size=8, **options):
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         **options,
-    ).eval()
+    )
+    return unet.eval().to(DEVICE)
 
 
 def conditional_unet(**options):
@@ -89,7 +92,7 @@ def seed(n=0):
 
 
 def noise(batch_size=2, shape=SHAPE, n=7):
-    return torch.randn(batch_size, *shape, generator=seed(n))
+    return torch.randn(batch_size, *shape, generator=seed(n)).to(DEVICE)
 
 
 def latent(pipe, **arguments):
@@ -104,7 +107,7 @@ def plain_loop(unet, scheduler, path, batch_size=2, generator=None, **step_argum
     scheduler.set_timesteps(**path)
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = generator
-    x = torch.randn(batch_size, *SHAPE, generator=generator) * scheduler.init_noise_sigma
+    x = torch.randn(batch_size, *SHAPE, generator=generator).to(DEVICE) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = unet(scheduler.scale_model_input(x, t), t).sample
         x = scheduler.step(output, t, x, **step_arguments).prev_sample
@@ -138,7 +141,7 @@ def equations(unet, scheduler, path, x_t, generator, eta=None):
             mean = math.sqrt(ab_s) * x_0 + math.sqrt(1 - ab_s - variance) * eps
         x_t = mean
         if s >= 0:
-            x_t = x_t + math.sqrt(variance) * torch.randn(x_t.shape, generator=generator)
+            x_t = x_t + math.sqrt(variance) * torch.randn(x_t.shape, generator=generator).to(DEVICE)
     return x_t
 
 
@@ -470,7 +473,7 @@ def test_guidance_0_is_the_unconditional_model():
 def test_guidance_is_null_plus_w_times_the_difference(w):
     unet = conditional_unet()
     pipe = pipeline(unet, DDPMNotesScheduler(clip_sample=False))
-    x_T, labels, t = noise(), torch.tensor([0, 2]), 500
+    x_T, labels, t = noise(), torch.tensor([0, 2], device=DEVICE), 500
     images = latent(pipe, class_labels=labels, guidance_scale=w, timesteps=[t], latents=x_T)
     with torch.no_grad():
         conditional = unet(x_T, t, class_labels=labels).sample.double()
@@ -484,7 +487,7 @@ def test_guidance_is_null_plus_w_times_the_difference(w):
 def test_guidance_moves_the_mean_and_leaves_the_learned_variance_conditional():
     unet = conditional_unet(out_channels=2)
     pipe = pipeline(unet, DDPMNotesScheduler(variance_type="learned_range", clip_sample=False))
-    x_T, labels, (t, s), w = noise(), torch.tensor([1, 2]), (600, 300), 3.0
+    x_T, labels, (t, s), w = noise(), torch.tensor([1, 2], device=DEVICE), (600, 300), 3.0
     seen = []
     latent(
         pipe,
@@ -501,7 +504,7 @@ def test_guidance_moves_the_mean_and_leaves_the_learned_variance_conditional():
     b = 1 - ab_t / ab_s
     x_0 = (x_T - math.sqrt(1 - ab_t) * (null + w * (conditional - null))) / math.sqrt(ab_t)
     mean = math.sqrt(ab_s) * b / (1 - ab_t) * x_0 + math.sqrt(ab_t / ab_s) * (1 - ab_s) / (1 - ab_t) * x_T
-    z = torch.randn(2, *SHAPE, generator=seed())
+    z = torch.randn(2, *SHAPE, generator=seed()).to(DEVICE)
 
     def x_s(v):
         return mean + z * torch.exp(
@@ -514,7 +517,7 @@ def test_guidance_moves_the_mean_and_leaves_the_learned_variance_conditional():
 
 def test_guidance_serves_other_schedulers_too():
     unet = conditional_unet(out_channels=2)
-    labels = torch.tensor([0, 1])
+    labels = torch.tensor([0, 1], device=DEVICE)
 
     def guided(x, t):
         null = unet(x, t, class_labels=torch.full_like(labels, NULL)).sample[:, :1]
@@ -648,7 +651,7 @@ def test_each_output_type_is_the_same_sample(channels, mode, size):
     assert torch.equal(images("pt"), unit)
     array = images("np")
     assert isinstance(array, np.ndarray) and array.shape == (2, H, W, channels)
-    np.testing.assert_array_equal(array, unit.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(array, unit.permute(0, 2, 3, 1).cpu().numpy())
     pictures = images("pil")
     assert [type(picture) for picture in pictures] == [PIL.Image.Image] * 2
     for picture, values in zip(pictures, array, strict=True):
@@ -816,6 +819,48 @@ def test_latents_of_another_type_are_taken_in_the_sample_s():
     images = latent(pipe, num_inference_steps=2, latents=x_T)
     assert images.dtype == torch.float32
     assert torch.equal(images, latent(pipe, num_inference_steps=2, latents=x_T.float()))
+
+
+HOW = [{"evaluations_per_image": 3}, {"full": True, "return_map": True}]
+LEVELS = {"weights": [[1.0] * 256], "decoder_blur": {0: 1e-3, 999: 1e-2}, "guess_blur": {0: 1e-3, 900: 0.1}}
+
+
+@pytest.mark.parametrize(
+    "model, arguments",
+    [
+        ({}, {}),
+        ({}, {"eta": 0.5}),
+        ({"variance_type": "learned_range"}, {}),
+        ({"thresholding": True}, {"timesteps": [900, 500, 3]}),
+        ({"levels": LEVELS}, {}),
+        ({"classes": True}, {"class_labels": [0, 2], "guidance_scale": 2.0}),
+    ],
+    ids=str,
+)
+def test_no_step_of_the_loop_waits_for_the_device(model, arguments):
+    """From the first noise to the last mean, which only its caller reads."""
+    settings = {name: value for name, value in model.items() if name != "classes"}
+    unet = conditional_unet() if model.get("classes") else tiny_unet(out_channels=2 if "variance_type" in model else 1)
+    pipe = pipeline(unet.to(META), DDPMNotesScheduler(**settings))
+    if "timesteps" not in arguments:
+        arguments = {**arguments, "num_inference_steps": 5}
+    with no_sync():
+        images = pipe(2, output_type="latent", **arguments).images
+    assert images.device == META and images.shape == (2, *SHAPE)
+
+
+def test_the_default_device_of_torch_changes_neither_images_nor_bits():
+    pixels = torch.randint(0, 256, (3, *SHAPE), generator=seed(), dtype=torch.uint8)
+    pipe = pipeline(scheduler=DDPMNotesScheduler(levels=LEVELS))
+
+    def everything():
+        by_few, by_all = (pipe.bits_per_dim(pixels, timesteps=[999, 90, 40, 3, 0], **how) for how in HOW)
+        return latent(pipe, num_inference_steps=4), by_few.parts_per_image, by_all.parts_per_image, by_all.by_level
+
+    expected = everything()
+    with META:
+        found = everything()
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
 def test_sampling_leaves_no_gradient_and_the_network_as_it_was():

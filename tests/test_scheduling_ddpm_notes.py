@@ -29,6 +29,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler, DDPMNotesSchedulerOutput
+from tests.support.devices import DEVICE
+from tests.support.no_sync import META, HostSync, no_sync
 
 SHAPE = (2, 3, 4, 4)
 DTYPES = [torch.bfloat16, torch.float16]
@@ -44,17 +46,22 @@ def gen(seed: int) -> torch.Generator:
 
 
 def randn(seed: int, shape: tuple = SHAPE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=gen(seed)).to(dtype)
+    return torch.randn(shape, generator=gen(seed)).to(DEVICE, dtype)
 
 
 def images(seed: int, shape: tuple = SHAPE) -> torch.Tensor:
-    return torch.rand(shape, generator=gen(seed)) * 2 - 1
+    return (torch.rand(shape, generator=gen(seed)) * 2 - 1).to(DEVICE)
+
+
+def array(x: torch.Tensor) -> np.ndarray:
+    """float64."""
+    return x.double().cpu().numpy()
 
 
 def rms(got: torch.Tensor, expected) -> float:
     """||got - expected|| / ||expected||."""
-    expected = torch.as_tensor(expected).double()
-    return ((got.double() - expected).norm() / expected.norm()).item()
+    got, expected = got.double().cpu(), torch.as_tensor(expected).double().cpu()
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def like_stock(got: torch.Tensor, stock: torch.Tensor) -> bool:
@@ -90,11 +97,11 @@ class Reference:
         return {"epsilon": eps, "sample": x_0, "v_prediction": signal * eps - noise * x_0}[kind]
 
     def add_noise(self, x_0, eps, t):
-        return np.sqrt(self.alpha_bar[t]) * x_0.double().numpy() + np.sqrt(1 - self.alpha_bar[t]) * eps.double().numpy()
+        return np.sqrt(self.alpha_bar[t]) * array(x_0) + np.sqrt(1 - self.alpha_bar[t]) * array(eps)
 
     def step(self, output, t, s, x_t, z):
         """x_s and x0_hat."""
-        output, x_t, z = output.double().numpy(), x_t.double().numpy(), z.double().numpy()
+        output, x_t, z = array(output), array(x_t), array(z)
         config, kind = self.config, self.config.get("prediction_type", "epsilon")
         abar_t, abar_s = self.alpha_bar[t], self.alpha_bar[s]
         output, v = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
@@ -130,7 +137,7 @@ def network_output(reference: Reference, t: int, shape: tuple = SHAPE) -> tuple[
     """x_t and an imperfect network's output, with a variance half where the type has one."""
     seed = 10 * t
     x_0, eps = images(seed, shape), randn(seed + 1, shape)
-    x_t = torch.from_numpy(reference.add_noise(x_0, eps, t)).float()
+    x_t = torch.from_numpy(reference.add_noise(x_0, eps, t)).float().to(DEVICE)
     output = (reference.target(x_0, eps, t) + 0.3 * randn(seed + 2, shape)).float()
     if reference.config.get("variance_type") in ("learned", "learned_range"):
         output = torch.cat([output, images(seed + 3, shape)], dim=1)
@@ -227,7 +234,7 @@ def test_forward_process_agrees_with_stock_and_with_float64(case, T):
     x_0, eps, shaped = images(0, (20, 3, 4, 4)), randn(1, (20, 3, 4, 4)), t.numpy().reshape(-1, 1, 1, 1)
     x_t, v = ours.add_noise(x_0, eps, t), ours.get_velocity(x_0, eps, t)
     reference.config["prediction_type"] = "v_prediction"
-    v_64 = reference.target(x_0.double().numpy(), eps.double().numpy(), shaped)
+    v_64 = reference.target(array(x_0), array(eps), shaped)
     for got, exact, want in (
         (x_t, reference.add_noise(x_0, eps, shaped), stock.add_noise(x_0, eps, t)),
         (v, v_64, stock.get_velocity(x_0, eps, t)),
@@ -244,7 +251,7 @@ def test_eta_is_that_of_the_ddim_scheduler(eta, case):
     for t in ours.timesteps:
         x_t, output = network_output(reference, int(t))
         got = ours.step(output, t, x_t, generator=gen(7)).prev_sample
-        noise = randn(7) if t > 0 else torch.zeros(SHAPE)  # DDIM's pv(0, -1) is 0
+        noise = randn(7) if t > 0 else torch.zeros(SHAPE, device=DEVICE)  # DDIM's pv(0, -1) is 0
         want = ddim.step(output, t, x_t, eta=eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
         assert like_stock(got, want)
 
@@ -371,34 +378,77 @@ def test_a_variance_half_that_is_not_used_changes_nothing(config):
             assert torch.equal(*terms) and terms[0].shape == (2,)
 
 
-@pytest.mark.parametrize("where", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    "case", ["linear", "fixed_large", "learned_range", "learned", "optimal", "thresholding", "zero_snr_v", "eta"]
-)
-def test_no_step_forces_a_device_sync(case, where):
-    """Tensors on the device "meta" hold no values: to read one is an error, as to wait for one is.
+LEVELS = {
+    "weights": [[1.0] * 128 + [0.0] * 128] * 3,
+    "decoder_blur": {0: 1e-3, 999: 1e-2},
+    "guess_blur": {0: 1e-3, 900: 0.1},
+    "decoder_scale": 1.5,
+}
 
-    Timesteps on the CPU, which are checked there, and timesteps on the device, which are not.
-    """
-    config = {"eta": 0.5} if case == "eta" else settings(case, 1000)
-    scheduler = DDPMNotesScheduler(**config)
-    scheduler.set_timesteps(10, device=where)
+
+WITH_LEVELS = {
+    f"{case} with levels": case for case in ("linear", "learned", "learned_range", "optimal", "v_prediction")
+}
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("case", [*SAME_AS_STOCK, *RIGHT_WHERE_STOCK_IS_NOT, "eta", *WITH_LEVELS])
+def test_no_call_waits_for_the_device(case, where):
+    """With timesteps on the CPU, which are checked there, and on the device, which are not."""
+    config = {"eta": 0.5} if case == "eta" else settings(WITH_LEVELS.get(case, case), 1000)
+    scheduler = DDPMNotesScheduler(levels=LEVELS if case in WITH_LEVELS else None, **config)
+    scheduler.set_timesteps(3, device=where)
     channels = 6 if case.startswith("learned") else 3
-    x_t, output = torch.empty(SHAPE, device="meta"), torch.empty(2, channels, 4, 4, device="meta")
-    for t in scheduler.timesteps:
-        result = scheduler.step(output, t, x_t)
-        assert result.prev_sample.device.type == result.pred_original_sample.device.type == "meta"
-        assert result.prev_sample.shape == SHAPE and result.prev_sample.dtype == torch.float32
-        assert scheduler.previous_timestep(t).device.type == where
+    x_t, output = torch.empty(SHAPE, device=META), torch.empty(2, channels, 4, 4, device=META)
     steps = torch.tensor([900, 5], device=where)
-    scheduler.add_noise(x_t, x_t, steps), scheduler.get_velocity(x_t, x_t, steps)
-    scheduler.predict_noise(output, x_t, steps), scheduler.prior_kl(x_t, steps)
-    scheduler.posterior_mean_variance(x_t, x_t, steps, steps - 1)
-    scheduler.reverse_mean_variance(output, x_t, steps, steps - 1)
-    if case != "eta":
-        for last in ([900, 5], [900, -1], [-1, -1]):
-            terms = scheduler.vlb_terms(output, x_t, x_t, torch.tensor([901, 6]), torch.tensor(last, device=where))
-            assert terms.shape == (2,)
+    pairs = [(torch.tensor([901, 6]), torch.tensor(s, device=where)) for s in ([900, 5], [900, -1], [-1, -1])]
+    with no_sync():
+        for t in scheduler.timesteps:
+            result = scheduler.step(output, t, x_t)
+            assert result.prev_sample.device == result.pred_original_sample.device == META
+            assert result.prev_sample.shape == SHAPE and result.prev_sample.dtype == torch.float32
+            assert scheduler.previous_timestep(t).device.type == where
+        assert scheduler.previous_timestep(333).device.type == where
+        scheduler.add_noise(x_t, x_t, steps), scheduler.get_velocity(x_t, x_t, steps)
+        scheduler.prior_kl(x_t), scheduler.prior_kl(x_t, steps)
+        scheduler.forward_mean_variance(x_t, steps), scheduler.posterior_mean_variance(x_t, x_t, steps, steps - 1)
+        for clip in (True, False):
+            scheduler.predict_noise(output, x_t, steps, clip)
+        for t, s in pairs:
+            scheduler.reverse_mean_variance(output, x_t, t, s)
+            if case != "eta":
+                terms = scheduler.vlb_terms(output, x_t, x_t, t, s)
+                assert terms.shape == (2,) and terms.device == META
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity", "predict_noise", "prior_kl"])
+def test_timesteps_of_another_device_are_read_once_they_have_arrived(method):
+    """A copy to the CPU that is not waited for holds whatever was in that memory."""
+    scheduler, t, x = DDPMNotesScheduler(), torch.tensor([900, 5], device=META), randn(0).cpu()
+    images = [x] if method == "prior_kl" else [x, x]
+    with no_sync(), pytest.raises(HostSync, match="waits for its values"):
+        getattr(scheduler, method)(*images, t)
+
+
+def test_the_default_device_of_torch_changes_no_number():
+    """A scheduler made and used where new tensors go to another device by default."""
+    config = {"variance_type": "learned_range", "levels": LEVELS}
+    x_0, x_t, output = images(0), randn(1), torch.cat([randn(2), images(3)], dim=1)
+
+    def everything() -> list[torch.Tensor]:
+        scheduler = DDPMNotesScheduler(**config)
+        scheduler.set_timesteps(7)
+        results = [scheduler.timesteps, scheduler.prior_kl(x_0)]
+        for t in scheduler.timesteps:
+            s = scheduler.previous_timestep(t)
+            results += [scheduler.add_noise(x_0, x_t, int(t)), scheduler.vlb_terms(output, x_0, x_t, t, s)]
+            results += scheduler.step(output, t, x_t, generator=gen(4), return_dict=False)
+        return results
+
+    expected = everything()
+    with META:
+        found = everything()
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
 
 
 def test_timesteps_on_the_device_give_the_steps_of_timesteps_on_the_cpu(monkeypatch):
@@ -433,7 +483,7 @@ def test_log_variances_do_not_give_nan(variance_type):
     # stock: sqrt(log variance) is NaN, always (fixed_large_log) or for every negative output
     # (learned)
     scheduler = DDPMNotesScheduler(variance_type=variance_type)
-    log_variance = -4 * torch.rand(SHAPE) if variance_type == "learned" else torch.empty(2, 0, 4, 4)
+    log_variance = 2 * images(4) - 2 if variance_type == "learned" else torch.empty(2, 0, 4, 4, device=DEVICE)
     for t in scheduler.timesteps[::37]:
         assert scheduler.step(torch.cat([randn(0), log_variance], dim=1), t, randn(1)).prev_sample.isfinite().all()
 
@@ -442,11 +492,11 @@ def test_learned_range_at_the_decoder_starts_from_the_floor_of_the_papers():
     # stock: log variance -46 (a variance of 1e-20) at t = 0; improved-diffusion: log pv(1, 0) =
     # -9.8
     scheduler = DDPMNotesScheduler(variance_type="learned_range")
-    x_t, v = randn(0), torch.full(SHAPE, -1.0)
+    x_t, v = randn(0), torch.full(SHAPE, -1.0, device=DEVICE)
     low = scheduler.reverse_mean_variance(torch.cat([randn(1), v], dim=1), x_t, 0, -1)[1]
     high = scheduler.reverse_mean_variance(torch.cat([randn(1), -v], dim=1), x_t, 0, -1)[1]
-    torch.testing.assert_close(low, torch.full(SHAPE, 5.453188e-05), rtol=1e-6, atol=0)
-    torch.testing.assert_close(high, torch.full(SHAPE, 1e-4), rtol=1e-6, atol=0)
+    torch.testing.assert_close(low, torch.full(SHAPE, 5.453188e-05, device=DEVICE), rtol=1e-6, atol=0)
+    torch.testing.assert_close(high, torch.full(SHAPE, 1e-4, device=DEVICE), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -461,7 +511,7 @@ def test_noise_is_added_in_half_precision(beta_schedule, dtype):
         index = torch.tensor([t])
         x_t, v = scheduler.add_noise(x_0, eps, index), scheduler.get_velocity(x_0, eps, index)
         assert x_t.dtype == v.dtype == dtype
-        exact = torch.from_numpy(reference.add_noise(x_0, eps, t))
+        exact = torch.from_numpy(reference.add_noise(x_0, eps, t)).to(DEVICE)
         rounding = HALF_ULP[dtype] * exact.abs() * (1 + 1e-4) + 1e-7
         assert ((x_t.double() - exact).abs() <= rounding).all(), t
         # what was added to the image has the standard deviation asked for
@@ -512,7 +562,7 @@ def test_zero_terminal_snr_is_finite_everywhere(prediction_type, extra, zero):
     assert scheduler.alphas_cumprod[-1] == 0
     x_0, x_t = images(0), randn(1)
     assert torch.equal(scheduler.add_noise(x_0, x_t, torch.tensor([999, 999])), x_t)
-    assert torch.equal(scheduler.prior_kl(x_0, 999), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(scheduler.prior_kl(x_0, 999), torch.zeros(2, dtype=torch.float64, device=DEVICE))
     assert scheduler.predict_noise(x_0, x_t, 999).isfinite().all()
     if scheduler.eta is None:
         assert scheduler.vlb_terms(x_0, x_0, x_t, 999, 900).isfinite().all()

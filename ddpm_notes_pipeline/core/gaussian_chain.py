@@ -28,8 +28,16 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def to_device(x: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x on a device; nobody waits for a copy to an accelerator.
+
+    A copy to the CPU is waited for: its values could be read before they have arrived.
+    """
+    return x.to(device, dtype or x.dtype, non_blocking=x.is_cpu)
+
+
 class Table:
-    """A 1-d tensor that is looked up on the device of its index, where it is copied once."""
+    """A 1-d tensor on the CPU, looked up on the device of its index, where it is copied once."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
@@ -39,7 +47,7 @@ class Table:
         """All values on a device."""
         if device not in self._copies:
             dtype = widest_float(device) if self.values.is_floating_point() else self.values.dtype
-            self._copies[device] = self.values.to(device, dtype)
+            self._copies[device] = to_device(self.values, device, dtype)
         return self._copies[device]
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
@@ -61,11 +69,9 @@ class StepPair:
     log_alpha_bar_s: torch.Tensor
 
     def to(self, device: torch.device) -> "StepPair":
-        """The same on another device, without a sync."""
-        steps = (x.to(device, non_blocking=True) for x in (self.t, self.s))
-        logs = (
-            x.to(device, widest_float(device), non_blocking=True) for x in (self.log_alpha_bar_t, self.log_alpha_bar_s)
-        )
+        """The same on another device."""
+        steps = (to_device(x, device) for x in (self.t, self.s))
+        logs = (to_device(x, device, widest_float(device)) for x in (self.log_alpha_bar_t, self.log_alpha_bar_s))
         return StepPair(*steps, *logs)
 
     @cached_property
@@ -171,7 +177,7 @@ class GaussianChain:
         first, last = self._timesteps(t, "t", 0), self._timesteps(s, "s", -1)
         if first.device != last.device:
             device = last.device if first.is_cpu else first.device  # never to the CPU: a sync
-            first, last = first.to(device, non_blocking=True), last.to(device, non_blocking=True)
+            first, last = to_device(first, device), to_device(last, device)
         if first.numel() != last.numel() and 1 not in (first.numel(), last.numel()):
             raise ValueError(
                 f"t has {first.numel()} entries and s has {last.numel()}; they must be as many, or one of them single"
@@ -196,7 +202,7 @@ class GaussianChain:
             if index.device.type == "mps":  # it has no float64
                 index = index.cpu()
         elif isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-            index = torch.tensor([int(value)])
+            index = torch.tensor([int(value)], device="cpu")
         else:
             raise ValueError(f"{name} is {value!r}; timesteps must be an int, or an integer tensor of shape (B,)")
         if index.is_cpu and index.numel() and not lowest <= int(index.min()) <= int(index.max()) < len(self):

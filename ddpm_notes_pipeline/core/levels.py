@@ -217,13 +217,14 @@ def num_unseen(pixels: torch.Tensor, levels: dict[str, Any] | None) -> int:
     """How many pixels have a level of weight 0.
 
     Args:
-        pixels: uint8 (B, C, H, W), on the CPU.
+        pixels: uint8 (B, C, H, W).
         levels: the scheduler's setting; None has no weights.
     """
     if levels is None:
         return 0
-    weights = torch.tensor(levels["weights"])
-    return int((weights[torch.arange(len(weights))[:, None, None], pixels.long()] == 0).sum())
+    weights = torch.tensor(levels["weights"], device=pixels.device)
+    channel = torch.arange(len(weights), device=pixels.device)[:, None, None]
+    return int((weights[channel, pixels.long()] == 0).sum())
 
 
 class LevelPosterior:
@@ -245,8 +246,8 @@ class LevelPosterior:
         self.decoder_scale = fitted.decoder_scale
         self.decoder_blur = Table(_interpolated(fitted.decoder_blur, T))
         self.guess_blur = Table(_interpolated(fitted.guess_blur, T, beyond=0))
-        pi = torch.tensor(fitted.weights, dtype=torch.float64)
-        levels = (2 * torch.arange(NUM_LEVELS, dtype=torch.float64) - 255) / 255
+        pi = torch.tensor(fitted.weights, dtype=torch.float64, device="cpu")
+        levels = (2 * torch.arange(NUM_LEVELS, dtype=torch.float64, device="cpu") - 255) / 255
         self._log_weights = [Table(row.log() - row.sum().log()) for row in pi]
         self._occurring = [Table(row.nonzero().flatten()) for row in pi]
         self._levels = Table(levels)
@@ -321,7 +322,7 @@ def _pixels(images: torch.Tensor, c: int, levels: int) -> tuple[torch.Tensor, ..
 def _interpolated(blur: dict[int, float], T: int, beyond: float | None = None) -> torch.Tensor:
     """A blur at every timestep, (T,) float64; `beyond` the largest known one, if it is given."""
     if not blur:
-        return torch.zeros(T, dtype=torch.float64)
+        return torch.zeros(T, dtype=torch.float64, device="cpu")
     known = sorted(blur)
     log_blur = np.interp(np.log1p(np.arange(T)), np.log1p(known), [math.log(blur[t]) for t in known])
     table = torch.from_numpy(np.exp(log_blur))

@@ -113,7 +113,8 @@ class AllTerms:
 
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices (M,) into the path, the decoder's last, and the weights of their terms."""
-        return torch.arange(self.per_image), torch.ones(self.per_image, dtype=torch.float64)
+        index = torch.arange(self.per_image, device=generator.device)
+        return index, torch.ones_like(index, dtype=torch.float64)
 
 
 @dataclass
@@ -130,10 +131,11 @@ class RandomTerms:
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """As `AllTerms.draw`: one step in each of n equal parts of the cumulative distribution."""
         p = self.probabilities
-        u = (torch.arange(self.n) + torch.rand(self.n, generator=generator, dtype=torch.float64)) / self.n
+        u = torch.rand(self.n, generator=generator, dtype=torch.float64, device=generator.device)
+        u = (torch.arange(self.n, device=u.device) + u) / self.n
         drawn = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=len(p) - 1)
-        index = torch.cat([drawn, torch.tensor([len(p)])])
-        return index, torch.cat([1 / (self.n * p[drawn]), torch.ones(1, dtype=torch.float64)])
+        index = torch.cat([drawn, drawn.new_tensor([len(p)])])
+        return index, torch.cat([1 / (self.n * p[drawn]), p.new_ones(1)])
 
 
 @dataclass
@@ -173,20 +175,22 @@ class Bound:
 
     def __post_init__(self) -> None:
         self.t = self.scheduler.timesteps
-        self.s = torch.cat([self.t[1:], torch.tensor([-1])])
-        self.per_timestep = torch.zeros(len(self.scheduler), dtype=torch.float64)
-        self.by_level = torch.zeros(len(self.scheduler) + 1, 3, dtype=torch.float64)
+        self.s = torch.cat([self.t[1:], self.t.new_tensor([-1])])
+        self.per_timestep = torch.zeros(len(self.scheduler), dtype=torch.float64, device="cpu")
+        self.by_level = torch.zeros(len(self.scheduler) + 1, 3, dtype=torch.float64, device="cpu")
         self.maps: list[torch.Tensor] = []
         self.terms = AllTerms(len(self.t))
 
     def draw_terms(self, n: int, pilot: Iterable[ImageBatch]) -> None:
         """Evaluate n of the steps for each image, drawn as the pilot images suggest, not all."""
         density = even_density(self.scheduler.chain, self.t[:-1], self.s[:-1])
-        grid = torch.searchsorted(density.cumsum(0), (torch.arange(PILOT_STEPS) + 0.5) / PILOT_STEPS)
+        even = (torch.arange(PILOT_STEPS, device=density.device) + 0.5) / PILOT_STEPS
+        grid = torch.searchsorted(density.cumsum(0), even)
         grid = grid.clamp(max=len(density) - 1).unique()
         nats = []
         for i, (pixels, labels) in enumerate(pilot):
-            noise = torch.randn((len(grid), *pixels.shape[1:]), generator=seeded_generator(self.seed, 0, 1 + i))
+            generator = seeded_generator(self.seed, 0, 1 + i)
+            noise = torch.randn((len(grid), *pixels.shape[1:]), generator=generator, device="cpu")
             nats.append(self._nats(to_model_range(pixels), labels, grid, noise).flatten(1).sum(1))
         self.terms = RandomTerms(n, pilot_probabilities(grid, torch.stack(nats), density))
 
@@ -202,7 +206,7 @@ class Bound:
         generators = [seeded_generator(self.seed, 1, first + i) for i in range(B)]
         draws = [self.terms.draw(generator) for generator in generators]
         index, weight = (torch.cat(column) for column in zip(*draws))
-        noise = torch.cat([torch.randn((M, *x_0.shape[1:]), generator=generator) for generator in generators])
+        noise = torch.cat([torch.randn((M, *x_0.shape[1:]), generator=g, device="cpu") for g in generators])
         repeated = None if labels is None else labels.repeat_interleave(M)
         nats = self._nats(x_0.repeat_interleave(M, 0), repeated, index, noise, per_pixel=self.keep_maps)
 
@@ -249,7 +253,7 @@ class Bound:
         x_0 = x_0.expand_as(noise)
         labels = None if labels is None else labels.expand(len(noise))
         nats = []
-        for rows in torch.arange(len(index)).split(self.batch_size):
+        for rows in torch.arange(len(index), device="cpu").split(self.batch_size):
             x, eps = (images[rows].to(self.device, self.dtype) for images in (x_0, noise))
             t, s = self.t[index[rows]], self.s[index[rows]]
             x_t = self.scheduler.add_noise(x, eps, t)

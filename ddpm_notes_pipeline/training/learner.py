@@ -101,7 +101,7 @@ class Learner:
         self.set_levels(None)
         torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
-        position = torch.arange(share) + rank * share
+        position = torch.arange(share, device=batch["u"].device) + rank * share
         t, weight = self.timestep_sampler.sample(batch["u"], position, self.run.train_batch_size)
         weight = weight.to(device, torch.float32, non_blocking=True)
         losses = self._backward(batch, t, weight)

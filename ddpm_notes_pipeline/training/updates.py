@@ -45,7 +45,7 @@ class AveragedWeights(EMAModel):
         """Move towards `parameters`, unless `applied`, a scalar, is 0: a skipped optimizer step."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
-        weight = torch.as_tensor(applied * (1 - self.cur_decay_value))
+        weight = torch.as_tensor(applied * (1 - self.cur_decay_value), device=self.shadow_params[0].device)
         if weight.is_cpu:  # one pass over the memory
             for average, parameter in zip(self.shadow_params, parameters, strict=True):
                 average.lerp_(parameter, weight)

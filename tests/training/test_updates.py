@@ -8,14 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from ddpm_notes_pipeline import DDPMNotesPipeline
+from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.objectives import TimestepSampler
+from ddpm_notes_pipeline.training.arguments import RunArguments
+from ddpm_notes_pipeline.training.learner import Learner
 from ddpm_notes_pipeline.training.run import reset_accelerate
 from ddpm_notes_pipeline.training.updates import AveragedWeights, UpdateGuard, poisoned
 from tests.support.comparing import assert_same, losses, rows
+from tests.support.devices import DEVICE
 from tests.support.launching import TINY, TRAIN, error_lines
+from tests.support.no_sync import META, HostSync, no_sync
 
 NAN, INF = math.nan, math.inf
 
@@ -35,8 +41,8 @@ class Scaled(Accelerator):
     """With fp16's loss scaler, which accelerate refuses to make on a CPU and torch does not."""
 
     def __init__(self, scale: float) -> None:
-        super().__init__(cpu=True)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        super().__init__(cpu=DEVICE.type == "cpu")
+        self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
         self.native_amp = True
 
     def unscale_gradients(self, optimizer=None):
@@ -48,8 +54,8 @@ class Run:
     """One weight per input; the loss of an image is (weight * input)^2."""
 
     def __init__(self, limit=3, scale=None, fused=True):
-        self.accelerator = Accelerator(cpu=True) if scale is None else Scaled(scale)
-        self.weight = torch.nn.Linear(2, 1, bias=False)
+        self.accelerator = Accelerator(cpu=DEVICE.type == "cpu") if scale is None else Scaled(scale)
+        self.weight = torch.nn.Linear(2, 1, bias=False, device=DEVICE)
         self.fill(1)
         optimizer = torch.optim.AdamW(self.weight.parameters(), lr=0.1, fused=fused)
         self.network, self.optimizer = self.accelerator.prepare(self.weight, optimizer)
@@ -69,7 +75,7 @@ class Run:
         own.
         """
         self.steps += 1
-        inputs = torch.tensor([[value, 0.0] for value in x])
+        inputs = torch.tensor([[value, 0.0] for value in x], device=DEVICE)
         loss = self.network(inputs).square().flatten()
         self.accelerator.backward(poisoned(loss.mean()))
         if gradient is not None:
@@ -191,6 +197,20 @@ def test_a_gradient_that_no_loss_scale_helps_ends_the_run():
     assert run.weight.weight.tolist() == [[1, 1]]
 
 
+def test_an_average_on_any_device_is_that_of_its_definition():
+    """In float64, of the weights after each step; the third step is skipped."""
+    run, expected, seen = Run(), None, []
+    for x in (1.0, 2.0, NAN, 3.0):
+        run.step(x)
+        weight = run.weight.weight.detach().double().cpu()
+        if not math.isnan(x):
+            expected = weight if expected is None else 0.9 * expected + 0.1 * weight
+        seen.append((run.average.shadow_params[0].double().cpu(), expected, weight))
+    for average, right, _ in seen:
+        torch.testing.assert_close(average, right, rtol=1e-6, atol=1e-8)
+    assert float((seen[-1][0] - seen[-1][2]).abs().max()) > 1e-2, "the average is the weights: nothing was tested"
+
+
 def test_non_finite_losses_stay_out_of_the_timestep_sampler():
     sampler, clean = TimestepSampler(3, "loss_second_moment", 2), TimestepSampler(3, "loss_second_moment", 2)
     t, values = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([1.0, NAN, 2.0, 3.0, 4.0, -INF, INF])
@@ -198,6 +218,75 @@ def test_non_finite_losses_stay_out_of_the_timestep_sampler():
     clean.update(t[values.isfinite()], values[values.isfinite()])
     assert_same(sampler.state_dict(), clean.state_dict())
     assert sampler.counts.tolist() == [2, 1, 1]
+
+
+# -------------------------------------------------------------------- on a device without values
+
+
+def meta_learner(variance_type="fixed_small", **settings) -> Learner:
+    """A learner on the device "meta", with AdamW's fused kernel as on CUDA."""
+    accelerator = Accelerator(cpu=True)
+    for state in (PartialState(), AcceleratorState()):
+        state.device = META
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2 if variance_type.startswith("learned") else 1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=3,
+        dropout=0.1,
+    ).to(META)
+    run = RunArguments(train_batch_size=4, max_train_steps=10, **settings)
+    learner = Learner(accelerator, unet.train(), DDPMNotesScheduler(variance_type=variance_type), run)
+    optimizer = learner.optimizer.optimizer
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group["fused"] = True  # torch has that kernel on "meta", and refuses to start with it there
+    for parameter in unet.parameters():
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=META), **moments}
+    learner.schedule(0, 10, 2)
+    return learner
+
+
+def device_step(learner: Learner) -> dict:
+    """A step on a batch from the CPU, as a loader gives it."""
+    batch = {
+        "pixel_values": torch.zeros(4, 1, 8, 8, dtype=torch.uint8),
+        "noise": torch.zeros(4, 1, 8, 8),
+        "u": torch.linspace(0, 0.9, 4, dtype=torch.float64),
+        "class_labels": torch.tensor([0, 1, 2, 0]),
+    }
+    with no_sync():
+        return learner.update(0, batch)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_weighting": "min_snr", "timestep_sampling": "stratified"},
+        {"gradient_accumulation_steps": 2, "ema_schedule": "constant"},
+        {"objective": "hybrid", "variance_type": "learned_range"},
+        {"objective": "vlb", "use_ema": False},
+    ],
+    ids=str,
+)
+def test_no_training_step_waits_for_the_device(settings):
+    """From the batch to the average; what is logged stays there until it is read."""
+    learner = meta_learner(**settings)
+    row = device_step(learner)
+    assert row["loss"].device == row["grad_norm"].device == META
+    assert [norm.device for *_, norm in learner.guard.waiting] == [META]
+
+
+def test_timesteps_by_the_losses_before_wait_for_them():
+    """The one setting whose next step needs the numbers of this one, as its docstring says."""
+    with pytest.raises(HostSync):
+        device_step(meta_learner(objective="vlb", timestep_sampling="loss_second_moment"))
 
 
 # -------------------------------------------------------------------- in real runs
