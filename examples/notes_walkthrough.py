@@ -898,7 +898,7 @@ rows |= {f"our bound, {name}": f"{bound.total:6.2f} +- {bound.standard_error:.2f
 print(f"{f'{len(test_images)} held-out digits':36}bits/dim")
 for name, row in sorted(rows.items(), key=lambda item: -float(item[1].split()[0])):
     print(f"{name:36}{row}")
-print(yardsticks.verdict(bounds["levels"].total))
+print(yardsticks.verdict(bounds["levels"].total, bounds["levels"].standard_error))
 assert bounds["levels"].total < bounds["Gaussian"].total
 
 figure, axes = plt.subplots(3, 1, figsize=(8, 4.2))
