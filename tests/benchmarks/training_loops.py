@@ -1,9 +1,9 @@
 """The loops that training is compared with, as a program: a number on stdin runs so many steps.
 
-python training_loops.py peer SIZE FOLDER      the loop of diffusers' train_unconditional.py,
-re-enacted python training_loops.py bare SIZE no|bf16     forward, backward, optimizer step, on
-resident data, compiled python training_loops.py update SIZE no|bf16   the same with gradient
-clipping and averaged weights
+python training_loops.py peer SIZE FOLDER       diffusers' train_unconditional.py, re-enacted
+python training_loops.py bare SIZE no|bf16      forward, backward, optimizer step, on resident
+                                                data, compiled
+python training_loops.py update SIZE no|bf16    the same with clipping and averaged weights
 """
 
 import sys
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -26,10 +26,10 @@ from models import BATCH, CONFIGS, make_unet
 OPTIMIZER: dict[str, Any] = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
 
 
-def peer_loop(size: str, folder: str) -> Iterator[None]:
+def peer_loop(unet: UNet2DModel, batch_size: int, folder: str, mixed_precision: str = "no") -> Iterator[None]:
     """The script's defaults: float32, plain AdamW, EMAModel, the loss read at every step."""
-    accelerator = Accelerator(mixed_precision="no")
-    unet = make_unet(size)
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     ema = EMAModel(
         unet.parameters(),
         decay=0.9999,
@@ -42,7 +42,7 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(unet.parameters(), **OPTIMIZER)
     images = datasets.load_from_disk(folder)
-    side, mode = CONFIGS[size]["sample_size"], "L" if CONFIGS[size]["in_channels"] == 1 else "RGB"
+    side, mode = unet.config.sample_size, "L" if unet.config.in_channels == 1 else "RGB"
 
     def to_tensor(image: Any) -> torch.Tensor:
         """Resize, crop, tensor in [0, 1], normalised to [-1, 1]."""
@@ -53,7 +53,7 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
         return torch.from_numpy(np.ascontiguousarray(pixels)).float().div(255).sub(0.5).div(0.5)
 
     images.set_transform(lambda rows: {"input": [to_tensor(image) for image in rows["image"]]})
-    loader = DataLoader(images, batch_size=BATCH, shuffle=True, num_workers=0)
+    loader = DataLoader(images, batch_size=batch_size, shuffle=True, num_workers=0)
     lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     ema.to(accelerator.device)
@@ -62,8 +62,8 @@ def peer_loop(size: str, folder: str) -> Iterator[None]:
         unet.train()
         bar = tqdm(total=len(loader))
         for batch in loader:
-            clean = batch["input"].to(torch.float32)
-            noise = torch.randn(clean.shape, dtype=torch.float32, device=clean.device)
+            clean = batch["input"].to(dtype)
+            noise = torch.randn(clean.shape, dtype=dtype, device=clean.device)
             t = torch.randint(0, 1000, (clean.shape[0],), device=clean.device).long()
             noisy = scheduler.add_noise(clean, noise, t)
             with accelerator.accumulate(unet):
@@ -112,7 +112,7 @@ def main() -> None:
     kind, size, word = sys.argv[1:]
     torch.set_num_threads(1)
     loops: dict[str, Callable[[str, str], Iterator[None]]] = {
-        "peer": peer_loop,
+        "peer": lambda size, folder: peer_loop(make_unet(size), BATCH, folder),
         "bare": bare_loop,
         "update": lambda size, precision: bare_loop(size, precision, clip_and_average=True),
     }
