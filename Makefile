@@ -12,8 +12,10 @@ ARGS       ?=
 THREADS    ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 LAUNCH     ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
               --num_cpu_threads_per_process $(THREADS)
-# Comma-separated parts of `make bench`; empty: all.
+# Comma-separated parts of `make bench` and `make gpu-check`; empty: all.
 ONLY       ?=
+# `make gpu-check` without a network: a folder of wheels, for the packages that PYTHON lacks (tests/benchmarks/README.md).
+WHEELS     ?=
 # Test processes.
 WORKERS    ?= 2
 
@@ -24,8 +26,10 @@ PYTEST    := $(RUN) pytest -q -n $(WORKERS)
 JOINED    := $(wildcard tests/test_scheduling_ddpm_notes.py tests/test_pipeline_ddpm_notes.py)
 INSTALLED := $(VENV)/.installed
 OLDEST    := .venv-oldest
+# The wheels are unpacked beside PYTHON's own packages: if PYTHON is that of an environment, a new one would not see them.
+UNPACKED  := $(CURDIR)/outputs/gpu-check/packages
 
-.PHONY: help setup train demo test test-all test-oldest bench lint clean
+.PHONY: help setup train demo test test-all test-oldest bench gpu-check lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -63,6 +67,10 @@ test-oldest:  ## run the quick tests with the oldest versions that setup.cfg all
 
 bench: $(INSTALLED)  ## measure speed beside the peers: about 25 minutes (ONLY=step,terms ARGS="--clock cpu")
 	$(VENV)/bin/python tests/benchmarks/run.py --only "$(ONLY)" $(ARGS)
+
+gpu-check: $(if $(WHEELS),,$(INSTALLED))  ## show what only a GPU can: at most 8 minutes (no network: WHEELS=FOLDER)
+	$(if $(WHEELS),$(PYTHON) -m pip install -qq --no-index --no-deps --upgrade --target $(UNPACKED) $(WHEELS)/*.whl)
+	$(if $(WHEELS),PYTHONPATH=$(UNPACKED)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON),$(VENV)/bin/python) tests/benchmarks/gpu_check.py --only "$(ONLY)" $(ARGS)
 
 lint: $(INSTALLED)  ## run ruff and mypy
 	$(RUN) ruff check .

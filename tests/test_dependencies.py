@@ -91,7 +91,7 @@ def test_the_walk_through_and_the_tests_import_what_the_extra_test_brings():
     everything = set().union(*DECLARED.values())
     tests = ROOT / "tests"
     modules = [*tests.rglob("*.py"), *(ROOT / "examples").glob("*.py")]
-    own = {path.stem for path in modules}
+    own = {name for path in modules for name in (path.stem, path.parent.name)}
     found = [(path, module, line) for path in modules for module, line in imports(path)]
     missing = [
         f"{path.name}:{line}: {module}"

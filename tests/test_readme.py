@@ -43,10 +43,12 @@ NOT_RUN = {
     "make test": "these tests",
     "make lint": "beside these tests in .ci/run",
     "make bench": "20 minutes of a quiet machine; nothing here is timed",
+    "make gpu-check": "a GPU; test_gpu_check.py runs its code on a CPU",
     "accelerate launch training/train.py --dataset_name huggan/": "a data set of the real Hub, on a GPU",
     "accelerate launch --multi_gpu": "four GPUs; test_train.py runs two processes",
     "git tag": "a release of its own",
     "python -m pip wheel": "test_wheel.py builds the wheel",
+    "python -m pip download": "a folder for a machine without a network",
 }
 
 

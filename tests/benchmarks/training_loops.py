@@ -33,8 +33,9 @@ def peer_loop(
     learning_rate: float = OPTIMIZER["lr"],
     warmup: int = 500,
     steps: int = 100_000,
+    mixed_precision: str = "no",
 ) -> Iterator[EMAModel]:
-    """The script's defaults: float32, plain AdamW, EMAModel, the loss read at every step.
+    """The script's defaults: plain AdamW, EMAModel, the loss read at every step.
 
     Args:
         unet: trained in place. folder: a saved data set with a column "image".
@@ -43,7 +44,8 @@ def peer_loop(
     Yields:
         the average of the weights, after each step.
     """
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     ema = EMAModel(
         unet.parameters(),
         decay=0.9999,
@@ -76,8 +78,8 @@ def peer_loop(
         unet.train()
         bar = tqdm(total=len(loader))
         for batch in loader:
-            clean = batch["input"].to(torch.float32)
-            noise = torch.randn(clean.shape, dtype=torch.float32, device=clean.device)
+            clean = batch["input"].to(dtype)
+            noise = torch.randn(clean.shape, dtype=dtype, device=clean.device)
             t = torch.randint(0, 1000, (clean.shape[0],), device=clean.device).long()
             noisy = scheduler.add_noise(clean, noise, t)
             with accelerator.accumulate(unet):

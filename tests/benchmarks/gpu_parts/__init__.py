@@ -1,0 +1,1 @@
+"""The parts of gpu_check.py, each a module with a function `measure(setting)` that gives rows."""
