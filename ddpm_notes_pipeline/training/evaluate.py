@@ -19,6 +19,7 @@ from ..evaluation.pixel_batches import batches
 from ..evaluation.records import Evaluation
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line, yardstick_text
 from ..evaluation.samples import SampleTable
+from ..evaluation.sampling import with_progress_bar
 from ..evaluation.tables import results_table
 from ..evaluation.validation import Row, decoder_of, decoder_type_of, measure_bits_per_dim, save_evaluation
 from ..evaluation.yardsticks import MOST_TRAINING_PIXELS, Yardsticks, image_yardsticks
@@ -230,7 +231,8 @@ class EvaluationRun:
         evaluation, pipeline = self.evaluation, self.pipeline
         n, labelled = min(MAP_IMAGES, len(self.images)), pipeline.num_classes is not None
         pipeline.scheduler = DDPMNotesScheduler.from_config(self.own.config, original_sample_mse=self.mse, eta=None)
-        result = pipeline.bits_per_dim(
+        # batches do not say how many images they are
+        result = with_progress_bar(pipeline, desc="map", total=n).bits_per_dim(
             batches(self.images, 0, n, labelled=labelled),
             evaluations_per_image=MAP_PRECISION * evaluation.evaluations_per_image,
             full=evaluation.full,
