@@ -227,13 +227,13 @@ class EvaluationRun:
             return None
 
     def save_map(self, folder: Path) -> None:
-        """Write the picture of where the first images' bits are, with the model's own settings."""
+        """Write the picture of where some images' bits are, with the model's own settings."""
         evaluation, pipeline = self.evaluation, self.pipeline
-        n, labelled = min(MAP_IMAGES, len(self.images)), pipeline.num_classes is not None
+        some, labelled = self.images.at_most(MAP_IMAGES), pipeline.num_classes is not None  # evenly spaced
         pipeline.scheduler = DDPMNotesScheduler.from_config(self.own.config, original_sample_mse=self.mse, eta=None)
         # batches do not say how many images they are
-        result = with_progress_bar(pipeline, desc="map", total=n).bits_per_dim(
-            batches(self.images, 0, n, labelled=labelled),
+        result = with_progress_bar(pipeline, desc="map", total=len(some)).bits_per_dim(
+            batches(some, labelled=labelled),
             evaluations_per_image=MAP_PRECISION * evaluation.evaluations_per_image,
             full=evaluation.full,
             batch_size=evaluation.batch_size,
@@ -241,7 +241,7 @@ class EvaluationRun:
             return_map=True,
         )
         log_snr = self.own.chain.pair(torch.arange(len(self.own)), -1).snr_t.log().numpy()
-        save_bit_map(folder / Evaluation.MAP, self.images.take(range(n)).numpy(), result, log_snr)
+        save_bit_map(folder / Evaluation.MAP, some.take(range(len(some))).numpy(), result, log_snr)
 
     def write(self) -> None:
         """Write results, and the card of a local model; print the other tables and where all is."""
