@@ -38,7 +38,7 @@ def own(stock, tmp_path_factory):
     images = load_images("digits", split="test", max_samples=IMAGES, cache_dir=cache, show_progress=False)
     pipeline = DDPMNotesPipeline.from_pretrained(stock)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.bits_per_dim(images.take(range(IMAGES)), evaluations_per_image=16)
+    return pipeline.bits_per_dim(images.take(range(IMAGES)))
 
 
 @pytest.mark.slow

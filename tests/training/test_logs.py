@@ -43,7 +43,7 @@ def test_the_last_bits_per_dim_are_those_of_the_saved_model(validated, tmp_path)
     images = load_images(
         "digits", split="test", label_column="label", max_samples=21, cache_dir=tmp_path, show_progress=False
     )
-    truth = pipeline.bits_per_dim(images.take(range(21)), class_labels=images.labels, evaluations_per_image=16)
+    truth = pipeline.bits_per_dim(images.take(range(21)), class_labels=images.labels)
     row = found[-1]
     assert row["images"] == 21
     for name in ("prior", "diffusion", "decoder", "standard_error"):

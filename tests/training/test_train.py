@@ -215,7 +215,7 @@ def test_a_held_out_share_is_measured_and_never_trained_on(train, tmp_path):
     assert run["images"] == 1366 and run["fingerprint"] != measured["fingerprint"]
     assert "72 images of digits, split held_out" in (tmp_path / "run" / "README.md").read_text()
     again = ["--config", tmp_path / "run" / "training_config.yaml", "--model", tmp_path / "run"]
-    again += ["--split", "held_out", "--evaluations_per_image", 16, "--results_dir", tmp_path / "results"]
+    again += ["--split", "held_out", "--results_dir", tmp_path / "results"]
     train(*again, script=TRAIN.with_name("evaluate.py"))
     found = json.loads((tmp_path / "results" / "evaluation.json").read_text())
     assert found["fingerprint"] == measured["fingerprint"]
