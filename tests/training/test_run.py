@@ -40,6 +40,8 @@ def make(tmp_path) -> Callable[..., TrainingRun]:
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """What the first run imports late, so that no test is timed with it."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import sklearn.datasets  # noqa: F401
 
 
