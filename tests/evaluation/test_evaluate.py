@@ -307,10 +307,11 @@ def test_two_processes_find_the_same_numbers(one):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
     mine, theirs = results(one[0])["results"], results(folder)["results"]
     # the same images, each once; every process finds the ranges on the same pilot images
-    assert (
-        sum(b["network_evaluations"] - a["network_evaluations"] for a, b in zip(mine, theirs, strict=True))
-        == 2 * 16 * 5
-    )
+    for a, b in zip(mine, theirs, strict=True):
+        pilot = a["network_evaluations"] - 21 * min(6, a["num_inference_steps"])
+        assert pilot % 16 == 0 and pilot <= 16 * 48
+        assert b["network_evaluations"] == a["network_evaluations"] + pilot
+    assert sum(row["network_evaluations"] > 21 * 6 for row in mine) == 2  # the paths that are not summed in full
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(train, tmp_path):
