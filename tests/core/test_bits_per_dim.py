@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from scipy.stats import norm
 
+from ddpm_notes_pipeline.core.likelihood import pilot_probabilities
 from ddpm_notes_pipeline.oracles import CoinDenoiser
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
@@ -119,6 +120,19 @@ def test_few_evaluations_estimate_the_same_number_as_all_of_them():
     error = math.hypot(full.std() / math.sqrt(len(full)), cheap.std() / math.sqrt(len(cheap)))
     assert abs(full.mean() - cheap.mean()) < 3.5 * error
     assert error < 0.03 * full.mean()
+
+
+def test_terms_are_drawn_by_their_spread_not_by_their_mean():
+    """Ten steps of mean 5, one of which varies by 100: it and its neighbours get most draws."""
+    nats = torch.full((16, 10), 5.0, dtype=torch.float64)
+    nats[::2, 7] += 100
+    nats[1::2, 7] -= 100
+    p = pilot_probabilities(torch.arange(10), nats, torch.full((10,), 0.1, dtype=torch.float64))
+    of_mean, of_spread = 5 / 4, math.hypot(100, 5 / 4)  # what 16 images leave open of a mean of 5
+    weights = np.full(10, of_mean)
+    weights[[6, 8]] = (3 * of_mean + of_spread) / 4
+    weights[7] = (of_mean + of_spread) / 2
+    np.testing.assert_allclose(p, 0.9 * weights / weights.sum() + 0.01, rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------- against the equations
