@@ -349,7 +349,10 @@ def test_a_sample_of_the_model_can_be_measured_with_its_label(apps, visit):
     sample = pictures(page, "#seen", 1)
     assert close(sample, app.made([4], num_inference_steps=T, class_labels=[5]))
     press(page, "Measure bits/dim")
-    result = app.pipe.bits_per_dim(sample.astype(np.uint8)[..., None], class_labels=5)
+    evaluations = int(page.get_by_label("number input for Network evaluations").input_value())
+    result = app.pipe.bits_per_dim(
+        sample.astype(np.uint8)[..., None], class_labels=5, evaluations_per_image=evaluations
+    )
     expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} bits/dim")
 
 

@@ -82,7 +82,7 @@ def test_every_recipe_is_tested():
 def test_a_recipe_trains_on_images_like_those_it_names(train, tmp_path, name):
     if MAKE[name] is not None:
         MAKE[name](tmp_path, np.random.default_rng(0))
-    result = train("--config", CONFIGS / f"{name}.yaml", *SMALL, cwd=tmp_path)
+    result = train("--config", CONFIGS / f"{name}.yaml", *SMALL, cwd=tmp_path, timeout=400)
     channels, side = SIZES[name]
     of_files = " of 11 files" if name == "folder" else ""
     assert f"{TRAINED_ON[name]} images{of_files} of {channels}x{side}x{side} from " in result.stdout
