@@ -76,6 +76,21 @@ def test_anything_that_says_stop_ends_measuring_and_sampling(pipeline, images):
     assert torch.equal(whole, sample(Accelerator(), pipeline, 5, 3, num_inference_steps=6))
 
 
+def test_the_ranges_are_found_on_images_from_all_over_the_set(pipeline):
+    """Many sets are sorted by class: their first images are all alike."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = load_images("digits", split="test", show_progress=False)
+    light = images.take(range(len(images))).flatten(1).sum(1)
+    dark, bright = light[:180].argsort()[:16].sort().values, 180 + light[180:].argsort()[-48:].sort().values
+    images = images.part(torch.cat([dark, bright]).numpy(), "the dark ones first")
+    settings = {"evaluations_per_image": 4}
+    measured = measure_bits_per_dim(Accelerator(), pipeline, images, **settings)
+    x = images.take(range(64))
+    expected = pipeline.bits_per_dim(x, pilot_images=x[::4], **settings)
+    assert torch.equal(measured.per_image, expected.per_image)
+    assert not torch.equal(measured.per_image, pipeline.bits_per_dim(x, **settings).per_image)
+
+
 LEVELS = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.01}, "guess_blur": {0: 0.01}}
 
 
