@@ -60,10 +60,11 @@ test-all: $(INSTALLED)  ## run all tests, slow ones included
 	$(if $(JOINED),DDPM_NOTES_JOINED=1 $(PYTEST) $(JOINED))
 
 # PyPI has the oldest torch with CUDA only: 2.5 GB to download, 5 GB on disk. It runs on CPUs too.
+# Not the joined file again: it is the same code.
 test-oldest:  ## run the quick tests with the oldest versions that setup.cfg allows, in .venv-oldest
 	@mkdir -p $(OLDEST)
 	@$(PYTHON) tests/support/oldest.py > $(OLDEST)/constraints.txt
-	$(MAKE) test VENV=$(OLDEST) VENV_FLAGS= PIP_FLAGS="-c $(OLDEST)/constraints.txt"
+	$(MAKE) test JOINED= VENV=$(OLDEST) VENV_FLAGS= PIP_FLAGS="-c $(OLDEST)/constraints.txt"
 
 bench: $(INSTALLED)  ## measure speed beside the peers: about 25 minutes (ONLY=step,terms ARGS="--clock cpu")
 	$(VENV)/bin/python tests/benchmarks/run.py --only "$(ONLY)" $(ARGS)
