@@ -50,10 +50,10 @@ class Table:
         if self.chosen is None:
             yield from rows
             return
-        new = {int(label): i for i, label in enumerate(self.chosen)}
+        column, new = str(self.label_column), {int(label): i for i, label in enumerate(self.chosen)}
         for row in rows:
-            if row[self.label_column] in new:
-                yield row | {self.label_column: new[row[self.label_column]]}
+            if row[column] in new:
+                yield row | {column: new[row[column]]}
 
 
 def open_table(source: ImageSource, streaming: bool = False) -> Table:
@@ -194,10 +194,8 @@ def _first_rows(table: Table, split: str, count: int | None) -> Table:
             f"split {split!r} is needed whole, which --streaming cannot do: it reads the first max_samples rows of a split. Leave out --streaming, or limit the split (--max_images and --max_validation_images limit theirs)"
         )
     stream, names = table.encoded, table.class_names
-    rows = [
-        {name: read_remote(value) for name, value in row.items()}
-        for row in itertools.islice(table.kept(stream), count)
-    ]
+    taken = itertools.islice(table.kept(stream), count)
+    rows = [{name: read_remote(value) for name, value in row.items()} for row in taken]
     if not rows:
         of_classes = "" if table.chosen is None else f" of the classes {', '.join(names or ())}"
         raise ValueError(f"the stream has 0 rows{of_classes} in split {split!r}")

@@ -39,7 +39,7 @@ def palette_with_transparency(random: np.random.Generator) -> PIL.Image.Image:
 
 
 def transparent_files(path: Path) -> dict[str, np.ndarray]:
-    """Files of every mode that a folder of tiles has; what RGBA images must hold of each, (4, 8, 8)."""
+    """Files of the modes of a folder of tiles; what RGBA images must hold of each, (4, 8, 8)."""
     random = np.random.default_rng(0)
     pixels = {mode: random.integers(1, 256, (8, 8, n), dtype=np.uint8) for mode, n in (("RGBA", 4), ("LA", 2))}
     for some in pixels.values():
