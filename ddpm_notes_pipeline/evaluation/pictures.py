@@ -16,7 +16,8 @@ from ..core.likelihood import BitsPerDimOutput
 from ..data import to_uint8
 
 LIGHT, DARK, SQUARES = 204, 153, 8  # of the checkerboard below transparent pixels; squares along a side
-LONGEST_NAME, TALLEST = 20, 10  # of a class, in letters; of a grid of samples, in inches
+LONGEST_NAME = 20  # of a class, in letters
+DPI, TALLEST = 110, 10  # pixels an inch; of a grid of samples, in inches
 
 if importlib.util.find_spec("matplotlib") is None:  # fails before anything is trained
     raise ImportError('matplotlib is missing: pip install "ddpm_notes_pipeline[train]"')
@@ -31,7 +32,7 @@ def _figure(
 
     figure = Figure(layout="constrained", **options)
     yield figure.subplots(rows, columns, sharex=rows > 1, squeeze=False, width_ratios=widths)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
 def on_checkerboard(images: np.ndarray) -> np.ndarray:
@@ -104,7 +105,8 @@ def save_samples(
         known = dict(enumerate(class_names or ()))
         names = [known.get(label, str(label)) for label in classes]
     width, height = grids[0].size
-    inches = min(5, TALLEST * width / height)  # a grid's width
+    broad = 1.5 * width / DPI if names else 0  # long rows would lose pixels in five inches
+    inches = min(max(5, broad), TALLEST * width / height)  # a grid's width
     with _figure(path, 1, 2, figsize=(max(6, 2 * inches), inches * height / width + 0.4)) as axes:
         for axis, name, grid in zip(axes[0], ("real images", title), grids, strict=True):
             axis.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # of RGB the map is ignored
