@@ -73,7 +73,7 @@ def open_table(source: ImageSource, streaming: bool = False) -> Table:
     chosen = labels_of_classes(source, _class_names(rows.features, source.label_column))
     table = Table(rows, image_column, source.label_column, folder, chosen)
     if streaming and isinstance(rows, datasets.Dataset):
-        return replace(table, rows=_as_stream(table))
+        return replace(table, rows=_as_stream(table, source))
     return table
 
 
@@ -92,9 +92,7 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
         raise ValueError(f"{source} has {num_files} image files in split {split!r}, and {found} were found")
     # The fingerprint of all rows, for which `datasets` has no public name.
     fingerprint = table.rows._fingerprint  # noqa: SLF001
-    kept = _rows_of_classes(table)
-    if not len(kept):
-        raise ValueError(f"{source} has 0 images of the classes {', '.join(source.classes or ())} in split {split!r}")
+    kept = _rows_of_classes(table, source)
     chosen = kept[evenly_spaced(len(kept), max_samples)]
     if len(chosen) < len(table.rows):
         table = replace(table, rows=table.rows.select(chosen, keep_in_memory=True))
@@ -206,18 +204,22 @@ def _first_rows(table: Table, split: str, count: int | None) -> Table:
     return replace(table, rows=first.cast_column(table.image_column, datasets.Image()), chosen=None)
 
 
-def _as_stream(table: Table) -> datasets.IterableDataset:
+def _as_stream(table: Table, source: ImageSource) -> datasets.IterableDataset:
     """The rows of a table as a stream, those of the chosen classes, so that no shard has none."""
     rows, shards = table.rows, STREAM_SHARDS if table.folder else len(table.rows.cache_files)
     if table.chosen is not None:
-        rows = rows.select(_rows_of_classes(table), keep_in_memory=True)
+        rows = rows.select(_rows_of_classes(table, source), keep_in_memory=True)
     return rows.to_iterable_dataset(num_shards=max(1, min(len(rows), shards)))
 
 
-def _rows_of_classes(table: Table) -> np.ndarray:
-    """The rows of the chosen classes, int64 (n,): all if none are chosen."""
+def _rows_of_classes(table: Table, source: ImageSource) -> np.ndarray:
+    """The rows of the chosen classes, int64 (n,), at least one; all rows if none are chosen."""
     labels = None if table.chosen is None else _labels(table)
-    return np.arange(len(table.rows)) if labels is None else np.flatnonzero(labels >= 0)
+    kept = np.arange(len(table.rows)) if labels is None else np.flatnonzero(labels >= 0)
+    if not len(kept):
+        names = ", ".join(source.classes or ())
+        raise ValueError(f"{source} has 0 images of the classes {names} in split {source.split!r}")
+    return kept
 
 
 def _class_names(features: dict[str, Any], label_column: str | None) -> list[str] | None:

@@ -205,3 +205,6 @@ def test_mistakes_in_classes_of_a_stream(tmp_path):
     only_mon = write_parquet(tmp_path / "mon", table().select([2, 6]).flatten_indices())
     with pytest.raises(ValueError, match="the stream has 0 rows of the classes item in split"):
         stream_of(arguments | {"dataset_name": str(only_mon)}, tmp_path, classes=["item"])
+    folder = write_images(tmp_path / "f", ["train/mon/0.png", "test/item/1.png"])
+    with pytest.raises(ValueError, match="has 0 images of the classes item in split 'train'"):
+        stream_of({"train_data_dir": folder, "label_column": "label"}, tmp_path, classes=["item"])
