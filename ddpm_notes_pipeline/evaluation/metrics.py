@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from ..data import ImageSet
 from .distances import NEIGHBORS, SUBSETS, frechet_distance, kernel_distance, precision_recall
-from .features import OFFLINE_NETWORK, FeatureNetwork, feature_file, load_feature_network
+from .features import CHANNELS, OFFLINE_NETWORK, FeatureNetwork, feature_file, load_feature_network
 from .pixel_batches import agreed_shape
 from .reading import ImageReader, SetStatistics, with_float64
 from .records import MetricProtocol, SampleMetrics
@@ -71,8 +71,9 @@ def measure_samples(
     if isinstance(network, str):
         network = load_feature_network(network)
         network.to(accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu")
-    if network is not None and shape is not None and shape[0] not in (1, 3):
-        raise ValueError(f"images have {shape[0]} channels; {network.name} takes 1 or 3 (network=None: pixels alone)")
+    if network is not None and shape is not None and shape[0] not in CHANNELS:
+        takes = f"{network.name} takes 1, 3 or 4 (network=None: pixels alone)"
+        raise ValueError(f"images have {shape[0]} channels; {takes}")
 
     reader = ImageReader(batch_size, accelerator, show_progress, shape)
     ours = reader.read("real", real, network, None if network is None else feature_file(real, network, cache_dir))
@@ -87,9 +88,11 @@ def measure_samples(
     protocol: dict[str, Any] = {}
     if network is not None:
         protocol |= {"network": network.name, "weights": network.weights}
-        protocol |= {"num_features": network.num_features, "preprocessing": network.preprocessing}
+        preprocessing = network.preprocessing_of(ours.mean.shape[0])
+        protocol |= {"num_features": network.num_features, "preprocessing": preprocessing}
     if isinstance(real, ImageSet):
         protocol |= {"real": real.name, "split": real.split, "fingerprint": real.fingerprint}
+        protocol |= {"classes": real.source.classes}
     if train is not None:
         nearest, counts = _nearest_training_images(reader, train, theirs, held_out)
         figures |= nearest

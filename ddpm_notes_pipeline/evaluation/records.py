@@ -7,13 +7,18 @@ unknown keys are ignored, and missing ones take their default.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 Key = tuple[str, str, int]  # what makes the samples, path, number of steps
 Estimate = tuple[float, float]  # value, standard error
+
+
+def of_classes(classes: Sequence[str] | None) -> str:
+    """Which classes images are of, as words after their name; empty for all."""
+    return "" if classes is None else f", classes {', '.join(classes)}"
 
 
 class Record:
@@ -102,6 +107,7 @@ class MetricProtocol(Record):
         image_shape: (C, H, W) of both, before the network's resizing.
         real, split, fingerprint: name, split and pixel digest of the real images, if they are an
             `ImageSet`.
+        classes: of the real images, if some were chosen.
         num_train, num_nearest, num_held_out_nearest: training images, and the generated and
             held-out images (at most 1000, evenly spaced) whose nearest training image was found.
         source: what the caller knows of the files: JPEG or PNG, how they were resized.
@@ -119,6 +125,7 @@ class MetricProtocol(Record):
     real: str | None = None
     split: str | None = None
     fingerprint: str | None = None
+    classes: Sequence[str] | None = None
     num_train: int | None = None
     num_nearest: int | None = None
     num_held_out_nearest: int | None = None
@@ -262,6 +269,7 @@ class Evaluation(JSONFile):
     Attributes:
         data, split, images, dims, fingerprint: the images that bits/dim were measured on: name,
             split, number, dims of each, digest of their pixels.
+        classes: of these images, if some were chosen.
         weights: digest of the measured weights, by which the card knows that the figures belong to
             its model; None if unknown.
         seed: of the noise.
@@ -278,6 +286,7 @@ class Evaluation(JSONFile):
     images: int
     dims: int
     fingerprint: str | None = None
+    classes: Sequence[str] | None = None
     seed: int = 0
     evaluations_per_image: int | str = "all"
     weights: str | None = None
@@ -311,14 +320,15 @@ class Evaluation(JSONFile):
         }
         decoder = next(words for kind, words in decoders.items() if kind in {row.decoder_type for row in self.results})
         return (
-            f"{self.images} images of {self.data}, split {self.split}, {self.dims} dims each, "
+            f"{self.images} images of {self.data}{of_classes(self.classes)}, split {self.split}, {self.dims} dims each, "
             f"{terms}, noise seed {self.seed}{decoder}"
         )
 
     def as_dict(self) -> dict[str, Any]:
         values = super().as_dict()
         values |= {name: [row.as_dict() for row in getattr(self, name)] for name in ("results", "metrics")}
-        return {name: value for name, value in values.items() if name not in ("metrics", "yardsticks") or value}
+        optional = ("classes", "metrics", "yardsticks")
+        return {name: value for name, value in values.items() if name not in optional or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -334,6 +344,9 @@ class TrainingRecord(JSONFile):
     Attributes:
         data, split, images, images_skipped, dims, fingerprint, data_license: the training images;
             `images` is None for a stream, dims is [C, H, W].
+        hidden_colours: how many of the images of the data set had colours where their alpha is 0,
+            which are 0 in training.
+        classes: of the training images, if some were chosen: the names of labels 0, 1, ...
         hub_dataset, base_model: Hub ids, where the data and the initial weights come from there.
         objective, loss, loss_steps: mean loss over that many last steps; None if none was finite.
         steps, train_batch_size, seed, weights: optimizer steps, images of a step, which weights
@@ -347,6 +360,8 @@ class TrainingRecord(JSONFile):
     split: str
     images: int | None
     images_skipped: int = 0
+    hidden_colours: int = 0
+    classes: Sequence[str] | None = None
     dims: list[int] | None = None
     fingerprint: str
     data_license: str | None = None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from .records import BoundRecord, Evaluation, SampleMetrics, SampleRecord
+from .records import BoundRecord, Evaluation, SampleMetrics, SampleRecord, of_classes
 from .yardsticks import verdict
 
 
@@ -121,7 +121,7 @@ def sample_caption(records: Sequence[SampleRecord]) -> str:
     """What the table of samples shows, and how it was measured."""
     protocol = records[-1].metrics.protocol
     return (
-        f"Distances from {protocol.num_real} images of {protocol.real}, split {protocol.split}, over "
+        f"Distances from {protocol.num_real} images of {protocol.real}{of_classes(protocol.classes)}, split {protocol.split}, over "
         f"{protocol.num_features} features of {protocol.network} (no Inception: no FID); {protocol.preprocessing}. "
         "Perfect samples would get the row of held-out images. Kernel distances compare at any n, Frechet distances only "
         "at equal n. The errors of each pixel's mean and variance, and the median distance to the nearest training image, "

@@ -151,6 +151,7 @@ def save_evaluation(
         images=len(images),
         dims=dims,
         fingerprint=images.fingerprint,
+        classes=images.source.classes,
         seed=seed,
         evaluations_per_image=evaluations_per_image or "all",
         weights=weights,

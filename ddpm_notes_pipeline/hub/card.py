@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord
+from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord, of_classes
 from ..evaluation.reports import bound_table, sample_caption, sample_table, yardstick_text
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
@@ -34,6 +34,7 @@ MEASURED = (Evaluation.PICTURE, Evaluation.MAP)  # pictures of an evaluation
 PICTURES = ("samples.png", "trajectory.gif", *MEASURED, "loss.png")
 HEADLINE_STEPS = (10, 50)
 TASK = "unconditional-image-generation"
+TEXTS = (bound_table, of_classes, sample_caption, sample_table, yardstick_text)  # functions of the template
 _SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 
 
@@ -145,7 +146,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
     classes, side, images = pipeline.num_classes or 0, unet.sample_size, facts.run and facts.run.images
     context = template.new_context(
         {
-            **{function.__name__: function for function in (bound_table, sample_caption, sample_table, yardstick_text)},
+            **{function.__name__: function for function in TEXTS},
             **vars(facts),
             "name": facts.name,
             "repo": json.dumps(facts.repo_id, ensure_ascii=False),

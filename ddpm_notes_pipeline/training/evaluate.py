@@ -44,7 +44,7 @@ SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {}),
 }
 # Settings that, with the images, decide which of them --validation_share holds out.
-DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name")
+DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name", "classes")
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:

@@ -233,7 +233,10 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, str]:
     if image.size != (width, height):
         done.append(f"cropped and resized from {image.width} x {image.height}")
         image = PIL.ImageOps.fit(image, (width, height), PIL.Image.Resampling.BILINEAR)
-    return np.array(image).reshape(height, width, model.channels), ", ".join(done) or "as it is"
+    pixels = np.array(image).reshape(height, width, model.channels)
+    if mode == "RGBA":
+        pixels[pixels[..., 3] == 0] = 0  # as in training: nobody sees these colours
+    return pixels, ", ".join(done) or "as it is"
 
 
 def decode(path: str) -> PIL.Image.Image:

@@ -359,6 +359,12 @@ def held_out_run(folder, of_the_run, *flags):
         ({"validation_share": None}, [], "--validation_share is 0.1 and was None in training"),
         ({}, ["--seed", 0], "--seed is 0 and was 3 in training"),
         ({"max_train_samples": 500}, [], "--max_train_samples is None and was 500 in training"),
+        ({"classes": ["3", "7"]}, [], "--classes is None and was ['3', '7'] in training"),
+        (
+            {"classes": ["3", "7"]},
+            "--label_column label --classes 7 3".split(),
+            "--classes is ['7', '3'] and was ['3', '7'] in training",
+        ),
         (
             {"seed": 1, "train_split": "test"},
             [],
@@ -372,9 +378,27 @@ def test_images_that_were_trained_on_are_not_measured_as_held_out(tmp_path, of_t
         held_out_run(tmp_path, OF_THE_RUN | of_the_run, *flags)
 
 
-@pytest.mark.parametrize("of_the_run", [{}, {"dataset_name": "me/faces", "seed": 1}, {"dataset_name": "./mine"}])
+@pytest.mark.parametrize(
+    "of_the_run", [{}, {"dataset_name": "me/faces", "seed": 1}, {"dataset_name": "./mine"}, {"classes": None}]
+)
 def test_images_held_out_by_the_same_settings_or_of_another_data_set_are_measured(tmp_path, of_the_run):
     assert len(held_out_run(tmp_path, OF_THE_RUN | of_the_run).images) == 144  # a tenth of 1438
+
+
+def test_held_out_images_of_chosen_classes_are_those_of_the_run(tmp_path):
+    flags = "--label_column label --classes 7 3".split()
+    run = held_out_run(tmp_path, OF_THE_RUN | {"classes": ["7", "3"]}, *flags)
+    whole = load_images("digits", label_column="label", show_progress=False)
+    members = np.flatnonzero(np.isin(whole.labels, [7, 3]))
+    chosen = load_images("digits", label_column="label", classes=["7", "3"], show_progress=False)
+    _, held_out = hold_out(chosen, 0.1, seed=3)
+    assert len(run.images) == len(held_out) == round(0.1 * len(members))
+    assert run.images.fingerprint == held_out.fingerprint
+    expected = [{7: 0, 3: 1}[int(label)] for label in whole.labels[members[held_out.index]]]
+    assert run.images.labels.tolist() == expected
+    assert torch.equal(run.images.take(range(9)), whole.take(members[held_out.index[:9]]))
+    trained_on = run.read("train")
+    assert len(trained_on) + len(held_out) == len(members) and not set(trained_on.index) & set(held_out.index)
 
 
 def test_max_images_takes_the_images_that_its_help_says(capsys):

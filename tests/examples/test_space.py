@@ -23,6 +23,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import UNet2DModel
 from playwright.sync_api import expect, sync_playwright
 from sklearn.datasets import load_digits
 
@@ -467,6 +468,46 @@ def test_a_file_is_read_or_refused_with_a_reason(app_module, tmp_path, kind):
         return
     image, done = app_module.read_image(str(tmp_path / name), model)
     assert answer in done and image.shape == (8, 8, 1) and image.dtype == np.uint8 and image.std() > 0
+
+
+def test_uploads_for_a_model_of_rgba_images(app_module, tmp_path):
+    random = np.random.default_rng(0)
+    pixels = random.integers(1, 256, (8, 8, 4), dtype=np.uint8)
+    pixels[2:5, :, 3] = 0
+    model = SimpleNamespace(height=8, width=8, channels=4)
+
+    def read(image):
+        (tmp_path / "image.png").write_bytes(png(image))
+        return app_module.read_image(str(tmp_path / "image.png"), model)
+
+    image, done = read(PIL.Image.fromarray(pixels))
+    assert done == "as it is"
+    np.testing.assert_array_equal(image, np.where(pixels[..., 3:] > 0, pixels, 0))
+    image, done = read(PIL.Image.fromarray(pixels[..., :3]))
+    assert done == "made RGBA"
+    np.testing.assert_array_equal(image, np.dstack([pixels[..., :3], np.full((8, 8), 255)]))
+
+
+def test_a_model_of_rgba_images_is_sampled_shown_and_measured(app_module, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(8, in_channels=4, out_channels=4, block_out_channels=(16, 16), norm_num_groups=8, **blocks)
+    pipe = DDPMNotesPipeline(unet, DDPMNotesScheduler(T))
+    pipe.save_pretrained(tmp_path)
+    model = app_module.Model(str(tmp_path))
+    assert model.channels == 4
+    *_, (steps, images) = model.trajectory([3], 5)
+    (made,) = pipe(num_inference_steps=5, generator=[torch.Generator().manual_seed(3)]).images
+    assert steps == 5 and made.mode == "RGBA"
+    assert np.abs(images[0].astype(int) - np.asarray(made)).max() <= 1
+    html = app_module.picture(images, "an image")
+    shown = PIL.Image.open(io.BytesIO(base64.b64decode(html.partition("base64,")[2].partition('"')[0])))
+    scale = shown.width // 8
+    assert shown.mode == "RGBA"
+    np.testing.assert_array_equal(np.asarray(shown)[::scale, ::scale], images[0])
+    text, _ = app_module.Demo(model).measure(images[0], 0, 10)
+    expected = pipe.bits_per_dim(images, seed=0, evaluations_per_image=10, batch_size=8).total
+    assert text.startswith(f"### {expected:.3f} bits/dim") and f"{8 * 256} bits uncompressed" in text
 
 
 def test_closing_a_trajectory_ends_the_sampling(app_module):

@@ -113,6 +113,20 @@ def test_nothing_is_left_to_fill_in(shelf, kind):
     assert all(compile(code, "card", "exec") for code in snippets(card))
 
 
+def test_a_card_says_which_classes_were_chosen_and_which_colours_became_zero(tmp_path):
+    run = {**RUN, "classes": ["mon", "item", "dngn"], "hidden_colours": 428}
+    evaluation = {**EVALUATION, "classes": ["mon", "item", "dngn"]}
+    card = write_card(make_folder(tmp_path / "tiles", "labelled", run=run, evaluation=evaluation), "ada/tiles")
+    data = "1438 images of digits, classes mon, item, dngn, split train, fingerprint `9dd2c141`"
+    hidden = "colours of fully transparent pixels (alpha 0) were set to 0, in 428 images of the data set"
+    assert f"| data | {data}; {hidden} |\n" in card
+    assert "It takes class labels 0 to 2 (mon, item, dngn)." in card
+    assert "359 images of digits, classes mon, item, dngn, split test, 64 dims each" in card
+    plain = write_card(make_folder(tmp_path / "plain"), "ada/digits")
+    assert "| data | 1438 images of digits, split train, fingerprint `9dd2c141` |\n" in plain
+    assert "classes" not in plain and "transparent" not in plain
+
+
 def test_a_card_of_weights_alone_says_only_what_is_known(tmp_path):
     card = write_card(make_folder(tmp_path / "bare", run=None, evaluation=None, pictures=()), "ada/digits")
     assert "Nothing has been measured" in card
