@@ -13,6 +13,7 @@ from ..data import ImageSet
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from .features import load_feature_network
 from .metrics import FEWEST_IMAGES, measure_samples
+from .pieces import Piece, Pieces, image_settings, scheduler_settings
 from .records import SampleMetrics, SampleRecord
 from .reports import sample_text
 from .sampling import Stop, sample, with_progress_bar
@@ -34,6 +35,7 @@ class SampleTable:
         sets: if more than one, figures are means over the sets, and the standard error of the
             kernel distance is over them too.
         cache_dir: see `measure_samples`.
+        pieces: where finished sets, and the parts of the set in hand, are kept.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SampleTable:
         seed: int = 0,
         sets: int = 1,
         cache_dir: str | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         if images < FEWEST_IMAGES:
             raise ValueError(f"--metric_images is {images}; must be at least {FEWEST_IMAGES}")
@@ -59,9 +62,18 @@ class SampleTable:
         compared_with: dict[str, Any] = {"real": real, "train": real, "held_out": held_out}
         settings: dict[str, Any] = {"network": features, "cache_dir": cache_dir, "accelerator": accelerator}
         self.measure = partial(measure_samples, **compared_with, **settings, show_progress=False)
+        self.pieces = pieces or Pieces(accelerator)
+        # what figures of samples depend on besides the samples
+        self.compared_with = {"network": features.weights, "preprocessing": features.preprocessing} | {
+            name: images and image_settings(images, labelled=True) for name, images in compared_with.items()
+        }
         self.rows: list[SampleRecord] = []
         if held_out is not None:
-            self.rows.append(SampleRecord(f"held-out {held_out.split}", self.measure(generated=held_out)))
+            piece = self.pieces.get(
+                {"of": "held-out images", **self.compared_with},
+                lambda: Piece(self.measure(generated=held_out).as_dict()),
+            )
+            self.rows.append(SampleRecord(f"held-out {held_out.split}", SampleMetrics.from_dict(piece.values)))
 
     def add(
         self, pipeline: DDPMNotesPipeline, row: dict[str, Any], stops: Stop | None = None, **settings: Any
@@ -87,13 +99,50 @@ class SampleTable:
         pipeline = with_progress_bar(pipeline, desc=f"sample {what}", unit="step", leave=False, disable=hidden)
         results = []
         for seed in range(first, end, n):
-            images = sample(self.accelerator, pipeline, n, self.batch_size, seed, labels, stops, **settings)
-            if images is None:
+            result = self._measure_set(pipeline, seed, labels, sampling, stops, settings)
+            if result is None:
                 return None
-            results.append(self.measure(generated=images, sampling=sampling))
+            results.append(result)
         each = [result.kernel_distance for result in results] if self.sets > 1 else None
         self.rows.append(SampleRecord("samples", mean_of(results), **row, kernel_distances=each))
         return self.rows[-1].metrics
+
+    def _measure_set(
+        self,
+        pipeline: DDPMNotesPipeline,
+        seed: int,
+        labels: torch.Tensor | None,
+        sampling: dict[str, Any],
+        stops: Stop | None,
+        settings: dict[str, Any],
+    ) -> SampleMetrics | None:
+        """Metrics of one set, whose image i comes from seed + i; None if it was stopped."""
+        n, at_once = self.images, self.batch_size * self.accelerator.num_processes
+        decided_by = {"samples of": settings, **scheduler_settings(pipeline)}
+        decided_by |= {"labels": None if labels is None else labels.tolist()}
+        parts = [decided_by | {"seeds": [seed + i, seed + min(i + at_once, n)]} for i in range(0, n, at_once)]
+
+        def sample_part(i: int) -> Piece | None:
+            number, mine = min(at_once, n - i), None if labels is None else labels[i : i + at_once]
+            images = sample(self.accelerator, pipeline, number, self.batch_size, seed + i, mine, stops, **settings)
+            return None if images is None else Piece(tensors={"images": images})
+
+        def measure() -> Piece | None:
+            images = []
+            for part, i in zip(parts, range(0, n, at_once)):
+                found = self.pieces.get(part, partial(sample_part, i))
+                if found is None:
+                    return None
+                images.append(found.tensors["images"])
+            return Piece(self.measure(generated=torch.cat(images), sampling=sampling).as_dict())
+
+        whole = decided_by | {"seeds": [seed, seed + n], "sampling": sampling, "compared with": self.compared_with}
+        piece = self.pieces.get(whole, measure)
+        if piece is None:
+            return None
+        for part in parts:
+            self.pieces.drop(part)
+        return SampleMetrics.from_dict(piece.values)
 
     def as_list(self, last: bool = False) -> list[SampleRecord]:
         """The rows; with `last`, of those of samples only the newest."""
