@@ -104,6 +104,7 @@ class MetricProtocol(Record):
             `ImageSet`.
         num_train, num_nearest, num_held_out_nearest: training images, and the generated and
             held-out images (at most 1000, evenly spaced) whose nearest training image was found.
+        classifier: what reads the classes of images, and was fitted to how many.
         source: what the caller knows of the files: JPEG or PNG, how they were resized.
         sampling: how the samples were made: steps, variance, seeds.
         notes: warnings that were given.
@@ -122,6 +123,7 @@ class MetricProtocol(Record):
     num_train: int | None = None
     num_nearest: int | None = None
     num_held_out_nearest: int | None = None
+    classifier: str | None = None
     source: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -154,6 +156,9 @@ class SampleMetrics(Record):
         nearest_train_distance: median over samples of the root mean square distance to the nearest
             training image, scale 0..1.
         held_out_nearest_train_distance: the same for held-out images.
+        class_accuracy: share of samples that a classifier of the real images reads as the class
+            that they were asked for (class_reader.py); None without classes.
+        held_out_class_accuracy: the same for held-out images.
     """
 
     protocol: MetricProtocol
@@ -166,6 +171,8 @@ class SampleMetrics(Record):
     pixel_variance_error: float | None = figure("var err")
     nearest_train_distance: float | None = figure("nearest")
     held_out_nearest_train_distance: float | None = figure()
+    class_accuracy: float | None = figure("class acc", ".3f", over_features=True)
+    held_out_class_accuracy: float | None = figure(over_features=True)
 
     def figures(self) -> dict[str, float]:
         """The measured figures by name, without the protocol."""

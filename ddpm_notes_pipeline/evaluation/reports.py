@@ -117,24 +117,35 @@ SAMPLE_COLUMNS = [
 ]
 
 
+def sample_columns(records: Sequence[SampleRecord]) -> list[Column]:
+    """Those with something in them: not every model has classes."""
+    return [column for column in SAMPLE_COLUMNS if any(column.cell(record) for record in records)]
+
+
 def sample_caption(records: Sequence[SampleRecord]) -> str:
     """What the table of samples shows, and how it was measured."""
     protocol = records[-1].metrics.protocol
+    classes = (
+        f" Class acc is the share of images that a {protocol.classifier} reads as the class that they were asked for "
+        "(the idea of GAN-test, arXiv 1807.09499)."
+    )
     return (
         f"Distances from {protocol.num_real} images of {protocol.real}, split {protocol.split}, over "
         f"{protocol.num_features} features of {protocol.network} (no Inception: no FID); {protocol.preprocessing}. "
         "Perfect samples would get the row of held-out images. Kernel distances compare at any n, Frechet distances only "
         "at equal n. The errors of each pixel's mean and variance, and the median distance to the nearest training image, "
         "are root mean squares over pixels in [0, 1]: samples much nearer than held-out images are copies."
+        f"{classes if protocol.classifier else ''}"
     )
 
 
 def sample_text(records: Sequence[SampleRecord]) -> str:
     """Caption and table for a terminal."""
-    lines = (text_line(SAMPLE_COLUMNS, record) for record in records)
-    return "\n".join([textwrap.fill(sample_caption(records), 120), text_header(SAMPLE_COLUMNS), *lines])
+    columns = sample_columns(records)
+    lines = (text_line(columns, record) for record in records)
+    return "\n".join([textwrap.fill(sample_caption(records), 120), text_header(columns), *lines])
 
 
 def sample_table(records: Sequence[SampleRecord]) -> str:
     """The samples as a Markdown table."""
-    return markdown(SAMPLE_COLUMNS, records)
+    return markdown(sample_columns(records), records)

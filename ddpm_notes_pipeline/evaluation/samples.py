@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from ..data import ImageSet
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
+from .class_reader import ClassReader
 from .features import load_feature_network
 from .metrics import FEWEST_IMAGES, measure_samples
 from .pieces import Piece, Pieces, image_settings, scheduler_settings
@@ -36,6 +37,8 @@ class SampleTable:
             kernel distance is over them too.
         cache_dir: see `measure_samples`.
         pieces: where finished sets, and the parts of the set in hand, are kept.
+        classes: whether the model has classes: that images show theirs is then measured, too, if
+            `real` has labels.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class SampleTable:
         sets: int = 1,
         cache_dir: str | None = None,
         pieces: Pieces | None = None,
+        classes: bool = False,
     ) -> None:
         if images < FEWEST_IMAGES:
             raise ValueError(f"--metric_images is {images}; must be at least {FEWEST_IMAGES}")
@@ -61,6 +65,7 @@ class SampleTable:
             features = load_feature_network(network).to(accelerator.device)
         compared_with: dict[str, Any] = {"real": real, "train": real, "held_out": held_out}
         settings: dict[str, Any] = {"network": features, "cache_dir": cache_dir, "accelerator": accelerator}
+        settings["class_reader"] = ClassReader()
         self.measure = partial(measure_samples, **compared_with, **settings, show_progress=False)
         self.pieces = pieces or Pieces(accelerator)
         # what figures of samples depend on besides the samples
@@ -69,9 +74,10 @@ class SampleTable:
         }
         self.rows: list[SampleRecord] = []
         if held_out is not None:
+            labels = held_out.labels if classes else None
             piece = self.pieces.get(
                 {"of": "held-out images", **self.compared_with},
-                lambda: Piece(self.measure(generated=held_out).as_dict()),
+                lambda: Piece(self.measure(generated=held_out, class_labels=labels).as_dict()),
             )
             self.rows.append(SampleRecord(f"held-out {held_out.split}", SampleMetrics.from_dict(piece.values)))
 
@@ -134,7 +140,8 @@ class SampleTable:
                 if found is None:
                     return None
                 images.append(found.tensors["images"])
-            return Piece(self.measure(generated=torch.cat(images), sampling=sampling).as_dict())
+            metrics = self.measure(generated=torch.cat(images), sampling=sampling, class_labels=labels)
+            return Piece(replace(metrics, held_out_class_accuracy=self.held_out_class_accuracy).as_dict())
 
         whole = decided_by | {"seeds": [seed, seed + n], "sampling": sampling, "compared with": self.compared_with}
         piece = self.pieces.get(whole, measure)
@@ -143,6 +150,11 @@ class SampleTable:
         for part in parts:
             self.pieces.drop(part)
         return SampleMetrics.from_dict(piece.values)
+
+    @property
+    def held_out_class_accuracy(self) -> float | None:
+        """Of the first row, if it is of held-out images with classes."""
+        return None if not self.rows or self.rows[0].is_sampled else self.rows[0].metrics.class_accuracy
 
     def as_list(self, last: bool = False) -> list[SampleRecord]:
         """The rows; with `last`, of those of samples only the newest."""

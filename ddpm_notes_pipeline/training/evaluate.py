@@ -169,7 +169,9 @@ class EvaluationRun:
         network, n, size = evaluation.metric_network, evaluation.metric_images, evaluation.batch_size
         seed, sets = evaluation.noise_seed, evaluation.metric_sets
         settings = (network, n, size, seed, sets, self.data.cache_dir, self.pieces)
-        return SampleTable(self.accelerator, real, self.images, *settings)
+        return SampleTable(
+            self.accelerator, real, self.images, *settings, classes=self.pipeline.num_classes is not None
+        )
 
     def choose_levels(self) -> None:
         """Fit the levels on --variance_split, or drop them, as --decoder asks.
