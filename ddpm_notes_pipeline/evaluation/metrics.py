@@ -158,7 +158,7 @@ def _nearest_training_images(
     probes = [generated.probes]
     if held_out is not None:
         probes.append(reader.read("held_out", held_out).probes)
-    count, distances = reader.nearest(train, torch.cat(probes))
+    count, distances, _ = reader.nearest(train, torch.cat(probes))
     of_each = dict(zip(("", "held_out_"), distances.split([len(part) for part in probes])))
     figures = {f"{kind}nearest_train_distance": float(values.median()) for kind, values in of_each.items()}
     return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}

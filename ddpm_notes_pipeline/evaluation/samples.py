@@ -4,6 +4,7 @@ import math
 import statistics
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from .class_reader import ClassReader
 from .features import load_feature_network
 from .metrics import FEWEST_IMAGES, measure_samples
+from .pictures import save_nearest
 from .pieces import Piece, Pieces, image_settings, scheduler_settings
-from .records import SampleMetrics, SampleRecord
+from .reading import nearest_training_images
+from .records import Key, SampleMetrics, SampleRecord
 from .reports import sample_text
 from .sampling import Stop, sample, with_progress_bar
+
+EXAMPLES = 8  # images of a set that are shown
 
 
 class SampleTable:
@@ -72,7 +77,8 @@ class SampleTable:
         self.compared_with = {"network": features.weights, "preprocessing": features.preprocessing} | {
             name: images and image_settings(images, labelled=True) for name, images in compared_with.items()
         }
-        self.rows: list[SampleRecord] = []
+        self.held_out, self.rows = held_out, list[SampleRecord]()
+        self.examples: dict[Key, torch.Tensor] = {}  # some images of each row of samples
         if held_out is not None:
             labels = held_out.labels if classes else None
             piece = self.pieces.get(
@@ -103,14 +109,16 @@ class SampleTable:
         what = " ".join(map(str, row.values()))
         hidden = not self.accelerator.is_main_process
         pipeline = with_progress_bar(pipeline, desc=f"sample {what}", unit="step", leave=False, disable=hidden)
-        results = []
+        found = []
         for seed in range(first, end, n):
-            result = self._measure_set(pipeline, seed, labels, sampling, stops, settings)
-            if result is None:
+            piece = self._measure_set(pipeline, seed, labels, sampling, stops, settings)
+            if piece is None:
                 return None
-            results.append(result)
+            found.append(piece)
+        results = [SampleMetrics.from_dict(piece.values) for piece in found]
         each = [result.kernel_distance for result in results] if self.sets > 1 else None
         self.rows.append(SampleRecord("samples", mean_of(results), **row, kernel_distances=each))
+        self.examples[self.rows[-1].key] = found[0].tensors["examples"]
         return self.rows[-1].metrics
 
     def _measure_set(
@@ -121,8 +129,8 @@ class SampleTable:
         sampling: dict[str, Any],
         stops: Stop | None,
         settings: dict[str, Any],
-    ) -> SampleMetrics | None:
-        """Metrics of one set, whose image i comes from seed + i; None if it was stopped."""
+    ) -> Piece | None:
+        """Metrics and examples of a set, whose image i comes from seed + i; None if stopped."""
         n, at_once = self.images, self.batch_size * self.accelerator.num_processes
         decided_by = {"samples of": settings, **scheduler_settings(pipeline)}
         decided_by |= {"labels": None if labels is None else labels.tolist()}
@@ -140,16 +148,29 @@ class SampleTable:
                 if found is None:
                     return None
                 images.append(found.tensors["images"])
-            metrics = self.measure(generated=torch.cat(images), sampling=sampling, class_labels=labels)
-            return Piece(replace(metrics, held_out_class_accuracy=self.held_out_class_accuracy).as_dict())
+            whole_set = torch.cat(images)
+            metrics = self.measure(generated=whole_set, sampling=sampling, class_labels=labels)
+            metrics = replace(metrics, held_out_class_accuracy=self.held_out_class_accuracy)
+            examples = whole_set[[i * n // EXAMPLES for i in range(EXAMPLES)]]
+            return Piece(metrics.as_dict(), {"examples": examples})
 
         whole = decided_by | {"seeds": [seed, seed + n], "sampling": sampling, "compared with": self.compared_with}
         piece = self.pieces.get(whole, measure)
-        if piece is None:
-            return None
-        for part in parts:
-            self.pieces.drop(part)
-        return SampleMetrics.from_dict(piece.values)
+        if piece is not None:
+            for part in parts:
+                self.pieces.drop(part)
+        return piece
+
+    def save_nearest(self, path: Path, row: SampleRecord) -> None:
+        """Draw some samples of a row, and held-out images, above their nearest training images."""
+        sets = {f"Samples of {row.name}, {row.num_inference_steps} {row.path} steps": self.examples[row.key]}
+        if self.held_out is not None:
+            few = self.held_out.at_most(EXAMPLES)
+            sets[f"Held-out images, split {few.split}"] = few.take(range(len(few)))
+        nearest, distances = nearest_training_images(torch.cat(list(sets.values())), self.real)
+        sizes = [len(images) for images in sets.values()]
+        found = zip(sets.items(), nearest.split(sizes), distances.split(sizes))
+        save_nearest(path, {name: (a.numpy(), b.numpy(), d.numpy()) for (name, a), b, d in found})
 
     @property
     def held_out_class_accuracy(self) -> float | None:

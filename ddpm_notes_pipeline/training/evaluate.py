@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import hf_hub_download
 
 from ..data import HELD_OUT, MODES, ImageSet, hold_out
+from ..evaluation.findings import fewest_steps, kernel_distances
 from ..evaluation.level_reports import compare_with_fit, fit_image_levels, fit_text
 from ..evaluation.pictures import save_bit_map
 from ..evaluation.pieces import (
@@ -25,7 +26,7 @@ from ..evaluation.pieces import (
     scheduler_settings,
 )
 from ..evaluation.pixel_batches import batches
-from ..evaluation.records import Evaluation
+from ..evaluation.records import Evaluation, FewestSteps
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line, yardstick_text
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import with_progress_bar
@@ -231,12 +232,15 @@ class EvaluationRun:
 
     def variances_and_paths(self) -> Iterator[tuple[str, str, list[int]]]:
         """Variance, kind of path and its timesteps, for each row of the table."""
-        own, T = self.own, len(self.own)
+        T = len(self.own)
         for variance in self.evaluation.variance_types or []:
             for steps in self.evaluation.num_inference_steps or []:
                 for kind in self.evaluation.paths or [] if steps < T else ["even"]:
-                    best = kind == "best"
-                    yield variance, kind, best_timesteps(own, steps, self.mse) if best else even_timesteps(own, steps)
+                    yield variance, kind, self.timesteps(kind, steps)
+
+    def timesteps(self, kind: str, steps: int) -> list[int]:
+        """Of a path of that kind, "even" or "best"."""
+        return best_timesteps(self.own, steps, self.mse) if kind == "best" else even_timesteps(self.own, steps)
 
     def measure_row(self, variance: str, kind: str, path: list[int]) -> Row:
         """bits/dim with the pipeline's scheduler on a path."""
@@ -267,6 +271,35 @@ class EvaluationRun:
             for steps in evaluation.metric_steps or []:
                 row = {"sampler": name, "path": "trailing", "num_inference_steps": steps}
                 samples.add(self.pipeline, row, num_inference_steps=steps)
+
+    def fewest_steps(self, samples: SampleTable) -> FewestSteps | None:
+        """How the row of samples is made that has the fewest steps at equal quality."""
+        T, kernels = len(self.own), kernel_distances(samples.rows)
+        key = fewest_steps(kernels, T)
+        if key is None:
+            return None
+        name, path, steps = key
+        _, kind, settings = next(
+            (known for known in SAMPLERS.values() if known[0] == name),
+            (name, DDPMNotesScheduler, {"variance_type": name}),
+        )
+        ours = kind is DDPMNotesScheduler
+        needs = {"levels": ours and self.own.levels is not None, "original_sample_mse": name == "optimal"}
+        (distance, error), (reference, reference_error) = kernels[key], kernels["fixed_large", "even", T]
+        return FewestSteps(
+            name=name,
+            path=path,
+            num_inference_steps=steps,
+            scheduler=kind.__name__,
+            scheduler_settings=settings | ({"timestep_spacing": path} if path == "trailing" else {}),
+            timesteps=None if path == "trailing" else self.timesteps(path, steps),
+            needs=[name for name, needed in needs.items() if needed],
+            kernel_distance=distance,
+            standard_error=error,
+            reference_steps=T,
+            reference_kernel_distance=reference,
+            reference_standard_error=reference_error,
+        )
 
     def yardsticks(self) -> Yardsticks | None:
         """Of the measured images, with histograms of the training images. Not collective.
@@ -307,10 +340,13 @@ class EvaluationRun:
         weights = weights_digest(local) if local else None
         each = None if evaluation.full else evaluation.evaluations_per_image
         metrics = samples.as_list() if samples else None
-        settings = (weights, evaluation.noise_seed, each, metrics, self.yardsticks())
+        fewest = self.fewest_steps(samples) if samples else None
+        settings = (weights, evaluation.noise_seed, each, metrics, self.yardsticks(), fewest)
         record = save_evaluation(folder, self.images, self.rows, *settings)
         self.save_map(folder)
-        names = [name for name in (record.FILE, record.PICTURE, record.MAP) if (folder / name).exists()]
+        if samples is not None and record.nearest_samples is not None:
+            samples.save_nearest(folder / record.NEAREST, record.nearest_samples)
+        names = [name for name in (record.FILE, record.PICTURE, record.MAP, record.NEAREST) if (folder / name).exists()]
         print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
         print("\n".join([*([] if evaluation.table else [yardstick_text(record)]), *self.notes]))
         if samples is not None:
@@ -323,6 +359,11 @@ class EvaluationRun:
         print(f"Written: {', '.join(f'{folder}/{name}' for name in names)}")
         if local and folder.samefile(local):
             write_card(folder)
+            lacks = fewest.missing(DDPMNotesScheduler.from_pretrained(folder / "scheduler")) if fewest else []
+            if lacks:
+                print(
+                    f"Its code does not use the fewest steps: the scheduler lacks {', '.join(lacks)} (--save_variances)"
+                )
             print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
 
 

@@ -12,8 +12,8 @@ from ddpm_notes_pipeline.evaluation import class_reader
 from ddpm_notes_pipeline.evaluation.class_reader import ClassReader
 from ddpm_notes_pipeline.evaluation.features import load_feature_network
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
-from tests.evaluation.test_evaluate import evaluate_here, results, save_network
-from tests.support.launching import TINY, once
+from tests.evaluation.test_evaluate import EVALUATE, results, save_network
+from tests.support.launching import ROOT, TINY, once
 
 pytestmark = pytest.mark.filterwarnings("ignore:frechet_distance of")  # few images are enough here
 
@@ -127,6 +127,7 @@ def test_a_model_with_classes_has_it_in_all_its_files(train, sets):
     assert "| class acc |" in card and "GAN-test" in card and f"| {row['held_out_class_accuracy']:.3f} |" in card
     flags = ["--metrics", "--metric_images", 20, "--metric_network", folder.with_name(f"{folder.name}-small-vit")]
     flags += ["--num_inference_steps", 2, "--max_images", 21]
-    evaluate_here(folder, *flags, "--label_column", "label")
+    flags += ["--config", ROOT / "training" / "configs" / "digits.yaml", "--label_column", "label"]
+    train("--model", folder, *flags, script=EVALUATE)
     held_out, samples = results(folder)["metrics"]
     assert samples[f"held_out_class_accuracy ({network})"] == held_out[f"class_accuracy ({network})"] > 0.2
