@@ -132,6 +132,10 @@ class MetricProtocol(Record):
     neighbors: int = 3
     kernel_subsets: int = 10
 
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return {name: value for name, value in values.items() if (name, value) != ("classifier", None)}
+
 
 def figure(head: str | None = None, form: str = ".4f", over_features: bool = False) -> Any:
     """A field of `SampleMetrics`: None where it was not measured.
