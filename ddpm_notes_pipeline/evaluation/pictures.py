@@ -178,11 +178,10 @@ def save_nearest(path: Path, sets: dict[str, tuple[np.ndarray, np.ndarray, np.nd
             picture = image_grid(np.concatenate([images, nearest]), columns=len(images))
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.set_title(f"{name}, and their nearest training images", fontsize=10)
-            places = (np.arange(len(images)) + 0.5) * picture.width / len(images)
-            axis.set_xticks(places, [f"{distance:.3f}" for distance in distances])
-            axis.tick_params(length=0, labelbottom=True)
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
+            axis.axis("off")
+            for i, distance in enumerate(distances):  # no ticks: they would be shared by all axes
+                place = (i + 0.5) * picture.width / len(images)
+                axis.text(place, 1.02 * picture.height, f"{distance:.3f}", ha="center", va="top")
 
 
 def _draw_maps(axis: Any, images: np.ndarray, maps: np.ndarray) -> None:

@@ -63,16 +63,21 @@ class Pieces:
         self.found = self.measured = 0
         self.used: set[Path] = set()
 
-    def get(self, settings: Settings, measure: Callable[[], Measured]) -> Measured:
+    def get(self, settings: Settings, measure: Callable[[], Measured], part: range | None = None) -> Measured:
         """The piece with these settings, found or measured. Collective: every rank must call it.
 
         Args:
             settings: what decides it, beside `of_all`.
             measure: collective; None if it was stopped, which is not kept.
+            part: the images that it has, if it is a part of what these settings are of.
         """
         if self.folder is None:
             return measure()
-        path = self.folder / f"{self.prefix}-{digest(settings)}.safetensors"
+        name = f"{self.prefix}-{digest(settings)}"
+        if part is not None:
+            name = f"{name}-{part.start}-{part.stop}"
+            settings = {**settings, "part": [part.start, part.stop]}
+        path = self.folder / f"{name}.safetensors"
         known = [self._read(path, settings) if self.accelerator.is_main_process else None]
         found: Piece | None = broadcast_object_list(known)[0]
         self.used.add(path)
@@ -85,10 +90,11 @@ class Pieces:
             self._write(path, settings, measured)
         return measured
 
-    def drop(self, settings: Settings) -> None:
-        """Remove a piece that another one has taken the place of."""
+    def drop_parts(self, settings: Settings) -> None:
+        """Remove all parts of what these settings are of: another piece has taken their place."""
         if self.folder is not None and self.accelerator.is_main_process:
-            (self.folder / f"{self.prefix}-{digest(settings)}.safetensors").unlink(missing_ok=True)
+            for path in self.folder.glob(f"{self.prefix}-{digest(settings)}-*"):
+                path.unlink()
 
     def clear(self) -> None:
         """Remove the pieces of this run, on the main process; those of other settings stay."""

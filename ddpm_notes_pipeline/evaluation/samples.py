@@ -132,33 +132,31 @@ class SampleTable:
     ) -> Piece | None:
         """Metrics and examples of a set, whose image i comes from seed + i; None if stopped."""
         n, at_once = self.images, self.batch_size * self.accelerator.num_processes
-        decided_by = {"samples of": settings, **scheduler_settings(pipeline)}
-        decided_by |= {"labels": None if labels is None else labels.tolist()}
-        parts = [decided_by | {"seeds": [seed + i, seed + min(i + at_once, n)]} for i in range(0, n, at_once)]
+        the_set = {"samples of": settings, **scheduler_settings(pipeline), "seeds": [seed, seed + n]}
+        the_set |= {"labels": None if labels is None else labels.tolist()}
 
-        def sample_part(i: int) -> Piece | None:
-            number, mine = min(at_once, n - i), None if labels is None else labels[i : i + at_once]
-            images = sample(self.accelerator, pipeline, number, self.batch_size, seed + i, mine, stops, **settings)
+        def sample_part(rows: range) -> Piece | None:
+            mine = None if labels is None else labels[rows.start : rows.stop]
+            at = (len(rows), self.batch_size, seed + rows.start, mine, stops)
+            images = sample(self.accelerator, pipeline, *at, **settings)
             return None if images is None else Piece(tensors={"images": images})
 
         def measure() -> Piece | None:
-            images = []
-            for part, i in zip(parts, range(0, n, at_once)):
-                found = self.pieces.get(part, partial(sample_part, i))
-                if found is None:
+            parts = []
+            for i in range(0, n, at_once):
+                rows = range(i, min(i + at_once, n))
+                part = self.pieces.get(the_set, partial(sample_part, rows), rows)
+                if part is None:
                     return None
-                images.append(found.tensors["images"])
-            whole_set = torch.cat(images)
-            metrics = self.measure(generated=whole_set, sampling=sampling, class_labels=labels)
+                parts.append(part.tensors["images"])
+            images = torch.cat(parts)
+            metrics = self.measure(generated=images, sampling=sampling, class_labels=labels)
             metrics = replace(metrics, held_out_class_accuracy=self.held_out_class_accuracy)
-            examples = whole_set[[i * n // EXAMPLES for i in range(EXAMPLES)]]
-            return Piece(metrics.as_dict(), {"examples": examples})
+            return Piece(metrics.as_dict(), {"examples": images[[i * n // EXAMPLES for i in range(EXAMPLES)]]})
 
-        whole = decided_by | {"seeds": [seed, seed + n], "sampling": sampling, "compared with": self.compared_with}
-        piece = self.pieces.get(whole, measure)
+        piece = self.pieces.get(the_set | {"sampling": sampling, "compared with": self.compared_with}, measure)
         if piece is not None:
-            for part in parts:
-                self.pieces.drop(part)
+            self.pieces.drop_parts(the_set)
         return piece
 
     def save_nearest(self, path: Path, row: SampleRecord) -> None:

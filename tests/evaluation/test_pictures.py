@@ -70,5 +70,7 @@ def test_images_are_drawn_above_their_nearest_ones_with_distances(tmp_path, shap
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert 700 < pixels.shape[1] < 1000 and 150 * sets < pixels.shape[0] < 400 * sets
     assert ((pixels > 55) & (pixels < 195)).all(-1).mean() > 0.3  # the images fill much of it
-    save_nearest(tmp_path / "other.png", {name: (a, b, d + 0.1) for name, (a, b, d) in drawn.items()})
-    assert (tmp_path / "other.png").read_bytes() != (tmp_path / "nearest.png").read_bytes()  # distances are below
+    for i in range(sets):  # below each set are its own distances
+        other = {**drawn, f"Set {i}": (images, nearest, np.arange(8) / 7 + 0.1)}
+        save_nearest(tmp_path / "other.png", other)
+        assert (tmp_path / "other.png").read_bytes() != (tmp_path / "nearest.png").read_bytes()
