@@ -7,8 +7,6 @@ three are part of the key under which features are cached.
 import contextlib
 import hashlib
 import importlib
-import os
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +15,10 @@ from typing import Any
 
 import datasets
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..data import ImageSet
+from .whole_file import read_whole, tensor_digest, write_whole
 
 OFFLINE_NETWORK = "efficientnet-lite0"
 CHANNELS = (1, 3, 4)  # of images: grey, RGB, RGBA
@@ -79,11 +76,7 @@ class FeatureNetwork(nn.Module):
 
     @cached_property
     def weights(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return tensor_digest(self.network.state_dict())
 
     def train(self, mode: bool = True) -> "FeatureNetwork":
         """Does nothing: the network stays in evaluation mode."""
@@ -235,20 +228,11 @@ class FeatureFile:
 
     def read(self) -> torch.Tensor | None:
         """None if there is no such file or it is not readable (truncated by a full disk)."""
-        try:
-            with safe_open(self.path, "pt") as file:
-                return file.get_tensor("features") if file.metadata() == self.metadata else None
-        except (OSError, SafetensorError):
-            return None
+        tensors, metadata = read_whole(self.path) or ({}, {})
+        return tensors.get("features") if metadata == self.metadata else None
 
     def write(self, features: torch.Tensor) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{uuid.uuid4().hex}.part")
-        try:
-            save_file({"features": features.contiguous()}, partial, self.metadata)
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(self.path, {"features": features}, self.metadata)
 
 
 def feature_file(images: Any, network: FeatureNetwork, cache_dir: Any) -> FeatureFile | None:

@@ -224,6 +224,23 @@ def save_bit_map(path: Path, images: np.ndarray, result: BitsPerDimOutput, log_s
         axes[0, 1].set_title(f"Where they are spent: {title} over {n} image{'s' if n > 1 else ''}", fontsize=10)
 
 
+def save_nearest(path: Path, sets: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """Images above their nearest training images, with the distance below.
+
+    Args:
+        sets: by name: images and their nearest ones, both (N, C, H, W) uint8, and distances (N,).
+    """
+    with _figure(path, len(sets), 1, figsize=(8, 2.6 * len(sets))) as axes:
+        for axis, (name, (images, nearest, distances)) in zip(axes[:, 0], sets.items(), strict=True):
+            picture = image_grid(np.concatenate([images, nearest]), columns=len(images))
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(f"{name}, and their nearest training images", fontsize=10)
+            axis.axis("off")
+            for i, distance in enumerate(distances):  # no ticks: they would be shared by all axes
+                place = (i + 0.5) * picture.width / len(images)
+                axis.text(place, 1.02 * picture.height, f"{distance:.3f}", ha="center", va="top")
+
+
 def _draw_maps(axis: Any, images: np.ndarray, maps: np.ndarray) -> None:
     """Rows of up to four images above their maps (N, H, W), in bits a pixel."""
     from matplotlib.cm import ScalarMappable

@@ -110,6 +110,7 @@ class MetricProtocol(Record):
         classes: of the real images, if some were chosen.
         num_train, num_nearest, num_held_out_nearest: training images, and the generated and
             held-out images (at most 1000, evenly spaced) whose nearest training image was found.
+        classifier: what reads the classes of images, and was fitted to how many.
         source: what the caller knows of the files: JPEG or PNG, how they were resized.
         sampling: how the samples were made: steps, variance, seeds.
         notes: warnings that were given.
@@ -129,6 +130,7 @@ class MetricProtocol(Record):
     num_train: int | None = None
     num_nearest: int | None = None
     num_held_out_nearest: int | None = None
+    classifier: str | None = None
     source: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -136,6 +138,10 @@ class MetricProtocol(Record):
     pixels: str = "pixel statistics: scale 0..1, root mean square over pixels"
     neighbors: int = 3
     kernel_subsets: int = 10
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return {name: value for name, value in values.items() if (name, value) != ("classifier", None)}
 
 
 def figure(head: str | None = None, form: str = ".4f", over_features: bool = False) -> Any:
@@ -161,6 +167,9 @@ class SampleMetrics(Record):
         nearest_train_distance: median over samples of the root mean square distance to the nearest
             training image, scale 0..1.
         held_out_nearest_train_distance: the same for held-out images.
+        class_accuracy: share of samples that a classifier of the real images reads as the class
+            that they were asked for (class_reader.py); None without classes.
+        held_out_class_accuracy: the same for held-out images.
     """
 
     protocol: MetricProtocol
@@ -173,6 +182,8 @@ class SampleMetrics(Record):
     pixel_variance_error: float | None = figure("var err")
     nearest_train_distance: float | None = figure("nearest")
     held_out_nearest_train_distance: float | None = figure()
+    class_accuracy: float | None = figure("class acc", ".3f", over_features=True)
+    held_out_class_accuracy: float | None = figure(over_features=True)
 
     def figures(self) -> dict[str, float]:
         """The measured figures by name, without the protocol."""
@@ -259,7 +270,44 @@ class SampleRecord(Record):
         return super().from_dict({**values, **more})
 
 
+@dataclass(frozen=True, kw_only=True)
+class FewestSteps(Record):
+    """How to sample with the fewest steps at equal quality: `fewest_steps` in evaluation.json.
+
+    Equal: a kernel distance at most two standard errors of the difference above that of all T steps
+    of fixed_large.
+
+    Attributes:
+        name, path, num_inference_steps: of the row of samples.
+        scheduler: name of its class, DDPMNotesScheduler or one of diffusers.
+        scheduler_settings: for its `from_config`, beside the model's own config.
+        timesteps: of the path, from T-1 down; None: those that the scheduler sets by itself.
+        needs: settings that the model's scheduler must have for it.
+        kernel_distance, standard_error: of its samples.
+        reference_steps, reference_kernel_distance, reference_standard_error: T, and of its samples.
+    """
+
+    name: str
+    path: str
+    num_inference_steps: int
+    scheduler: str
+    scheduler_settings: dict[str, Any]
+    timesteps: list[int] | None = None
+    needs: list[str] = field(default_factory=list)
+    kernel_distance: float
+    standard_error: float
+    reference_steps: int
+    reference_kernel_distance: float
+    reference_standard_error: float
+
+    def missing(self, scheduler: Any) -> list[str]:
+        """What a model's scheduler would need, and does not have."""
+        return [name for name in self.needs if getattr(scheduler, name, None) is None]
+
+
 # ------------------------------------------------------------ files
+
+OPTIONAL = ("classes", "metrics", "yardsticks", "fewest_steps")  # left out of evaluation.json where there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +326,7 @@ class Evaluation(JSONFile):
         metrics: of held-out images and of samples, each row with its own protocol.
         yardsticks: bits/dim of simple codes for the same images, by name (yardsticks.py); None
             where they were not measured.
+        fewest_steps: at equal quality; None if no row is, or all T steps were not sampled.
     """
 
     unit: str = "bits/dim"
@@ -293,15 +342,23 @@ class Evaluation(JSONFile):
     results: list[BoundRecord]
     metrics: list[SampleRecord] = field(default_factory=list)
     yardsticks: dict[str, float] | None = None
+    fewest_steps: FewestSteps | None = None
 
     FILE = "evaluation.json"
     PICTURE: ClassVar[str] = "bits_per_dim.png"  # beside it: where the bits are, timestep by timestep
     MAP: ClassVar[str] = "bits_map.png"  # pixel by pixel
+    NEAREST: ClassVar[str] = "nearest.png"  # training images that are nearest to samples
 
     @property
     def samples(self) -> list[SampleRecord]:
         """The rows of samples, without that of held-out images."""
         return [row for row in self.metrics if row.is_sampled]
+
+    @property
+    def nearest_samples(self) -> SampleRecord | None:
+        """The row of samples with the lowest kernel distance; None without any."""
+        measured = [row for row in self.samples if row.metrics.kernel_distance is not None]
+        return min(measured, key=lambda row: row.kernel, default=None)
 
     @property
     def best(self) -> BoundRecord:
@@ -327,14 +384,14 @@ class Evaluation(JSONFile):
     def as_dict(self) -> dict[str, Any]:
         values = super().as_dict()
         values |= {name: [row.as_dict() for row in getattr(self, name)] for name in ("results", "metrics")}
-        optional = ("classes", "metrics", "yardsticks")
-        return {name: value for name, value in values.items() if name not in optional or value}
+        return {name: value for name, value in values.items() if name not in OPTIONAL or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         results = [BoundRecord.from_dict(row) for row in values["results"]]
         metrics = [SampleRecord.from_dict(row) for row in values.get("metrics") or []]
-        return super().from_dict({**values, "results": results, "metrics": metrics})
+        fewest = FewestSteps.from_dict(values["fewest_steps"]) if values.get("fewest_steps") else None
+        return super().from_dict({**values, "results": results, "metrics": metrics, "fewest_steps": fewest})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
 
+from typing import Any
+
 import numpy as np
 
 from ..evaluation.level_reports import fit_image_levels
@@ -33,7 +35,8 @@ class Measurements:
         self.yardsticks: Yardsticks | None = None
         if run.metric_interval is not None:
             sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
-            self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
+            more: dict[str, Any] = {"cache_dir": cache_dir, "classes": images.stored.num_classes is not None}
+            self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, **more)
 
     def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:
         """bits/dim of the averaged weights."""

@@ -105,7 +105,8 @@ def test_a_table_a_file_and_a_picture(one):
         errors = {**row["standard_errors"], "total": row["standard_error"]}
         assert cells[3:7] == [f"{row[k]:.5f} ± {errors[k]:.5f}" for k in ("prior", "diffusion", "decoder", "total")]
         assert row["total"] == pytest.approx(row["prior"] + row["diffusion"] + row["decoder"], rel=1e-9)
-    assert (folder / "bits_per_dim.png").stat().st_size > 10_000
+    assert all((folder / name).stat().st_size > 10_000 for name in ("bits_per_dim.png", "nearest.png"))
+    assert "nearest.png" in done.stdout and not (folder / "unfinished").exists()
 
 
 def test_samples_of_each_row_are_measured_beside_held_out_images(one):

@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.evaluation.distances import frechet_distance, kernel_distance, precision_recall
+from ddpm_notes_pipeline.evaluation.distances import frechet_distance, kernel_distance, nearest_rows, precision_recall
 from ddpm_notes_pipeline.evaluation.features import FeatureNetwork, full_float32, load_feature_network
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
+from ddpm_notes_pipeline.evaluation.reading import nearest_training_images
 from ddpm_notes_pipeline.evaluation.records import SampleMetrics
 from tests.support.launching import launch
 
@@ -242,6 +243,26 @@ def test_copies_of_training_images_show_as_much_nearer_than_held_out_ones(train,
     result = measure_samples(copies, train, train=train, held_out=test_split, network=None)
     assert result.nearest_train_distance == pytest.approx(1 / 255 / 8, rel=1e-9)
     assert result.held_out_nearest_train_distance > 20 * result.nearest_train_distance
+
+
+@pytest.mark.parametrize("size", [7, 4000])
+def test_the_nearest_rows_are_those_of_a_direct_search(size):
+    points, rows = normal(5, 6, 0), normal(3000, 6, 1)
+    truth = (points[:, None].double() - rows.double()).square().sum(-1).min(1)
+    chunks = ((first, rows[first : first + size]) for first in range(0, len(rows), size))
+    squared, numbers = nearest_rows(points, chunks)
+    assert numbers.tolist() == truth.indices.tolist()
+    assert squared.numpy() == pytest.approx(truth.values.numpy(), abs=1e-9)
+
+
+def test_the_nearest_training_image_of_a_copy_is_what_was_copied(train):
+    copied = [3, 1200, 77]
+    nearest, distances = nearest_training_images(train.take(copied), train)
+    assert torch.equal(nearest, train.take(copied)) and distances.tolist() == [0, 0, 0]
+    dimmed = (train.take([5]).float() * 0.98).byte()
+    nearest, (distance,) = nearest_training_images(dimmed, train)
+    every = ((train.take(range(1438)).double() - dimmed.double()) / 255).square().flatten(1).mean(1).sqrt()
+    assert float(distance) == pytest.approx(float(every.min())) and torch.equal(nearest, train.take([5]))
 
 
 def test_probes_of_a_large_set_are_spread_evenly(train):

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from ddpm_notes_pipeline.data import to_uint8
-from ddpm_notes_pipeline.evaluation.pictures import Trajectory, image_grid, on_checkerboard, save_bit_map, save_samples
+from ddpm_notes_pipeline.evaluation.pictures import (
+    Trajectory,
+    image_grid,
+    on_checkerboard,
+    save_bit_map,
+    save_nearest,
+    save_samples,
+)
 from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
 
 
@@ -59,6 +66,23 @@ def test_a_map_of_bits_is_drawn_for_any_number_of_images_channels_and_steps(tmp_
     assert 900 < pixels.shape[1] < 1400 and 400 < pixels.shape[0] < 700
     for colour in ("1b1b3a", "8d99ae", "f4a261"):  # of each class of level
         assert (pixels == list(bytes.fromhex(colour))).all(-1).sum() > 500
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 24)])
+@pytest.mark.parametrize("sets", [1, 2])
+def test_images_are_drawn_above_their_nearest_ones_with_distances(tmp_path, shape, sets):
+    generator = np.random.default_rng(0)
+    images, nearest = (generator.integers(60, 190, (8, *shape), dtype=np.uint8) for _ in range(2))
+    drawn = {f"Set {i}": (images, nearest, np.arange(8) / 7) for i in range(sets)}
+    save_nearest(tmp_path / "nearest.png", drawn)
+    with PIL.Image.open(tmp_path / "nearest.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert 700 < pixels.shape[1] < 1000 and 150 * sets < pixels.shape[0] < 400 * sets
+    assert ((pixels > 55) & (pixels < 195)).all(-1).mean() > 0.3  # the images fill much of it
+    for i in range(sets):  # below each set are its own distances
+        other = {**drawn, f"Set {i}": (images, nearest, np.arange(8) / 7 + 0.1)}
+        save_nearest(tmp_path / "other.png", other)
+        assert (tmp_path / "other.png").read_bytes() != (tmp_path / "nearest.png").read_bytes()
 
 
 # ------------------------------------------------------------ transparency
