@@ -29,13 +29,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import gradio as gr
 import numpy as np
 import pandas as pd
 import PIL.Image
 import PIL.ImageOps
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import RepoCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -52,7 +52,8 @@ BARS = 16  # ranges of timesteps
 NOISES = 8  # draws of noise that an image is measured with: their spread is the error
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MODE_NAMES = {1: "grey", 3: "RGB", 4: "RGBA"}
-ETA, ROWS, IN_TURN, NO_LABEL = "eta (DDIM)", "a row of each", "each in turn", "no label"
+ETA, FEWEST = "eta (DDIM)", "fewest steps at equal quality"
+ROWS, IN_TURN, NO_LABEL = "a row of each", "each in turn", "no label"
 NO_IMAGE = "Upload an image, or take a sample."
 COLOURS = {"decoder": "#e07b39", "KL of the steps": "#3b78b5", "prior": "#7a7a7a"}
 HEAT = ("#000004", "#b73779", "#fcfdbf")  # no bits, half, most
@@ -102,6 +103,8 @@ class Model:
         channels, height, width: of its images.
         T: number of training timesteps.
         evaluation: what its evaluation.json says; may be empty.
+        fewest: how to sample with the fewest steps at equal quality, of the evaluation; None if
+            that is not known, or needs what the scheduler does not have.
         class_names: of a class-conditional model; else empty.
         seconds: per network evaluation for one image, on this machine.
         evaluations: network evaluations for one image in MAX_SECONDS.
@@ -110,7 +113,7 @@ class Model:
     """
 
     def __init__(self, model: str) -> None:
-        self.pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=model, trust_remote_code=True)
+        self.pipe = diffusers.DiffusionPipeline.from_pretrained(model, custom_pipeline=model, trust_remote_code=True)
         self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         config, scheduler = self.pipe.unet.config, self.pipe.scheduler
         size = config.sample_size
@@ -121,6 +124,9 @@ class Model:
         self.T = len(scheduler)
         self.name = short_name(model) if Path(model).is_dir() else f"[{model}](https://huggingface.co/{model})"
         self.evaluation = read_evaluation(model)
+        fewest = self.evaluation.get("fewest_steps")
+        lacking = [name for name in (fewest or {}).get("needs", []) if getattr(scheduler, name, None) is None]
+        self.fewest = None if lacking else fewest
         names = (self.pipe.unet.config.get("_ddpm_notes") or {}).get("class_names")
         self.class_names = list(map(str, names or range(self.pipe.num_classes or 0)))
         best = ["optimal"] if scheduler.original_sample_mse is not None else []
@@ -134,11 +140,23 @@ class Model:
         self.evaluations = int(max(10, MAX_SECONDS / self.seconds))
 
     def with_variance(self, variance: str | None) -> Any:
-        """The pipeline with a separate scheduler, so that concurrent runs do not interfere."""
-        settings = {} if variance is None else {"variance_type": variance}
-        pipe = type(self.pipe)(self.pipe.unet, self.pipe.scheduler.from_config(self.pipe.scheduler.config, **settings))
+        """The pipeline with a separate scheduler, so that concurrent runs do not interfere.
+
+        Args:
+            variance: of Algorithm 2; None: as published. FEWEST: the scheduler of `fewest`.
+        """
+        kind, settings = type(self.pipe.scheduler), {} if variance is None else {"variance_type": variance}
+        if variance == FEWEST:
+            settings = self.fewest["scheduler_settings"]
+            kind = getattr(diffusers, self.fewest["scheduler"], kind)  # ours is not in diffusers
+        pipe = type(self.pipe)(self.pipe.unet, kind.from_config(self.pipe.scheduler.config, **settings))
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def path(self, variance: str | None, steps: int) -> dict[str, Any]:
+        """The timesteps of a path, as a pipeline takes them."""
+        known = self.fewest.get("timesteps") if variance == FEWEST else None
+        return {"timesteps": known} if known and len(known) == steps else {"num_inference_steps": steps}
 
     def trajectory(
         self,
@@ -172,7 +190,7 @@ class Model:
             try:
                 self.with_variance(variance)(
                     batch_size=len(seeds),
-                    num_inference_steps=steps,
+                    **self.path(variance, steps),
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     eta=eta,
                     class_labels=labels,
@@ -285,7 +303,7 @@ def beside(image_bits: float, error: float, evaluation: dict[str, Any]) -> str:
     others = {name: (value, f"{value:.3f}") for name, value in (evaluation.get("yardsticks") or {}).items()}
     if results := evaluation.get("results"):
         best = min(results, key=lambda row: row["total"])
-        others["this model"] = best["total"], f"{best['total']:.3f} ± {best['standard_error']:.3f}"
+        others["held-out images, this model"] = best["total"], f"{best['total']:.3f} ± {best['standard_error']:.3f}"
     if not others:
         return ""
     own = "this image, this model"
@@ -297,8 +315,8 @@ def beside(image_bits: float, error: float, evaluation: dict[str, Any]) -> str:
         for name, (value, text) in sorted(bars.items(), key=lambda bar: bar[1][0])
     ]
     held_out = "{images} held-out images of {data}, split {split}".format(**evaluation)
-    caption = f"bits/dim. All other rows are means over {held_out}, which are not this image"
-    return f'<table class="beside"><caption>{html.escape(caption)}.</caption>{"".join(rows)}</table>'
+    caption = f"bits/dim. Every row but this image's is a mean over {held_out}."
+    return f"<table><caption>{html.escape(caption)}</caption>{''.join(rows)}</table>"
 
 
 def read_image(path: str, model: Model) -> tuple[np.ndarray, str]:
@@ -380,7 +398,7 @@ class Demo:
     """What the controls of the page do, for one model.
 
     Attributes:
-        steps, images: the defaults of the controls.
+        steps, images, default_variance: the defaults of the controls.
         samples, measured, comparison: what the tabs open with, made once in the background: a
             future each, of what `open_samples`, `open_measured` and `open_comparison` return.
     """
@@ -388,7 +406,9 @@ class Demo:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.steps_limit = min(model.T, model.evaluations)
-        self.steps = min(STEPS, self.steps_limit)
+        self.steps = min(model.fewest["num_inference_steps"] if model.fewest else STEPS, self.steps_limit)
+        self.variances = [*([FEWEST] if model.fewest else []), *model.variances, ETA]
+        self.default_variance = FEWEST if model.fewest else model.default_variance
         self.generate_labels = model.label_choices(ROWS)
         self.compare_labels = model.label_choices(IN_TURN)
         self.measure_labels = model.label_choices()
@@ -415,7 +435,7 @@ class Demo:
     def open_samples(self) -> tuple[np.ndarray, tuple[str, str]]:
         """Samples, their picture and the progress: those of a click with the controls' defaults."""
         label, started = first_value(self.generate_labels), time.monotonic()
-        *_, (done, frame) = self.trajectory(0, self.steps, self.images, label=label)
+        *_, (done, frame) = self.trajectory(0, self.steps, self.images, variance=self.default_variance, label=label)
         return frame, self.shown(frame, label, 0, self.images, done, self.steps, started)
 
     def open_measured(self) -> tuple[np.ndarray, str, tuple]:
@@ -478,8 +498,8 @@ class Demo:
         if label != ROWS:
             return picture(frame, "Images of the model"), progress
         rows, names = self.model.rows(label), self.model.class_names
-        some = f". The first {rows} of {len(names)} classes" if len(names) > rows else ""
-        return class_rows(frame, names[:rows]), progress + some
+        some = f", the first {rows} of {len(names)} classes" if len(names) > rows else ""
+        return class_rows(frame, names[:rows]), f"{progress}{some}"
 
     def compare(self, seed: Any, steps: Any, images: Any, label: str | None = None) -> Iterator[list]:
         """Yields three pictures and the progress."""
@@ -522,7 +542,7 @@ class Demo:
     def measure(
         self, image: np.ndarray | None, seed: Any, evaluations: int, label: str | None = None
     ) -> tuple[str, str, str, pd.DataFrame]:
-        """The image's bits/dim as Markdown, the yardsticks beside it, its map, the bars of the plot.
+        """The image's bits/dim as Markdown, the yardsticks beside them, its map, the plot's bars.
 
         It is measured as NOISES images, each with noise of its own: so the mean has an error.
         """
@@ -586,20 +606,28 @@ def build(models: list[str]) -> gr.Blocks:
             model_tabs(page, load(models[0]))
             return page
         menu = gr.Dropdown([(short_name(model), model) for model in models], value=models[0], label="Model")
-
-        @gr.render(inputs=menu)
-        def show(model: str) -> None:
-            try:
-                demo = load(model)
-            except (OSError, ValueError) as error:
-                gr.Markdown(f"⚠️ {cannot_load(model, error)}")
-            else:
-                model_tabs(page, demo)
-
+        for model in models:
+            show_if_chosen(page, menu, model)
     return page
 
 
+def show_if_chosen(page: gr.Blocks, menu: gr.Dropdown, model: str) -> None:
+    """A part of the page that is empty unless the menu says `model`."""
+
+    @gr.render(inputs=menu)
+    def show(chosen: str) -> None:
+        if chosen != model:
+            return
+        try:
+            demo = load(model)
+        except (OSError, ValueError) as error:
+            gr.Markdown(f"⚠️ {cannot_load(model, error)}")
+        else:
+            model_tabs(page, demo)
+
+
 def model_tabs(page: gr.Blocks, demo: Demo) -> None:
+    """The page of one model. Controls are said to be interactive: `gr.render` does not see it."""
     model, steps = demo.model, demo.steps
     classes = f" of {len(model.class_names)} classes" if model.class_names else ""
     transparent = " Transparency is shown over a checkerboard." if model.channels == 4 else ""
@@ -619,15 +647,15 @@ def model_tabs(page: gr.Blocks, demo: Demo) -> None:
 def sampling_controls(demo: Demo, steps: int, images: int, labels: list[tuple[str, str]]) -> list:
     """Seed, steps, images and, for class-conditional models, the label."""
     return [
-        gr.Number(0, label="Seed", precision=0, step=1),
-        gr.Slider(1, demo.steps_limit, steps, step=1, label="Steps"),
-        gr.Slider(1, MAX_IMAGES, images, step=1, label="Images"),
+        gr.Number(0, label="Seed", precision=0, step=1, interactive=True),
+        gr.Slider(1, demo.steps_limit, steps, step=1, label="Steps", interactive=True),
+        gr.Slider(1, MAX_IMAGES, images, step=1, label="Images", interactive=True),
         *label_menu(labels),
     ]
 
 
 def label_menu(choices: list[tuple[str, str]]) -> list[gr.components.Component]:
-    return [gr.Dropdown(choices, value=choices[0][1], label="Class label")] if choices else []
+    return [gr.Dropdown(choices, value=choices[0][1], label="Class label", interactive=True)] if choices else []
 
 
 def generate_tab(page: gr.Blocks, demo: Demo) -> None:
@@ -637,15 +665,18 @@ def generate_tab(page: gr.Blocks, demo: Demo) -> None:
     with gr.Column(scale=1, min_width=280):
         inputs = sampling_controls(demo, demo.steps, demo.images, demo.generate_labels)
         variance = gr.Dropdown(
-            [*demo.model.variances, ETA],
-            value=demo.model.default_variance,
+            demo.variances,
+            value=demo.default_variance,
             label="Variance of each step",
-            info="eta replaces it by DDIM's",
+            info="eta replaces it by DDIM's" + fewest_text(demo.model.fewest),
+            interactive=True,
         )
-        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info="0: no noise is added", visible=False)
+        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info="0: no noise is added", visible=False, interactive=True)
         inputs[3:3] = [variance, eta]
         if demo.model.pipe.null_label is not None:
-            inputs.append(gr.Slider(1, 5, 1, step=0.5, label="Guidance", info="1: off. Needs a label"))
+            inputs.append(
+                gr.Slider(1, 5, 1, step=0.5, label="Guidance", info="1: off. Needs a label", interactive=True)
+            )
         with gr.Row():
             start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
     variance.change(lambda name: gr.Slider(visible=name == ETA), variance, eta, show_progress="hidden", queue=False)
@@ -654,32 +685,40 @@ def generate_tab(page: gr.Blocks, demo: Demo) -> None:
     stop.click(None, cancels=running)
 
 
+def fewest_text(fewest: dict[str, Any] | None) -> str:
+    """What `FEWEST` stands for."""
+    if fewest is None:
+        return ""
+    return (
+        ". Fewest steps: {num_inference_steps} {path} steps of {name} are no worse than {reference_steps} of fixed_large, "
+        "by kernel distance"
+    ).format(**fewest)
+
+
 def measure_tab(page: gr.Blocks, demo: Demo) -> None:
     image = gr.State()
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             t, views = noise_views(demo)
         with gr.Column(scale=1, min_width=280):
-            file = gr.File(label="Your image", type="filepath", height=140)
-            sample_seed = gr.Number(0, label="Seed of a sample", precision=0, step=1)
+            file = gr.File(label="Your image", type="filepath", height=140, interactive=True)
+            sample_seed = gr.Number(0, label="Seed of a sample", precision=0, step=1, interactive=True)
             label = label_menu(demo.measure_labels)
             take_sample = gr.Button("Take a sample of the model")
             message = gr.Markdown(NO_IMAGE, elem_id="told", elem_classes="status")
-    with gr.Row():
-        with gr.Column(scale=2, min_width=280):
-            number = gr.Markdown(elem_id="bits")
-            yardsticks = gr.HTML(padding=False, elem_id="yardsticks")
-        with gr.Column(scale=1, min_width=280):
-            seed = gr.Number(0, label="Noise seed", precision=0, step=1)
+            seed = gr.Number(0, label="Noise seed", precision=0, step=1, interactive=True)
             low, high, value = 2 * NOISES, demo.evaluations_limit, demo.evaluations
             info = "more: less noise in the number"
-            evaluations = gr.Slider(low, high, value, step=NOISES, label="Network evaluations", info=info)
+            evaluations = gr.Slider(
+                low, high, value, step=NOISES, label="Network evaluations", info=info, interactive=True
+            )
             start = gr.Button("Measure bits/dim", variant="primary")
     with gr.Row():
         with gr.Column(min_width=280):
-            gr.Markdown("**Bits of each pixel**")
+            number = gr.Markdown("The first image is being measured ...", elem_id="bits")
             pixels = gr.HTML(padding=False, elem_id="map")
         with gr.Column(min_width=280):
+            yardsticks = gr.HTML(padding=False, elem_id="yardsticks")
             plot = bar_plot(demo)
     settings, figures = [image, seed, evaluations, *label], [number, yardsticks, pixels, plot]
     show_views = {"fn": demo.views, "inputs": [image, t, seed], "outputs": views}
@@ -703,7 +742,7 @@ def noise_views(demo: Demo) -> tuple[gr.Slider, list[gr.components.Component]]:
         with gr.Column(min_width=120):
             gr.Markdown("**With noise: q(x_t | x_0)**")
             noised = gr.HTML(demo.noise_picture(), padding=False, elem_id="noised")
-    t = gr.Slider(0, demo.model.T - 1, demo.model.T // 4, step=1, label="Timestep t")
+    t = gr.Slider(0, demo.model.T - 1, demo.model.T // 4, step=1, label="Timestep t", interactive=True)
     return t, [seen, noised, gr.Markdown(elem_classes="status")]
 
 
@@ -753,14 +792,15 @@ CSS = """
 .map { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; max-width: 640px }
 .scale { display: flex; gap: 8px; align-items: center; max-width: 640px; padding-top: 8px }
 .scale span { flex: 1; height: 12px }
-.beside { width: 100% }
-.beside caption { caption-side: bottom; text-align: left; font-size: 0.9em; padding-top: 4px }
-.beside th { text-align: left; font-weight: normal; padding-right: 12px }
-.beside td { white-space: nowrap; padding-right: 12px }
-.beside td:last-child { width: 50% }
-.beside .own { font-weight: bold }
-.beside .own .bar { background: #e07b39 }
-.beside .bar { height: 10px; background: #3b78b5 }
+#yardsticks table { width: 100% }
+#yardsticks caption { caption-side: bottom; text-align: left; font-size: 0.9em; padding-top: 4px }
+#yardsticks :is(table, tr) { border: none }
+#yardsticks :is(th, td) { border: none; padding: 2px 12px 2px 0; text-align: left; font-weight: normal }
+#yardsticks td { white-space: nowrap }
+#yardsticks td:last-child { width: 40% }
+#yardsticks .own :is(th, td) { font-weight: bold }
+#yardsticks .bar { height: 10px; min-width: 1px; background: #3b78b5 }
+#yardsticks .own .bar { background: #e07b39 }
 """
 
 
