@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Model:
         self.default_variance = scheduler.variance_type.removesuffix("_log")  # the same values
         for steps in (1, min(5, self.T)):  # the first pass warms up
             started = time.monotonic()
-            list(self.trajectory([0], steps))
+            list(self.trajectory([0], steps, label="0" if self.class_names else None))
             self.seconds = (time.monotonic() - started) / steps
         self.evaluations = int(max(10, MAX_SECONDS / self.seconds))
 
@@ -447,8 +447,8 @@ class Demo:
         return image, f"A sample of the model, seed 0{named}.", measured
 
     def open_comparison(self) -> list:
-        """The last of `compare`."""
-        *_, last = self.compare(0, self.steps // 2 or 1, min(4, self.images), first_value(self.compare_labels))
+        """The last of `comparisons`."""
+        *_, last = self.comparisons(0, self.steps // 2 or 1, min(4, self.images), first_value(self.compare_labels))
         return last
 
     # -- what the controls do
@@ -485,6 +485,7 @@ class Demo:
         guidance: float = 1.0,
     ) -> Iterator[tuple[str, str]]:
         """Yields (picture, progress)."""
+        wait([self.samples])  # else they could come to the page later, and stay
         started = time.monotonic()
         settings = {"label": label, "guidance": guidance, **self.noise(variance, eta)}
         for done, frame in self.trajectory(seed, steps, images, **settings):
@@ -501,7 +502,12 @@ class Demo:
         some = f", the first {rows} of {len(names)} classes" if len(names) > rows else ""
         return class_rows(frame, names[:rows]), f"{progress}{some}"
 
-    def compare(self, seed: Any, steps: Any, images: Any, label: str | None = None) -> Iterator[list]:
+    def compare(self, *settings: Any) -> Iterator[list]:
+        """`comparisons`."""
+        wait([self.comparison])
+        yield from self.comparisons(*settings)
+
+    def comparisons(self, seed: Any, steps: Any, images: Any, label: str | None = None) -> Iterator[list]:
         """Yields three pictures and the progress."""
         pictures = [self.noise_picture()] * 3
         for i, variance in enumerate(self.compared):
@@ -526,6 +532,7 @@ class Demo:
 
     def upload(self, path: str | None) -> tuple[np.ndarray | None, str]:
         """The image of a file, or None, and a message."""
+        wait([self.measured])
         if path is None:
             return None, NO_IMAGE
         try:
@@ -536,6 +543,7 @@ class Demo:
 
     def sample(self, seed: Any, label: str | None = None) -> tuple[np.ndarray, str]:
         """One sample of the model, and a message."""
+        wait([self.measured])
         *_, (_, images) = self.trajectory(seed, min(self.steps_limit, 100), 1, label=label)
         return without_hidden_colours(images[0]), f"A sample of the model, seed {int(seed)}."
 
@@ -681,7 +689,7 @@ def generate_tab(page: gr.Blocks, demo: Demo) -> None:
             start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
     variance.change(lambda name: gr.Slider(visible=name == ETA), variance, eta, show_progress="hidden", queue=False)
     opened = page.load(lambda: demo.samples.result()[1], None, [samples, progress], **OPENING)
-    running = start.click(demo.generate, inputs, [samples, progress], show_progress="hidden", cancels=opened, **NETWORK)
+    running = start.click(demo.generate, inputs, [samples, progress], show_progress="hidden", **NETWORK)
     stop.click(None, cancels=running)
 
 
@@ -724,10 +732,10 @@ def measure_tab(page: gr.Blocks, demo: Demo) -> None:
     show_views = {"fn": demo.views, "inputs": [image, t, seed], "outputs": views}
     show_views |= {"show_progress": "hidden", "trigger_mode": "always_last", "queue": False}
     opened = page.load(lambda: demo.measured.result()[:2], None, [image, message], **OPENING)
-    filled = opened.then(**show_views).then(lambda: demo.measured.result()[2], None, figures, **OPENING)
-    new = file.change(demo.upload, file, [image, message], show_progress="hidden", cancels=[opened, filled])
+    opened.then(**show_views).then(lambda: demo.measured.result()[2], None, figures, **OPENING)
+    new = file.change(demo.upload, file, [image, message], show_progress="hidden")
     new.then(**show_views).then(demo.measure_new, settings, figures, **NETWORK)
-    new = take_sample.click(demo.sample, [sample_seed, *label], [image, message], cancels=[opened, filled], **NETWORK)
+    new = take_sample.click(demo.sample, [sample_seed, *label], [image, message], **NETWORK)
     new.then(**show_views).then(demo.measure_new, settings, figures, **NETWORK)
     gr.on([t.change, seed.change], **show_views)  # one event: responses stay in order
     start.click(demo.measure, settings, figures, **NETWORK)
@@ -779,7 +787,7 @@ def compare_tab(page: gr.Blocks, demo: Demo) -> None:
     with gr.Row():
         start, stop = gr.Button("Compare", variant="primary"), gr.Button("Stop")
     opened = page.load(demo.comparison.result, None, [*panels, progress], **OPENING)
-    running = start.click(demo.compare, inputs, [*panels, progress], show_progress="hidden", cancels=opened, **NETWORK)
+    running = start.click(demo.compare, inputs, [*panels, progress], show_progress="hidden", **NETWORK)
     stop.click(None, cancels=running)
 
 
