@@ -688,7 +688,7 @@ def generate_tab(page: gr.Blocks, demo: Demo) -> None:
         with gr.Row():
             start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
     variance.change(lambda name: gr.Slider(visible=name == ETA), variance, eta, show_progress="hidden", queue=False)
-    opened = page.load(lambda: demo.samples.result()[1], None, [samples, progress], **OPENING)
+    page.load(lambda: demo.samples.result()[1], None, [samples, progress], **OPENING)
     running = start.click(demo.generate, inputs, [samples, progress], show_progress="hidden", **NETWORK)
     stop.click(None, cancels=running)
 
@@ -786,7 +786,7 @@ def compare_tab(page: gr.Blocks, demo: Demo) -> None:
         inputs = sampling_controls(demo, demo.steps // 2 or 1, min(4, demo.images), demo.compare_labels)
     with gr.Row():
         start, stop = gr.Button("Compare", variant="primary"), gr.Button("Stop")
-    opened = page.load(demo.comparison.result, None, [*panels, progress], **OPENING)
+    page.load(demo.comparison.result, None, [*panels, progress], **OPENING)
     running = start.click(demo.compare, inputs, [*panels, progress], show_progress="hidden", **NETWORK)
     stop.click(None, cancels=running)
 

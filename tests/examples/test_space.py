@@ -460,6 +460,7 @@ def test_an_image_s_noise_and_bits_are_the_pipeline_s(apps, visit):
     for evaluations in (40, 400):
         put(page, "number input for Network evaluations", evaluations)
         press(page, "Measure bits/dim")
+        evaluations = value(page, "Network evaluations")  # a slow machine's slider ends below
         result = app.measured(digit, 3, evaluations)
         expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} ± {result.standard_error:.3f} bits/dim")
         full = app.pipe.bits_per_dim(digit[None, ..., None].repeat(50, 0), seed=11, full=True)
