@@ -14,7 +14,9 @@ from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_mode
 from tests.support.launching import ROOT, error_lines, launch
 
 # Variances are measured on the twentieth of the training images that is not held out.
-FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --max_images 21 --validation_share 0.95".split()
+FLAGS = (
+    "--variance_types fixed_small optimal --num_inference_steps 5 40 --max_images 21 --validation_share 0.95".split()
+)
 FLAGS += "--evaluations_per_image 6 --metrics --metric_images 20 --batch_size 8".split()
 FLAGS += ["--config", ROOT / "training" / "configs" / "digits.yaml"]
 WRITE = "ddpm_notes_pipeline.evaluation.pieces:Pieces._write"
