@@ -11,9 +11,9 @@
         --config training/configs/mnist.yaml --table
 
 Prints a table, and what simple codes need for the same images; writes evaluation.json,
-bits_per_dim.png and bits_map.png. What an optimal variance, a best path or a decoder (--decoder
-levels) needs to know of the data is measured on --variance_split, so not on the images that are
-reported on, unless it is the same split.
+bits_per_dim.png, bits_map.png and, with --metrics, nearest.png. What an optimal variance, a best
+path or a decoder (--decoder levels) needs to know of the data is measured on --variance_split, so
+not on the images that are reported on, unless it is the same split.
 
 Finished bounds and sets of samples are kept in unfinished/ below the results until these are
 written: the same command goes on where it was stopped.

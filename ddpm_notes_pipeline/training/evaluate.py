@@ -58,7 +58,7 @@ DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
-    """Measure and print; write evaluation.json, two pictures, the card and table.md (--table)."""
+    """Measure and print; write evaluation.json, pictures, the card and table.md (--table)."""
     EvaluationRun(data, evaluation).measure()
 
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm_notes_pipeline.data import load_images
+from ddpm_notes_pipeline.data import hold_out, load_images
 from ddpm_notes_pipeline.evaluation.pieces import Piece, Pieces, image_settings, int_keys
 from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_model, save_network
 from tests.support.launching import ROOT, error_lines, launch
 
-FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --max_images 21 --variance_split test".split()
+# Variances are measured on the twentieth of the training images that is not held out.
+FLAGS = (
+    "--variance_types fixed_small optimal --num_inference_steps 5 40 --max_images 21 --validation_share 0.95".split()
+)
 FLAGS += "--evaluations_per_image 6 --metrics --metric_images 20 --batch_size 8".split()
 FLAGS += ["--config", ROOT / "training" / "configs" / "digits.yaml"]
 WRITE = "ddpm_notes_pipeline.evaluation.pieces:Pieces._write"
@@ -67,7 +70,7 @@ def test_a_killed_run_goes_on_finds_the_same_numbers_and_evaluates_nothing_twice
     assert f"unfinished has {KEPT - 3} finished pieces of this network; those of equal settings are used" in done.stdout
     assert f"Not measured again: {KEPT - 4} of " in done.stdout and "is damaged: it is measured anew" in done.stderr
     bounds = sum(row["network_evaluations"] for row in results(folder)["results"][:2])
-    variances = 359 * 32  # each image of the split at 32 timesteps
+    variances = len(hold_out(load_images("digits", split="train", show_progress=False), 0.95, 0)[0]) * 32
     assert evaluated_on(done) == evaluated_on(unstopped[1]) - bounds - variances - SAMPLES * 5
     assert (folder / "evaluation.json").read_bytes() == (unstopped[0] / "evaluation.json").read_bytes()
     assert not (folder / "unfinished").exists()
