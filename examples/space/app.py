@@ -307,12 +307,12 @@ def beside(image_bits: float, error: float, evaluation: dict[str, Any]) -> str:
     if not others:
         return ""
     own = "this image, this model"
-    bars = {own: (image_bits, f"{image_bits:.3f} ± {error:.3f}"), **others}
-    longest = max(value for value, _ in bars.values())
+    entries = {own: (image_bits, f"{image_bits:.3f} ± {error:.3f}"), **others}
+    longest = max(value for value, _ in entries.values())
     rows = [
         f'<tr class="{"own" if name == own else ""}"><th>{html.escape(name)}</th><td>{text}</td>'
         f'<td><div class="bar" style="width: {100 * value / longest:.1f}%"></div></td></tr>'
-        for name, (value, text) in sorted(bars.items(), key=lambda bar: bar[1][0])
+        for name, (value, text) in sorted(entries.items(), key=lambda entry: entry[1][0])
     ]
     held_out = "{images} held-out images of {data}, split {split}".format(**evaluation)
     caption = f"bits/dim. Every row but this image's is a mean over {held_out}."
