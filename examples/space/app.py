@@ -307,12 +307,12 @@ def beside(image_bits: float, error: float, evaluation: dict[str, Any]) -> str:
     if not others:
         return ""
     own = "this image, this model"
-    bars = {own: (image_bits, f"{image_bits:.3f} ± {error:.3f}"), **others}
-    longest = max(value for value, _ in bars.values())
+    entries = {own: (image_bits, f"{image_bits:.3f} ± {error:.3f}"), **others}
+    longest = max(value for value, _ in entries.values())
     rows = [
         f'<tr class="{"own" if name == own else ""}"><th>{html.escape(name)}</th><td>{text}</td>'
         f'<td><div class="bar" style="width: {100 * value / longest:.1f}%"></div></td></tr>'
-        for name, (value, text) in sorted(bars.items(), key=lambda bar: bar[1][0])
+        for name, (value, text) in sorted(entries.items(), key=lambda entry: entry[1][0])
     ]
     held_out = "{images} held-out images of {data}, split {split}".format(**evaluation)
     caption = f"bits/dim. Every row but this image's is a mean over {held_out}."
@@ -398,7 +398,7 @@ class Demo:
     """What the controls of the page do, for one model.
 
     Attributes:
-        steps, images, default_variance: the defaults of the controls.
+        steps, compare_steps, images, default_variance: the defaults of the controls.
         samples, measured, comparison: what the tabs open with, made once in the background: a
             future each, of what `open_samples`, `open_measured` and `open_comparison` return.
     """
@@ -407,6 +407,7 @@ class Demo:
         self.model = model
         self.steps_limit = min(model.T, model.evaluations)
         self.steps = min(model.fewest["num_inference_steps"] if model.fewest else STEPS, self.steps_limit)
+        self.compare_steps = min(25, self.steps_limit)
         self.variances = [*([FEWEST] if model.fewest else []), *model.variances, ETA]
         self.default_variance = FEWEST if model.fewest else model.default_variance
         self.generate_labels = model.label_choices(ROWS)
@@ -423,6 +424,7 @@ class Demo:
         self.samples = background.submit(self.open_samples)
         self.measured = background.submit(self.open_measured)
         self.comparison = background.submit(self.open_comparison)
+        background.shutdown(wait=False)  # ends with the last
 
     # -- what the tabs open with
 
@@ -448,7 +450,7 @@ class Demo:
 
     def open_comparison(self) -> list:
         """The last of `comparisons`."""
-        *_, last = self.comparisons(0, self.steps // 2 or 1, min(4, self.images), first_value(self.compare_labels))
+        *_, last = self.comparisons(0, self.compare_steps, min(4, self.images), first_value(self.compare_labels))
         return last
 
     # -- what the controls do
@@ -783,7 +785,7 @@ def compare_tab(page: gr.Blocks, demo: Demo) -> None:
                 panels.append(gr.HTML(demo.noise_picture(), padding=False, elem_id=f"panel-{i}"))
     progress = gr.Markdown(elem_classes="status")
     with gr.Row():
-        inputs = sampling_controls(demo, demo.steps // 2 or 1, min(4, demo.images), demo.compare_labels)
+        inputs = sampling_controls(demo, demo.compare_steps, min(4, demo.images), demo.compare_labels)
     with gr.Row():
         start, stop = gr.Button("Compare", variant="primary"), gr.Button("Stop")
     page.load(demo.comparison.result, None, [*panels, progress], **OPENING)

@@ -80,7 +80,7 @@ class App:
         self.pipe = DDPMNotesPipeline.from_pretrained(folders[-1])
         self.pipe.set_progress_bar_config(disable=True)
 
-    def wait(self, seconds=100):
+    def wait(self, seconds=300):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, self.log.read_text()
