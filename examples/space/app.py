@@ -398,7 +398,7 @@ class Demo:
     """What the controls of the page do, for one model.
 
     Attributes:
-        steps, compare_steps, images, default_variance: the defaults of the controls.
+        steps, compare_steps, images, timestep, default_variance: the defaults of the controls.
         samples, measured, comparison: what the tabs open with, made once in the background: a
             future each, of what `open_samples`, `open_measured` and `open_comparison` return.
     """
@@ -407,7 +407,7 @@ class Demo:
         self.model = model
         self.steps_limit = min(model.T, model.evaluations)
         self.steps = min(model.fewest["num_inference_steps"] if model.fewest else STEPS, self.steps_limit)
-        self.compare_steps = min(25, self.steps_limit)
+        self.compare_steps, self.timestep = min(25, self.steps_limit), model.T // 4
         self.variances = [*([FEWEST] if model.fewest else []), *model.variances, ETA]
         self.default_variance = FEWEST if model.fewest else model.default_variance
         self.generate_labels = model.label_choices(ROWS)
@@ -440,13 +440,13 @@ class Demo:
         *_, (done, frame) = self.trajectory(0, self.steps, self.images, variance=self.default_variance, label=label)
         return frame, self.shown(frame, label, 0, self.images, done, self.steps, started)
 
-    def open_measured(self) -> tuple[np.ndarray, str, tuple]:
-        """The image of the Measure tab, the message for it, and what `measure` says of it."""
+    def open_measured(self) -> tuple:
+        """The image of the Measure tab, the message for it, its `views`, and what `measure` says."""
         samples, _ = self.samples.result()
         image = without_hidden_colours(samples[0])
         named = f", {self.model.class_names[0]}" if self.model.class_names else ""
         measured = self.measure(image, 0, self.evaluations, first_value(self.measure_labels))
-        return image, f"A sample of the model, seed 0{named}.", measured
+        return image, f"A sample of the model, seed 0{named}.", *self.views(image, self.timestep, 0), *measured
 
     def open_comparison(self) -> list:
         """The last of `comparisons`."""
@@ -733,8 +733,7 @@ def measure_tab(page: gr.Blocks, demo: Demo) -> None:
     settings, figures = [image, seed, evaluations, *label], [number, yardsticks, pixels, plot]
     show_views = {"fn": demo.views, "inputs": [image, t, seed], "outputs": views}
     show_views |= {"show_progress": "hidden", "trigger_mode": "always_last", "queue": False}
-    opened = page.load(lambda: demo.measured.result()[:2], None, [image, message], **OPENING)
-    opened.then(**show_views).then(lambda: demo.measured.result()[2], None, figures, **OPENING)
+    page.load(demo.measured.result, None, [image, message, *views, *figures], **OPENING)
     new = file.change(demo.upload, file, [image, message], show_progress="hidden")
     new.then(**show_views).then(demo.measure_new, settings, figures, **NETWORK)
     new = take_sample.click(demo.sample, [sample_seed, *label], [image, message], **NETWORK)
@@ -752,7 +751,7 @@ def noise_views(demo: Demo) -> tuple[gr.Slider, list[gr.components.Component]]:
         with gr.Column(min_width=120):
             gr.Markdown("**With noise: q(x_t | x_0)**")
             noised = gr.HTML(demo.noise_picture(), padding=False, elem_id="noised")
-    t = gr.Slider(0, demo.model.T - 1, demo.model.T // 4, step=1, label="Timestep t", interactive=True)
+    t = gr.Slider(0, demo.model.T - 1, demo.timestep, step=1, label="Timestep t", interactive=True)
     return t, [seen, noised, gr.Markdown(elem_classes="status")]
 
 

@@ -442,9 +442,11 @@ def offer(page, data, name="image.png"):
 def test_an_image_s_noise_and_bits_are_the_pipeline_s(apps, visit):
     page, app = visit("plain", tab="Measure"), apps["plain"]
     digit = (load_digits().images[10] * 255 / 16).round().astype(np.uint8)
+    page.get_by_text("A sample of the model, seed 0.").wait_for()
+    sample = page.locator("#seen img").get_attribute("src")
     offer(page, png(PIL.Image.fromarray(digit)))
     page.get_by_text("Your image, as it is.").wait_for()
-    page.locator("#noised img").wait_for()
+    expect(page.locator("#seen img")).not_to_have_attribute("src", sample)
     assert (pictures(page, "#seen", 1)[0] == digit).all()
 
     put(page, "Noise seed", 3)
