@@ -441,7 +441,7 @@ class Demo:
         return frame, self.shown(frame, label, 0, self.images, done, self.steps, started)
 
     def open_measured(self) -> tuple:
-        """The image of the Measure tab, the message for it, its `views`, and what `measure` says."""
+        """The image of the Measure tab, its message, its `views`, and what `measure` says of it."""
         samples, _ = self.samples.result()
         image = without_hidden_colours(samples[0])
         named = f", {self.model.class_names[0]}" if self.model.class_names else ""

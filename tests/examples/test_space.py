@@ -55,7 +55,7 @@ EVALUATION = {
     },
 }
 pytestmark = pytest.mark.slow
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=120_000)
 
 AS_ON_THE_HUB = """
 import runpy, sys
@@ -164,7 +164,7 @@ def visit(apps, browser):
         context = browser.new_context(viewport={"width": width, "height": 900})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.on("console", lambda message: seen.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: seen.append(str(error)))
         page.on("request", lambda request: asked(request.url, apps[name].url))
