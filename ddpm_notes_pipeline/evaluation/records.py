@@ -141,7 +141,7 @@ class MetricProtocol(Record):
 
     def as_dict(self) -> dict[str, Any]:
         values = super().as_dict()
-        return {name: value for name, value in values.items() if (name, value) != ("classifier", None)}
+        return {name: value for name, value in values.items() if name not in ("classes", "classifier") or value}
 
 
 def figure(head: str | None = None, form: str = ".4f", over_features: bool = False) -> Any:

@@ -260,8 +260,8 @@ def test_a_full_disk_loses_nothing_that_was_written(train, whole, short_path, wh
     flags = [*TINY, *HISTORY, "--output_dir", folder, "--checkpointing_steps", 5]
     train(*flags, stop_at=("torch.optim:AdamW.step", 10), by=signal.SIGTERM, expect=143)
     before = contents(folder / "checkpoint-10")
-    file_size = 100_000 if what == "checkpoint-15" else (folder / "loss.jsonl").stat().st_size + 300
-    quiet = {"TQDM_MININTERVAL": "60"}  # stderr is a file too
+    file_size = 100_000 if what == "checkpoint-15" else (folder / "loss.jsonl").stat().st_size + 600
+    quiet = {"TQDM_MININTERVAL": "600", "TQDM_NCOLS": "20"}  # stderr is a file too
     result = train(*flags, "--resume_from_checkpoint", "latest", file_size=file_size, env=quiet, expect=1)
     line = error_lines(result)[-1]
     assert line.startswith("train.py: error: could not write ") and what in line.partition(": ")[2], describe(result)
