@@ -447,3 +447,7 @@ class TrainingRecord(JSONFile):
     def images_seen(self) -> int:
         """Images that training has seen, repetitions included."""
         return self.steps * self.train_batch_size
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return {name: value for name, value in values.items() if name not in ("hidden_colours", "classes") or value}
