@@ -48,7 +48,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 train: $(INSTALLED)  ## train on the embedded digits (CONFIG=FILE.yaml ARGS="flags of training/train.py")
 	$(RUN) accelerate.commands.launch $(LAUNCH) training/train.py --config $(CONFIG) $(ARGS)
 
-demo: $(INSTALLED)  ## show a model in the browser: the clone's, or MODEL_ID=outputs/digits
+demo: $(INSTALLED)  ## show models in the browser: the clone's, or MODEL_ID=outputs/digits
 	OPEN_BROWSER=1 $(VENV)/bin/python examples/space/app.py
 
 test: $(INSTALLED)  ## run the quick tests, then those of the joined file

@@ -11,9 +11,12 @@
         --config training/configs/mnist.yaml --table
 
 Prints a table, and what simple codes need for the same images; writes evaluation.json,
-bits_per_dim.png and bits_map.png. What an optimal variance, a best path or a decoder (--decoder
-levels) needs to know of the data is measured on --variance_split, so not on the images that are
-reported on, unless it is the same split.
+bits_per_dim.png, bits_map.png and, with --metrics, nearest.png. What an optimal variance, a best
+path or a decoder (--decoder levels) needs to know of the data is measured on --variance_split, so
+not on the images that are reported on, unless it is the same split.
+
+Finished bounds and sets of samples are kept in unfinished/ below the results until these are
+written: the same command goes on where it was stopped.
 """
 
 import sys
@@ -24,12 +27,19 @@ from ddpm_notes_pipeline.training.parser import one_line, parse_evaluation_argum
 
 def main() -> None:
     warnings.formatwarning = one_line
-    settings = parse_evaluation_arguments()
+    data, evaluation = parse_evaluation_arguments()
     # Not at the top: it loads torch, which --help and a mistyped flag do without.
+    from ddpm_notes_pipeline.training.evaluate import kept_text
     from ddpm_notes_pipeline.training.evaluate import main as measure
+    from ddpm_notes_pipeline.training.stops import Stopped, Stops, exit_now
 
+    stops = Stops()
+    stops.where = "while measuring"
+    stops.install()
     try:
-        measure(*settings)
+        measure(data, evaluation)
+    except Stopped as stop:
+        exit_now(stop.status, f"evaluate.py: {stop}. {kept_text(evaluation)}", once=True)
     except (ValueError, ImportError, OSError) as fault:
         sys.exit(f"evaluate.py: error: {' '.join(str(fault).split())}")
 

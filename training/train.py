@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm.auto import tqdm
 
@@ -38,7 +37,7 @@ def train(settings: Arguments) -> None:
     from ddpm_notes_pipeline.training.checkpoints import CheckpointError, list_checkpoints
     from ddpm_notes_pipeline.training.results import NotPublishedError
     from ddpm_notes_pipeline.training.run import TrainingRun
-    from ddpm_notes_pipeline.training.stops import FailedElsewhere, Stopped, Stops
+    from ddpm_notes_pipeline.training.stops import FailedElsewhere, Stopped, Stops, exit_now
 
     stops = Stops()
     stops.install()
@@ -64,20 +63,6 @@ def describe(fault: Exception, run: RunArguments, checkpoints: list[Path]) -> st
     if not checkpoints or isinstance(fault, ValueError):  # a mistake in the settings ends no run
         return text
     return f"{text}. {checkpoints[0]} is left. Resume: {resume_command(run.command)}"
-
-
-def exit_now(status: int, text: str = "", once: bool = False) -> NoReturn:
-    """End this process with a line on stderr.
-
-    The interpreter's own exit would wait for pushes in flight and, maybe for ever, for other ranks.
-
-    Args:
-        once: all ranks exit with the same line, and rank 0 writes it.
-    """
-    if text and (not once or os.environ.get("RANK", "0") == "0"):
-        tqdm.write(text, file=sys.stderr)  # above a progress bar
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from .decoding import bad_image, check_size, crop, decode
 from .sources import MODES, ImageSource
 
-FORMAT = 1  # of the file and of how images are decoded: raise it, and every set is decoded anew
+FORMAT = 2  # of the file and of how images are decoded: raise it, and every set is decoded anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,8 @@ class DecodedFile:
         mode: of all images.
         fingerprint: hex digest of pixels and sizes.
         skipped, bad: how many images were left out, and why, the most frequent reasons first.
-        sixteen_bit, lossy, resized: how many images had 16 bits, came from JPEG, were resized.
+        sixteen_bit, lossy, resized, hidden_colours: how many images had 16 bits, came from JPEG,
+            were resized, had colours where their alpha is 0.
     """
 
     path: Path
@@ -50,8 +51,9 @@ class DecodedFile:
     skipped: int
     bad: list[str]
     sixteen_bit: int
-    lossy: int = 0  # a file of an earlier version does not say
-    resized: int = 0
+    lossy: int
+    resized: int
+    hidden_colours: int
 
     @property
     def channels(self) -> int:
@@ -127,7 +129,7 @@ def write_decoded(path: Path, images: Iterable[tuple[str, Any]], source: ImageSo
 
 def _write(out: BinaryIO, images: Iterable[tuple[str, Any]], source: ImageSource) -> None:
     mode, digest = source.image_mode, hashlib.blake2b(digest_size=16)
-    counts = Counter(sixteen_bit=0, lossy=0, resized=0)
+    counts = Counter(sixteen_bit=0, lossy=0, resized=0, hidden_colours=0)
     bad: dict[str, list[str]] = {}  # reason -> names of images
     kept, stored = array("q"), array("i")
     for row, (name, raw) in enumerate(images):

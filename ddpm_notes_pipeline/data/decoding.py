@@ -21,7 +21,8 @@ def decode(raw: Any, source: ImageSource, mode: str | None) -> tuple[np.ndarray,
 
     Returns:
         The pixels, uint8 (C, H, W); their mode; and whether the image had 16 bits ("sixteen_bit"),
-        came from JPEG ("lossy") and was resized ("resized").
+        came from JPEG ("lossy"), was resized ("resized") and had colours where nobody sees them
+        ("hidden_colours").
 
     Raises:
         Exception: whatever PIL raises for a broken file; ValueError for an image of another mode.
@@ -49,8 +50,9 @@ def decode(raw: Any, source: ImageSource, mode: str | None) -> tuple[np.ndarray,
         factor = max(height / image.height, width / image.width)
         size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
     done = {"sixteen_bit": sixteen_bit, "lossy": lossy, "resized": size != image.size}
-    # Antialiased: PIL widens its filter.
-    pixels = np.asarray(image.convert(wanted).resize(size, PIL.Image.Resampling.BILINEAR))
+    image, done["hidden_colours"] = without_hidden_colours(image.convert(wanted))
+    # Antialiased: PIL widens its filter. Of RGBA it averages colours by their alpha.
+    pixels = np.asarray(image.resize(size, PIL.Image.Resampling.BILINEAR))
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if source.target is not None and source.center_crop:
         pixels = crop(pixels, source.target)
@@ -71,6 +73,22 @@ def open_image(raw: Any) -> tuple[PIL.Image.Image, bool]:
     with file:
         # `open` reads only the header; transposing reads the pixels.
         return PIL.ImageOps.exif_transpose(file), file.format in ("JPEG", "MPO")
+
+
+def without_hidden_colours(image: PIL.Image.Image) -> tuple[PIL.Image.Image, bool]:
+    """The image with colour 0 where its alpha is 0, and whether that changed it.
+
+    Nobody sees these colours, and a likelihood would pay bits for them. Images of other modes than
+    RGBA stay as they are.
+    """
+    if image.mode != "RGBA":
+        return image, False
+    pixels = np.array(image)
+    transparent = pixels[..., 3] == 0
+    if not pixels[transparent].any():
+        return image, False
+    pixels[transparent] = 0
+    return PIL.Image.fromarray(pixels), True
 
 
 def read_remote(value: Any) -> Any:

@@ -62,6 +62,10 @@ class ImageFolder:
     def load(self, split: str, streaming: bool = False) -> Any:
         """The rows of a split ("train", "train[:90%]", "train+test").
 
+        Args:
+            streaming: give an `IterableDataset` of what `datasets` itself has to read: metadata and
+                archives.
+
         Returns:
             A `datasets.Dataset` or `IterableDataset` with the column "image" and, if every image is
             in a class, "label".
@@ -84,8 +88,7 @@ class ImageFolder:
         if None not in self.classes.values():
             columns["label"] = [self.classes[path] for path in paths]
             features["label"] = datasets.ClassLabel(names=sorted(set(self.classes.values())))
-        table = datasets.Dataset.from_dict(columns, features=features, split=parts[0].splitname)
-        return table.to_iterable_dataset(num_shards=max(1, min(len(table), STREAM_SHARDS))) if streaming else table
+        return datasets.Dataset.from_dict(columns, features=features, split=parts[0].splitname)
 
     def files_in(self, split: str) -> int | None:
         """The number of image files in a split, or that it is a slice of; None with archives."""

@@ -28,13 +28,16 @@ class ImageSet:
         fingerprint: hex digest of the pixels and sizes, not of labels, file names or dates: the
             same images have the same fingerprint on every machine.
         labels: (N,) int64 in [0, num_classes); None without a label column.
-        class_names: the names of the classes, where the data set states them.
+        class_names: the names of the classes, where the data set states them; `source.classes`, if
+            these were chosen.
         license: of the images, where the data set states one.
-        num_files: image files in the split; None where the images are not from a folder of images.
+        num_files: image files in the split, of all classes; None where the images are not from a
+            folder of images.
         index: (N,) int64, which images of `file` are in this set; None for all of them.
         channels: C, 1 (grey), 3 (RGB) or 4 (RGBA).
-        skipped, lossy, resized: how many images of `file` were left out as bad, came from JPEG
-            files, were resized. Distances between sets see the last two.
+        skipped, lossy, resized, hidden_colours: how many images of `file` were left out as bad,
+            came from JPEG files, were resized, had colours where their alpha is 0. Distances
+            between sets see the second and the third.
     """
 
     name: str
@@ -53,6 +56,7 @@ class ImageSet:
     skipped = property(attrgetter("file.skipped"))
     lossy = property(attrgetter("file.lossy"))
     resized = property(attrgetter("file.resized"))
+    hidden_colours = property(attrgetter("file.hidden_colours"))
 
     def __len__(self) -> int:
         return self.file.num_images if self.index is None else len(self.index)

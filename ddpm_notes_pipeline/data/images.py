@@ -38,6 +38,8 @@ def load_images(
     Args:
         dataset_name, dataset_config_name, source: which images, and what is done to each: the
             fields of `ImageSource`. `load_images("digits", split="test", label_column="label")`.
+            Of RGBA images, pixels with alpha 0 get colour 0, with a warning: nobody sees these
+            colours, and a likelihood would pay bits for them.
         max_samples: at most this many rows, evenly spaced over the split: many sets are sorted by
             class.
         cache_dir: where decoded files are kept, by default `$HF_HOME/ddpm_notes_pipeline`.
@@ -84,3 +86,6 @@ def _warn_of_changes(name: str, file: DecodedFile) -> None:
         warnings.warn(f"{name}: left out {file.skipped} of {file.skipped + file.num_images} images{bad}", stacklevel=3)
     if file.sixteen_bit:
         warnings.warn(f"{name}: {file.sixteen_bit} 16-bit images scaled to 8 bits, v -> v/257", stacklevel=3)
+    if file.hidden_colours:
+        hidden = f"{file.hidden_colours} images had colours in fully transparent pixels (alpha 0), which are 0 now"
+        warnings.warn(f"{name}: {hidden}", stacklevel=3)

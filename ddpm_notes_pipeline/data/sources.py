@@ -18,6 +18,8 @@ EMBEDDED = {  # data set in a package -> its license
     "mnist": None,  # its authors state none
 }
 
+DIGITS = list("0123456789")  # the classes of both
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -35,6 +37,8 @@ class ImageSource:
         split: "train", "test", ...; of folders and what `load_dataset` reads, "train[:10%]" too.
         image_column: optional where exactly one column holds images.
         label_column: a ClassLabel or integer column. None: no labels.
+        classes: names of classes of label_column, a ClassLabel. Only images of these are kept, and
+            labels count them in the order given here. None: all.
         resolution: S or (H, W) in pixels. Images are resized (bilinear, antialiased) by the
             smallest factor that covers H x W, keeping their aspect, then cropped; an image of that
             size is left as it is. None: images keep their size, which must be the same for all.
@@ -42,13 +46,13 @@ class ImageSource:
             in each batch.
         image_mode: "L", "RGB" or "RGBA": all images are converted. None: the mode of the first
             image; an image of another mode is bad (palette and CMYK count as RGB, with transparency
-            as RGBA; 1-bit and 16-bit grey as L).
+            as RGBA; 1-bit and 16-bit grey as L). Of RGBA, pixels with alpha 0 get colour 0.
         on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it
             out and warns.
 
     Raises:
-        ValueError: not exactly one of dataset_name and train_data_dir is given, or a value is not
-            among those above.
+        ValueError: not exactly one of dataset_name and train_data_dir is given, classes are given
+            without label_column, or a value is not among those above.
     """
 
     dataset_name: str | None = None
@@ -57,6 +61,7 @@ class ImageSource:
     split: str = "train"
     image_column: str | None = None
     label_column: str | None = None
+    classes: Sequence[str] | None = None
     resolution: int | Sequence[int] | None = None
     center_crop: bool = False
     image_mode: str | None = None
@@ -71,6 +76,12 @@ class ImageSource:
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image is {self.on_bad_image!r}; it must be one of error, skip")
         _ = self.target  # checks the resolution
+        if self.classes is not None:
+            if self.label_column is None:
+                raise ValueError(f"classes is {self.classes!r} without label_column, which must say where they are")
+            names = [] if isinstance(self.classes, str) else list(self.classes)
+            if not names or any(not isinstance(name, str) for name in names):
+                raise ValueError(f"classes is {self.classes!r}; it must be a list of names, at least one")
 
     @cached_property
     def target(self) -> tuple[int, int] | None:
@@ -95,6 +106,38 @@ class ImageSource:
     def __str__(self) -> str:
         folder = self.train_data_dir
         return f"data set {self.dataset_name!r}" if folder is None else f"train_data_dir {str(folder)!r}"
+
+
+def labels_of_classes(source: ImageSource, names: list[str] | None) -> np.ndarray | None:
+    """The labels that the chosen classes have in the data, int64; None where none are chosen.
+
+    Args:
+        names: of all classes of the label column; None where it has no names.
+
+    Raises:
+        ValueError: classes that are not there, or one twice.
+    """
+    if source.classes is None:
+        return None
+    chosen = list(source.classes)
+    if names is None:
+        column = f"label_column {source.label_column!r} of {source}"
+        raise ValueError(f"classes is {chosen}, but {column} holds integers without names; it must be a ClassLabel")
+    unknown = [name for name in chosen if name not in names]
+    repeated = [name for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
+    if unknown or repeated:
+        fault = "which are not among those" if unknown else "more than once, and must have each once of those"
+        raise ValueError(f"classes has {', '.join(unknown or repeated)}, {fault} of {source}: {', '.join(names)}")
+    return np.array([names.index(name) for name in chosen], dtype=np.int64)
+
+
+def renumbered(labels: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
+    """Labels, (N,) int64, as positions in `chosen`, -1 for all others; as they are for None."""
+    if chosen is None:
+        return labels
+    position = np.full(int(max(labels.max(initial=0), chosen.max())) + 1, -1)
+    position[chosen] = np.arange(len(chosen))
+    return np.where(labels < 0, -1, position[labels])
 
 
 @dataclass(frozen=True)
@@ -138,7 +181,8 @@ def read_embedded(source: ImageSource, max_samples: int | None) -> Rows:
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is not in {name!r}; it has: train, test")
     images, labels = embedded_arrays(name)
-    chosen = np.flatnonzero((np.arange(len(images)) % 5 == 4) == (split == "test"))
+    labels = renumbered(labels, labels_of_classes(source, DIGITS))
+    chosen = np.flatnonzero(((np.arange(len(images)) % 5 == 4) == (split == "test")) & (labels >= 0))
     chosen = chosen[evenly_spaced(len(chosen), max_samples)]
     return Rows(
         name=name,
@@ -146,7 +190,7 @@ def read_embedded(source: ImageSource, max_samples: int | None) -> Rows:
         count=len(chosen),
         images=((f"{name} image {n}", images[n]) for n in chosen),
         labels=labels[chosen] if label else None,
-        class_names=list("0123456789") if label else None,
+        class_names=list(source.classes or DIGITS) if label else None,
         license=EMBEDDED[name],
     )
 

@@ -10,6 +10,7 @@
    others, and the epoch that holds step n. So it is exact for any number of processes.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -73,7 +74,9 @@ class ImageStream:
     def shard(self, index: int) -> Any:
         """An iterable of the rows of a shard, images as they are stored."""
         rows = self.table.encoded
-        return rows.shard(self.num_shards, index) if self.max_samples is None else rows.take(self.max_samples)
+        if self.max_samples is not None:
+            return itertools.islice(self.table.kept(rows), self.max_samples)
+        return self.table.kept(rows.shard(self.num_shards, index))
 
     def num_streams(self, batch_size: int) -> int:
         """V: the largest number up to MAX_STREAMS that divides the batch and the shards."""
@@ -197,7 +200,9 @@ class StreamReader:
                     self.position += 1
                     return image
             if self.position == self.start:
-                raise ValueError(f"{self.images.name}: no image of stream {self.v} could be read, of {self.bad}")
+                no_class = self.images.source.classes and not self.bad
+                why = "as its shards hold none of --classes: leave out --streaming" if no_class else f"of {self.bad}"
+                raise ValueError(f"{self.images.name}: no image of stream {self.v} could be read, {why}")
             if self.epoch == 0:
                 self.length = self.position
             self._begin(self.epoch + 1, self.position)

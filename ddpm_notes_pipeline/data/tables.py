@@ -1,7 +1,9 @@
 """Images in whatever `datasets` reads: the Hub, saved tables, folders of data or image files."""
 
 import hashlib
+import itertools
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +11,8 @@ import datasets
 import numpy as np
 
 from .decoding import read_remote
-from .image_folders import ImageFolder, read_image_folder
-from .sources import EMBEDDED, ImageSource, Rows, digest, evenly_spaced
+from .image_folders import STREAM_SHARDS, ImageFolder, read_image_folder
+from .sources import EMBEDDED, ImageSource, Rows, digest, evenly_spaced, labels_of_classes, renumbered
 
 
 @dataclass(frozen=True)
@@ -21,23 +23,37 @@ class Table:
         rows: a `datasets.Dataset`, or an `IterableDataset` if it is streamed.
         image_column, label_column: of `rows`.
         folder: the folder of image files that the rows come from, or None.
+        chosen: the labels in `rows` of the classes that are kept, in the order of their new labels;
+            None for all.
     """
 
     rows: Any
     image_column: str
     label_column: str | None
     folder: ImageFolder | None
+    chosen: np.ndarray | None = None
 
     @property
     def class_names(self) -> list[str] | None:
-        """The names of a ClassLabel column's classes."""
-        return None if self.label_column is None else getattr(self.rows.features[self.label_column], "names", None)
+        """The names of a ClassLabel column's classes, if some are chosen, of those."""
+        names = _class_names(self.rows.features, self.label_column)
+        return names if names is None or self.chosen is None else [names[i] for i in self.chosen]
 
     @property
     def encoded(self) -> Any:
         """The rows with the used columns alone, and images as they are stored."""
         columns = [self.image_column, *([self.label_column] if self.label_column else [])]
         return self.rows.select_columns(columns).cast_column(self.image_column, datasets.Image(decode=False))
+
+    def kept(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Of rows of a stream, those of the chosen classes, with their new labels."""
+        if self.chosen is None:
+            yield from rows
+            return
+        column, new = str(self.label_column), {int(label): i for i, label in enumerate(self.chosen)}
+        for row in rows:
+            if row[column] in new:
+                yield row | {column: new[row[column]]}
 
 
 def open_table(source: ImageSource, streaming: bool = False) -> Table:
@@ -54,7 +70,11 @@ def open_table(source: ImageSource, streaming: bool = False) -> Table:
         raise ValueError(f"{source} has 0 images in split {source.split!r}")
     image_column = _find_image_column(rows.features, source.image_column)
     _check_label_column(rows.features, source.label_column, folder)
-    return Table(rows, image_column, source.label_column, folder)
+    chosen = labels_of_classes(source, _class_names(rows.features, source.label_column))
+    table = Table(rows, image_column, source.label_column, folder, chosen)
+    if streaming and isinstance(rows, datasets.Dataset):
+        return replace(table, rows=_as_stream(table, source))
+    return table
 
 
 def read_table(source: ImageSource, max_samples: int | None, streaming: bool = False) -> Rows:
@@ -72,13 +92,14 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
         raise ValueError(f"{source} has {num_files} image files in split {split!r}, and {found} were found")
     # The fingerprint of all rows, for which `datasets` has no public name.
     fingerprint = table.rows._fingerprint  # noqa: SLF001
-    chosen = evenly_spaced(len(table.rows), max_samples)
+    kept = _rows_of_classes(table, source)
+    chosen = kept[evenly_spaced(len(kept), max_samples)]
     if len(chosen) < len(table.rows):
         table = replace(table, rows=table.rows.select(chosen, keep_in_memory=True))
     images = (row[table.image_column] for row in table.encoded)
     return Rows(
         name=source.path.resolve().name if source.path.is_dir() else str(source.dataset_name),
-        key=digest([fingerprint, table.image_column, len(chosen), _digest_of_files(table)]),
+        key=digest([fingerprint, table.image_column, _digest_of(chosen), _digest_of_files(table)]),
         count=len(chosen),
         images=((image_name(f"row {n}", image), image) for n, image in zip(chosen, images, strict=True)),
         labels=_labels(table),
@@ -89,14 +110,17 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
 
 
 def _load(source: ImageSource, streaming: bool) -> tuple[Any, ImageFolder | None]:
-    """One split as `datasets` has it, and the folder of image files that it comes from, if any."""
+    """One split as `datasets` has it, and the folder of image files that it comes from, if any.
+
+    With `streaming` the split may still be a `Dataset`, of files here.
+    """
     if source.dataset_name in EMBEDDED:
         raise ValueError(f"{source} is embedded in a package and cannot be streamed: leave out --streaming")
     name, path = source.dataset_name, source.path
     if not path.is_dir() and (name is None or name.startswith(("/", ".", "~"))):
         raise FileNotFoundError(f"{source} is not a folder (looked for {path.absolute()})")
     if name is not None and any((path / state).is_file() for state in ("dataset_dict.json", "state.json")):
-        return _load_saved(source, streaming), None
+        return _load_saved(source), None
     folder = _find_image_folder(source) if path.is_dir() else None
     try:
         if folder is not None:
@@ -115,7 +139,7 @@ def _load(source: ImageSource, streaming: bool) -> tuple[Any, ImageFolder | None
         raise
 
 
-def _load_saved(source: ImageSource, streaming: bool) -> Any:
+def _load_saved(source: ImageSource) -> Any:
     """A split of what `save_to_disk` wrote."""
     try:
         saved = datasets.load_from_disk(str(source.path))
@@ -124,8 +148,7 @@ def _load_saved(source: ImageSource, streaming: bool) -> Any:
     splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if source.split not in splits:
         raise ValueError(f"split {source.split!r} is not in {source}; it has: {', '.join(splits)}")
-    table = splits[source.split]
-    return table.to_iterable_dataset(num_shards=max(1, len(table.cache_files))) if streaming else table
+    return splits[source.split]
 
 
 def _find_image_folder(source: ImageSource) -> ImageFolder | None:
@@ -168,27 +191,59 @@ def _first_rows(table: Table, split: str, count: int | None) -> Table:
         raise ValueError(
             f"split {split!r} is needed whole, which --streaming cannot do: it reads the first max_samples rows of a split. Leave out --streaming, or limit the split (--max_images and --max_validation_images limit theirs)"
         )
-    stream = table.encoded
-    rows = [{name: read_remote(value) for name, value in row.items()} for row in stream.take(count)]
+    stream, names = table.encoded, table.class_names
+    taken = itertools.islice(table.kept(stream), count)
+    rows = [{name: read_remote(value) for name, value in row.items()} for row in taken]
     if not rows:
-        raise ValueError(f"the stream has 0 rows in split {split!r}")
-    first = datasets.Dataset.from_list(rows, features=stream.features)
-    return replace(table, rows=first.cast_column(table.image_column, datasets.Image()))
+        of_classes = "" if table.chosen is None else f" of the classes {', '.join(names or ())}"
+        raise ValueError(f"the stream has 0 rows{of_classes} in split {split!r}")
+    features = stream.features.copy()
+    if table.chosen is not None:
+        features[str(table.label_column)] = datasets.ClassLabel(names=names)
+    first = datasets.Dataset.from_list(rows, features=features)
+    return replace(table, rows=first.cast_column(table.image_column, datasets.Image()), chosen=None)
+
+
+def _as_stream(table: Table, source: ImageSource) -> datasets.IterableDataset:
+    """The rows of a table as a stream, those of the chosen classes, so that no shard has none."""
+    rows, shards = table.rows, STREAM_SHARDS if table.folder else len(table.rows.cache_files)
+    if table.chosen is not None:
+        rows = rows.select(_rows_of_classes(table, source), keep_in_memory=True)
+    return rows.to_iterable_dataset(num_shards=max(1, min(len(rows), shards)))
+
+
+def _rows_of_classes(table: Table, source: ImageSource) -> np.ndarray:
+    """The rows of the chosen classes, int64 (n,), at least one; all rows if none are chosen."""
+    labels = None if table.chosen is None else _labels(table)
+    kept = np.arange(len(table.rows)) if labels is None else np.flatnonzero(labels >= 0)
+    if not len(kept):
+        names = ", ".join(source.classes or ())
+        raise ValueError(f"{source} has 0 images of the classes {names} in split {source.split!r}")
+    return kept
+
+
+def _class_names(features: dict[str, Any], label_column: str | None) -> list[str] | None:
+    return None if label_column is None else getattr(features[label_column], "names", None)
 
 
 def _labels(table: Table) -> np.ndarray | None:
-    """(N,) int64."""
+    """(N,) int64; where classes are chosen, the new labels, -1 for rows of no chosen class."""
     if table.label_column is None:
         return None
     column = table.rows.select_columns([table.label_column]).with_format("arrow")[:].column(0)
-    if column.null_count or (labels := column.to_numpy().astype(np.int64)).min() < 0:
+    labels = column.cast("int64").fill_null(-1).to_numpy()
+    if table.chosen is None and labels.min() < 0:
         raise ValueError(f"label_column {table.label_column!r} has rows without a label (null or below 0)")
-    return labels
+    return renumbered(labels, table.chosen)
 
 
 def image_name(place: str, image: dict[str, Any] | None) -> str:
     """What errors call an image: its place in the set and, if it has one, its path."""
     return f"{place} ({image['path']})" if image and image["path"] else place
+
+
+def _digest_of(rows: np.ndarray) -> str:
+    return hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()
 
 
 def _digest_of_files(table: Table) -> str:

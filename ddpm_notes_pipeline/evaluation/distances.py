@@ -113,17 +113,25 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = NEIGH
     return share_inside(generated, real), share_inside(real, generated)
 
 
-def nearest_squared_distances(points: torch.Tensor, chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(N,) float64: squared distance of points (N, d) to the nearest row of all chunks (M, d).
+def nearest_rows(points: torch.Tensor, chunks: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared distance of points (N, d) to the nearest row of all chunks, and that row's number.
 
-    Infinite where there are no chunks.
+    Args:
+        chunks: number of the first row, and the rows (M, d).
+
+    Returns:
+        (N,) float64, infinite where there are no chunks, and (N,) int64, then -1.
     """
     points = points.double()
     nearest = torch.full((len(points),), math.inf, dtype=torch.float64, device=points.device)
-    for chunk in chunks:
+    number = torch.full((len(points),), -1, device=points.device)
+    for first, chunk in chunks:
         for squared in _squared_distances(chunk.to(points.device), points):
-            nearest = torch.minimum(nearest, squared.min(0).values)
-    return nearest
+            lowest, row = squared.min(0)
+            number = torch.where(lowest < nearest, first + row, number)
+            nearest = torch.minimum(nearest, lowest)
+            first += len(squared)
+    return nearest, number
 
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -7,8 +7,6 @@ three are part of the key under which features are cached.
 import contextlib
 import hashlib
 import importlib
-import os
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,30 +15,31 @@ from typing import Any
 
 import datasets
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..data import ImageSet
+from .whole_file import read_whole, tensor_digest, write_whole
 
 OFFLINE_NETWORK = "efficientnet-lite0"
+CHANNELS = (1, 3, 4)  # of images: grey, RGB, RGBA
+BACKGROUND = 128  # of transparent pixels: mid-grey
 CACHE_FORMAT = 1  # raise it when the code gives other features for the same key
 
 # ------------------------------------------------------------ networks
 
 
 class FeatureNetwork(nn.Module):
-    """Images to features: uint8 (N, 1 or 3, H, W) -> float32 (N, num_features).
+    """Images to features: uint8 (N, 1, 3 or 4, H, W) -> float32 (N, num_features).
 
     Whole images are resized to the network's size, antialiased and clamped to 0..255, never
-    cropped; grey ones are repeated to RGB. Made by `load_feature_network`. Also works as the
-    `feature` module of torchmetrics' image metrics.
+    cropped; grey ones are repeated to RGB, RGBA ones are composited on mid-grey before. Made by
+    `load_feature_network`. Also works as the `feature` module of torchmetrics' image metrics.
 
     Attributes:
         name: what results are named after.
         num_features: d.
         image_size: (H, W) that images are resized to.
-        preprocessing: all of the above in words, for the protocol.
+        preprocessing: all of the above in words, of grey and RGB images, for the protocol.
         weights: hex digest of the parameters and buffers.
     """
 
@@ -71,13 +70,13 @@ class FeatureNetwork(nn.Module):
             f"({self.scale:.6g} pixel - {mean}) / {std}"
         )
 
+    def preprocessing_of(self, channels: int) -> str:
+        """`preprocessing` of images of 1, 3 or 4 channels."""
+        return f"RGBA composited on grey {BACKGROUND}; {self.preprocessing}" if channels == 4 else self.preprocessing
+
     @cached_property
     def weights(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return tensor_digest(self.network.state_dict())
 
     def train(self, mode: bool = True) -> "FeatureNetwork":
         """Does nothing: the network stays in evaluation mode."""
@@ -85,10 +84,13 @@ class FeatureNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-            raise ValueError(f"pixels is {pixels.dtype} {tuple(pixels.shape)}; must be uint8 (N, 1 or 3, H, W)")
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in CHANNELS:
+            raise ValueError(f"pixels is {pixels.dtype} {tuple(pixels.shape)}; must be uint8 (N, 1, 3 or 4, H, W)")
         device = self.mean.device
-        x = pixels.to(device).float().expand(-1, 3, -1, -1)
+        x = pixels.to(device).float()
+        if x.shape[1] == 4:
+            x = torch.lerp(x.new_tensor(BACKGROUND), x[:, :3], x[:, 3:] / 255)
+        x = x.expand(-1, 3, -1, -1)
         if x.shape[2:] != self.image_size:
             x = nn.functional.interpolate(x, self.image_size, mode=self.interpolation, antialias=True).clamp(0, 255)
         x = (x * self.scale - self.mean) / self.std
@@ -226,20 +228,11 @@ class FeatureFile:
 
     def read(self) -> torch.Tensor | None:
         """None if there is no such file or it is not readable (truncated by a full disk)."""
-        try:
-            with safe_open(self.path, "pt") as file:
-                return file.get_tensor("features") if file.metadata() == self.metadata else None
-        except (OSError, SafetensorError):
-            return None
+        tensors, metadata = read_whole(self.path) or ({}, {})
+        return tensors.get("features") if metadata == self.metadata else None
 
     def write(self, features: torch.Tensor) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{uuid.uuid4().hex}.part")
-        try:
-            save_file({"features": features.contiguous()}, partial, self.metadata)
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(self.path, {"features": features}, self.metadata)
 
 
 def feature_file(images: Any, network: FeatureNetwork, cache_dir: Any) -> FeatureFile | None:
@@ -252,7 +245,7 @@ def feature_file(images: Any, network: FeatureNetwork, cache_dir: Any) -> Featur
         "images": f"{len(images)} of {images.channels}x{images.size[0]}x{images.size[1]}",
         "network": network.name,
         "weights": network.weights,
-        "preprocessing": network.preprocessing,
+        "preprocessing": network.preprocessing_of(images.channels),
     }
     folder = Path(cache_dir or Path(datasets.config.HF_CACHE_HOME, "ddpm_notes_pipeline")).expanduser()
     key = hashlib.blake2b(repr(sorted(metadata.items())).encode(), digest_size=16).hexdigest()

@@ -49,6 +49,24 @@ def findings(rows: list[Row], kernels: dict[Key, Estimate]) -> list[str]:
     return [*sentences, *filter(None, (_worst_samples(kernels), equal_quality(table, kernels, T)))]
 
 
+def fewest_steps(kernels: dict[Key, Estimate], T: int) -> Key | None:
+    """The fewest steps whose samples are no worse than those of T steps of fixed_large.
+
+    Of rows with equally many, that with the lowest kernel distance. None if no row with fewer is as
+    good, or that of T was not sampled.
+    """
+    return next(iter(_as_good(kernels, T)), None)
+
+
+def _as_good(kernels: dict[Key, Estimate], T: int) -> list[Key]:
+    """Rows of fewer steps with samples no worse than those of the reference, the fewest first."""
+    reference: Key = ("fixed_large", "even", T)
+    if reference not in kernels:
+        return []
+    keys = [key for key in kernels if key[2] < T and not _is_above(kernels[key], kernels[reference])]
+    return sorted(keys, key=lambda key: (key[2], kernels[key]))
+
+
 def equal_quality(table: dict[Key, Row], kernels: dict[Key, Estimate], T: int) -> str:
     """The fewest steps whose samples and bound are no worse than those of T steps of fixed_large.
 
@@ -57,8 +75,7 @@ def equal_quality(table: dict[Key, Row], kernels: dict[Key, Estimate], T: int) -
     reference: Key = ("fixed_large", "even", T)
     if reference not in kernels or reference not in table:
         return ""
-    as_good = [key for key in kernels if key != reference and not _is_above(kernels[key], kernels[reference])]
-    as_good.sort(key=lambda key: key[2])
+    as_good = _as_good(kernels, T)
     with_bound = [key for key in as_good if key in table and not _is_higher(table[key], table[reference])]
     without = [key for key in as_good if key not in table]
 
@@ -73,6 +90,7 @@ def equal_quality(table: dict[Key, Row], kernels: dict[Key, Estimate], T: int) -
     return (
         f"No worse than {T} steps of fixed_large (kernel distance {kernel_text(kernels[reference])}, {bound}), "
         f"within {SIGNIFICANT:g} standard errors. {fewest(with_bound, 'By samples and bound')}. "
+        f"{fewest(as_good, 'By samples alone')}. "
         f"{fewest(without, 'By samples alone, other samplers')}."
     )
 

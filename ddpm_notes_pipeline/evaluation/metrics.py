@@ -9,18 +9,23 @@ Pixel statistics need no network: errors of each pixel's mean and variance, and 
 samples to their nearest training image, beside that of held-out images. Samples that are much
 nearer are memorised. Only pixels are seen here: if one set went through JPEG and the other did not,
 every figure changes and the pixels alone cannot tell; `source` records what is known of it.
+
+Samples of a model with classes are also read by a classifier of the real images (class_reader.py).
 """
 
 import os
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from ..data import ImageSet
+from .class_reader import ClassReader
 from .distances import NEIGHBORS, SUBSETS, frechet_distance, kernel_distance, precision_recall
-from .features import OFFLINE_NETWORK, FeatureNetwork, feature_file, load_feature_network
+from .features import CHANNELS, OFFLINE_NETWORK, FeatureNetwork, feature_file, import_eval, load_feature_network
 from .pixel_batches import agreed_shape
 from .reading import ImageReader, SetStatistics, with_float64
 from .records import MetricProtocol, SampleMetrics
@@ -40,6 +45,8 @@ def measure_samples(
     cache_dir: str | os.PathLike[str] | None = None,
     accelerator: Accelerator | None = None,
     show_progress: bool = True,
+    class_labels: Any = None,
+    class_reader: ClassReader | None = None,
 ) -> SampleMetrics:
     """Compare samples with real images. Collective: every rank must call it.
 
@@ -58,10 +65,13 @@ def measure_samples(
         accelerator: splits the work over its processes, which must all get the same images. Every
             process returns the same result, whatever their number.
         show_progress: show progress bars.
+        class_labels: (N,) of `generated`: how many of them show their class is measured, if `real`
+            is an `ImageSet` with labels, not all the same, and there is a network.
+        class_reader: fitted to `real` where it is not yet: to be given again for the same images.
 
     Raises:
         ValueError: images of another range, type, shape or number of channels, too few images,
-            features that are not finite.
+            features that are not finite, another number of labels.
     """
     sets = {"generated": generated, "real": real, "train": train, "held_out": held_out}
     sets = {name: images for name, images in sets.items() if images is not None}
@@ -71,8 +81,9 @@ def measure_samples(
     if isinstance(network, str):
         network = load_feature_network(network)
         network.to(accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu")
-    if network is not None and shape is not None and shape[0] not in (1, 3):
-        raise ValueError(f"images have {shape[0]} channels; {network.name} takes 1 or 3 (network=None: pixels alone)")
+    if network is not None and shape is not None and shape[0] not in CHANNELS:
+        takes = f"{network.name} takes 1, 3 or 4 (network=None: pixels alone)"
+        raise ValueError(f"images have {shape[0]} channels; {takes}")
 
     reader = ImageReader(batch_size, accelerator, show_progress, shape)
     ours = reader.read("real", real, network, None if network is None else feature_file(real, network, cache_dir))
@@ -85,11 +96,17 @@ def measure_samples(
             warnings.warn(note, stacklevel=2)
     figures = _distances(ours, theirs, network)
     protocol: dict[str, Any] = {}
+    labels = real.labels if isinstance(real, ImageSet) else None
+    if network is not None and labels is not None and np.ptp(labels) and class_labels is not None:
+        read = _class_accuracy(class_reader or ClassReader(), ours, labels, theirs, class_labels, accelerator)
+        figures["class_accuracy"], protocol["classifier"] = read
     if network is not None:
         protocol |= {"network": network.name, "weights": network.weights}
-        protocol |= {"num_features": network.num_features, "preprocessing": network.preprocessing}
+        preprocessing = network.preprocessing_of(ours.mean.shape[0])
+        protocol |= {"num_features": network.num_features, "preprocessing": preprocessing}
     if isinstance(real, ImageSet):
         protocol |= {"real": real.name, "split": real.split, "fingerprint": real.fingerprint}
+        protocol |= {"classes": real.source.classes}
     if train is not None:
         nearest, counts = _nearest_training_images(reader, train, theirs, held_out)
         figures |= nearest
@@ -115,6 +132,28 @@ def _distances(real: SetStatistics, generated: SetStatistics, network: FeatureNe
     return figures
 
 
+def _class_accuracy(
+    reader: ClassReader,
+    real: SetStatistics,
+    labels: np.ndarray,
+    generated: SetStatistics,
+    class_labels: Any,
+    accelerator: Accelerator | None,
+) -> tuple[float, str | None]:
+    """Share of generated images that show their class, and what reads them. Collective."""
+    ours, theirs = real.features, generated.features
+    assert ours is not None and theirs is not None
+
+    def read() -> tuple[float, str | None]:
+        reader.fit(ours, labels)
+        return reader.accuracy(theirs, np.asarray(class_labels)), reader.description
+
+    if accelerator is None:
+        return read()
+    import_eval("sklearn.linear_model")  # if it is missing, all processes say so
+    return broadcast_object_list([read() if accelerator.is_main_process else None])[0]
+
+
 def _nearest_training_images(
     reader: ImageReader, train: Any, generated: SetStatistics, held_out: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -122,7 +161,7 @@ def _nearest_training_images(
     probes = [generated.probes]
     if held_out is not None:
         probes.append(reader.read("held_out", held_out).probes)
-    count, distances = reader.nearest(train, torch.cat(probes))
+    count, distances, _ = reader.nearest(train, torch.cat(probes))
     of_each = dict(zip(("", "held_out_"), distances.split([len(part) for part in probes])))
     figures = {f"{kind}nearest_train_distance": float(values.median()) for kind, values in of_each.items()}
     return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}

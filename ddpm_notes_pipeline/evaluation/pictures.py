@@ -15,6 +15,10 @@ from PIL import Image
 from ..core.likelihood import BitsPerDimOutput
 from ..data import to_uint8
 
+LIGHT, DARK, SQUARES = 204, 153, 8  # of the checkerboard below transparent pixels; squares along a side
+LONGEST_NAME = 20  # of a class, in letters
+DPI, TALLEST = 110, 10  # pixels an inch; of a grid of samples, in inches
+
 if importlib.util.find_spec("matplotlib") is None:  # fails before anything is trained
     raise ImportError('matplotlib is missing: pip install "ddpm_notes_pipeline[train]"')
 
@@ -28,14 +32,30 @@ def _figure(
 
     figure = Figure(layout="constrained", **options)
     yield figure.subplots(rows, columns, sharex=rows > 1, squeeze=False, width_ratios=widths)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+
+
+def on_checkerboard(images: np.ndarray) -> np.ndarray:
+    """RGBA images as they are seen over light and dark grey squares: (N, 4, H, W) -> (N, 3, H, W).
+
+    Both are uint8, rounded to the nearest level. Images of other channels are returned as they are.
+    """
+    if images.shape[1] != 4:
+        return images
+    square = math.ceil(max(images.shape[2:]) / SQUARES)
+    rows, columns = (np.arange(side) // square for side in images.shape[2:])
+    board = np.where((rows[:, None] + columns) % 2, DARK, LIGHT)
+    colours, alpha = images[:, :3].astype(np.int32), images[:, 3:].astype(np.int32)
+    return ((alpha * colours + (255 - alpha) * board + 127) // 255).astype(np.uint8)
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -> Image.Image:
     """Images (N, C, H, W) uint8 in a grid, about square unless `columns` says otherwise.
 
-    Small images are enlarged by whole pixels to about `side` pixels.
+    Small images are enlarged by whole pixels to about `side` pixels. RGBA images lie on a
+    checkerboard.
     """
+    images = on_checkerboard(images)
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -51,15 +71,52 @@ def image_grid(images: np.ndarray, columns: int | None = None, side: int = 32) -
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
 
 
-def save_samples(path: Path, real: np.ndarray, samples: np.ndarray, title: str) -> None:
-    """Real images on the left, samples on the right, both (N, C, H, W) uint8."""
-    pictures = {"real images": image_grid(real), title: image_grid(samples)}
-    width, height = pictures["real images"].size
-    with _figure(path, 1, 2, figsize=(10, 5 * height / width + 0.4)) as axes:
-        for axis, (name, picture) in zip(axes[0], pictures.items(), strict=True):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # of RGB the map is ignored
+def class_grid(images: np.ndarray, labels: np.ndarray, classes: Sequence[int], columns: int) -> Image.Image:
+    """`image_grid` with a row for each of `classes`, white where it has too few images."""
+    seen = on_checkerboard(images)
+    grid = np.full((len(classes), columns, *seen.shape[1:]), 255, np.uint8)
+    for row, label in zip(grid, classes, strict=True):
+        of_class = seen[labels == label]
+        row[: len(of_class)] = of_class
+    return image_grid(grid.reshape(-1, *seen.shape[1:]), columns)
+
+
+def save_samples(
+    path: Path,
+    real: np.ndarray,
+    samples: np.ndarray,
+    title: str,
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Real images on the left, samples on the right, both (N, C, H, W) uint8.
+
+    Args:
+        labels: of the real images and of the samples. With them each class of the samples has a
+            row, its name at its left.
+        class_names: by label; None: the labels themselves.
+    """
+    grids, names = [image_grid(real), image_grid(samples)], []
+    if labels is not None:
+        classes = np.unique(labels[1]).tolist()
+        columns = max(int(np.bincount(some).max()) for some in labels)
+        pairs = zip((real, samples), labels, strict=True)
+        grids = [class_grid(images, some, classes, columns) for images, some in pairs]
+        known = dict(enumerate(class_names or ()))
+        names = [known.get(label, str(label)) for label in classes]
+    width, height = grids[0].size
+    broad = 1.5 * width / DPI if names else 0  # long rows would lose pixels in five inches
+    inches = min(max(5, broad), TALLEST * width / height)  # a grid's width
+    with _figure(path, 1, 2, figsize=(max(6, 2 * inches), inches * height / width + 0.4)) as axes:
+        for axis, name, grid in zip(axes[0], ("real images", title), grids, strict=True):
+            axis.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")  # of RGB the map is ignored
             axis.set_title(name, fontsize=10)
-            axis.axis("off")
+            places = (np.arange(len(names)) + 0.5) * height / max(1, len(names)) - 0.5
+            short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
+            axis.set_yticks(places, short, fontsize=8, parse_math=False)
+            axis.set_xticks([])
+            axis.tick_params(length=0)
+            axis.spines[:].set_visible(False)
 
 
 class Trajectory:
@@ -167,6 +224,23 @@ def save_bit_map(path: Path, images: np.ndarray, result: BitsPerDimOutput, log_s
         axes[0, 1].set_title(f"Where they are spent: {title} over {n} image{'s' if n > 1 else ''}", fontsize=10)
 
 
+def save_nearest(path: Path, sets: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """Images above their nearest training images, with the distance below.
+
+    Args:
+        sets: by name: images and their nearest ones, both (N, C, H, W) uint8, and distances (N,).
+    """
+    with _figure(path, len(sets), 1, figsize=(8, 2.6 * len(sets))) as axes:
+        for axis, (name, (images, nearest, distances)) in zip(axes[:, 0], sets.items(), strict=True):
+            picture = image_grid(np.concatenate([images, nearest]), columns=len(images))
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(f"{name}, and their nearest training images", fontsize=10)
+            axis.axis("off")
+            for i, distance in enumerate(distances):  # no ticks: they would be shared by all axes
+                place = (i + 0.5) * picture.width / len(images)
+                axis.text(place, 1.02 * picture.height, f"{distance:.3f}", ha="center", va="top")
+
+
 def _draw_maps(axis: Any, images: np.ndarray, maps: np.ndarray) -> None:
     """Rows of up to four images above their maps (N, H, W), in bits a pixel."""
     from matplotlib.cm import ScalarMappable
@@ -174,7 +248,8 @@ def _draw_maps(axis: Any, images: np.ndarray, maps: np.ndarray) -> None:
 
     colours = ScalarMappable(Normalize(0, float(np.quantile(maps, 0.995))), "magma")
     grey = images.shape[1] < 3
-    pictures = np.broadcast_to(images[:, :1], (len(images), 3, *images.shape[2:])) if grey else images[:, :3]
+    seen = images[:, :1] if grey else on_checkerboard(images)
+    pictures = np.broadcast_to(seen, (len(images), 3, *images.shape[2:]))
     drawn = np.asarray(colours.cmap(colours.norm(maps), bytes=True))[..., :3].transpose(0, 3, 1, 2)
     columns, rows = min(4, len(images)), []
     for i in range(0, len(images), columns):

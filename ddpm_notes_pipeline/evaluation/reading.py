@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..core.image_batches import number_of_images
 from ..data import ImageSet
-from .distances import CHUNK_ROWS, nearest_squared_distances
+from .distances import CHUNK_ROWS, nearest_rows
 from .features import FeatureFile, FeatureNetwork
 from .pixel_batches import ONE_SHAPE, uint8_batches
 
@@ -96,26 +96,27 @@ class ImageReader:
         variance = squares.double() / count / 255**2 - mean**2
         return SetStatistics(count, mean, variance, torch.stack([image for _, image in probes]), features)
 
-    def nearest(self, train: Any, probes: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """Number of training images, and the distance of each probe to the nearest. Collective.
+    def nearest(self, train: Any, probes: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Number of training images, distance of each probe to the nearest, and which that is.
 
-        Distances are root mean squares over pixels, scale 0..1.
+        Distances are root mean squares over pixels, scale 0..1. Collective.
         """
         count = 0
         device = with_float64(torch.device("cpu") if self.accelerator is None else self.accelerator.device)
 
-        def own_chunks() -> Iterator[torch.Tensor]:
+        def own_chunks() -> Iterator[tuple[int, torch.Tensor]]:
             nonlocal count
             for chunk, pixels in enumerate(self._chunks("train", train, "nearest train images", CHUNK_ROWS)):
                 count += len(pixels)
                 if chunk % self.processes == self.rank:
-                    yield pixels.flatten(1)
+                    yield count - len(pixels), pixels.flatten(1)
 
-        squared = nearest_squared_distances(probes.to(device), own_chunks()).cpu()
+        found = [part.cpu() for part in nearest_rows(probes.to(device), own_chunks())]
         if not count:
             raise ValueError("train is empty; it must have images")
-        squared = torch.stack(self._gather(squared)).min(0).values
-        return count, (squared / probes.shape[1]).sqrt() / 255
+        squared, numbers = (torch.stack(of_all) for of_all in zip(*self._gather(found)))
+        lowest, rank = squared.min(0)
+        return count, (lowest / probes.shape[1]).sqrt() / 255, numbers.gather(0, rank[None])[0]
 
     def _chunks(self, name: str, images: Any, description: str, size: int) -> Iterator[torch.Tensor]:
         """All chunks, on every process, with a progress bar."""
@@ -133,6 +134,16 @@ class ImageReader:
     def _gather(self, own: T) -> list[T]:
         """What each process has, in the order of their ranks. Collective."""
         return [own] if self.processes == 1 else gather_object([own])
+
+
+def nearest_training_images(images: torch.Tensor, train: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training image nearest to each of uint8 images (N, C, H, W), and its distance (N,).
+
+    Distances are as of `ImageReader.nearest`. Not collective.
+    """
+    reader = ImageReader(CHUNK_ROWS, None, show_progress=False, shape=tuple(images.shape[1:]))
+    _, distances, numbers = reader.nearest(train, images.flatten(1))
+    return torch.cat([train.take([number]) for number in numbers.tolist()]), distances
 
 
 def with_float64(device: torch.device) -> torch.device:

@@ -7,13 +7,18 @@ unknown keys are ignored, and missing ones take their default.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 Key = tuple[str, str, int]  # what makes the samples, path, number of steps
 Estimate = tuple[float, float]  # value, standard error
+
+
+def of_classes(classes: Sequence[str] | None) -> str:
+    """Which classes images are of, as words after their name; empty for all."""
+    return "" if classes is None else f", classes {', '.join(classes)}"
 
 
 class Record:
@@ -102,8 +107,10 @@ class MetricProtocol(Record):
         image_shape: (C, H, W) of both, before the network's resizing.
         real, split, fingerprint: name, split and pixel digest of the real images, if they are an
             `ImageSet`.
+        classes: of the real images, if some were chosen.
         num_train, num_nearest, num_held_out_nearest: training images, and the generated and
             held-out images (at most 1000, evenly spaced) whose nearest training image was found.
+        classifier: what reads the classes of images, and was fitted to how many.
         source: what the caller knows of the files: JPEG or PNG, how they were resized.
         sampling: how the samples were made: steps, variance, seeds.
         notes: warnings that were given.
@@ -119,9 +126,11 @@ class MetricProtocol(Record):
     real: str | None = None
     split: str | None = None
     fingerprint: str | None = None
+    classes: Sequence[str] | None = None
     num_train: int | None = None
     num_nearest: int | None = None
     num_held_out_nearest: int | None = None
+    classifier: str | None = None
     source: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -129,6 +138,10 @@ class MetricProtocol(Record):
     pixels: str = "pixel statistics: scale 0..1, root mean square over pixels"
     neighbors: int = 3
     kernel_subsets: int = 10
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return {name: value for name, value in values.items() if name not in ("classes", "classifier") or value}
 
 
 def figure(head: str | None = None, form: str = ".4f", over_features: bool = False) -> Any:
@@ -154,6 +167,9 @@ class SampleMetrics(Record):
         nearest_train_distance: median over samples of the root mean square distance to the nearest
             training image, scale 0..1.
         held_out_nearest_train_distance: the same for held-out images.
+        class_accuracy: share of samples that a classifier of the real images reads as the class
+            that they were asked for (class_reader.py); None without classes.
+        held_out_class_accuracy: the same for held-out images.
     """
 
     protocol: MetricProtocol
@@ -166,6 +182,8 @@ class SampleMetrics(Record):
     pixel_variance_error: float | None = figure("var err")
     nearest_train_distance: float | None = figure("nearest")
     held_out_nearest_train_distance: float | None = figure()
+    class_accuracy: float | None = figure("class acc", ".3f", over_features=True)
+    held_out_class_accuracy: float | None = figure(over_features=True)
 
     def figures(self) -> dict[str, float]:
         """The measured figures by name, without the protocol."""
@@ -252,7 +270,44 @@ class SampleRecord(Record):
         return super().from_dict({**values, **more})
 
 
+@dataclass(frozen=True, kw_only=True)
+class FewestSteps(Record):
+    """How to sample with the fewest steps at equal quality: `fewest_steps` in evaluation.json.
+
+    Equal: a kernel distance at most two standard errors of the difference above that of all T steps
+    of fixed_large.
+
+    Attributes:
+        name, path, num_inference_steps: of the row of samples.
+        scheduler: name of its class, DDPMNotesScheduler or one of diffusers.
+        scheduler_settings: for its `from_config`, beside the model's own config.
+        timesteps: of the path, from T-1 down; None: those that the scheduler sets by itself.
+        needs: settings that the model's scheduler must have for it.
+        kernel_distance, standard_error: of its samples.
+        reference_steps, reference_kernel_distance, reference_standard_error: T, and of its samples.
+    """
+
+    name: str
+    path: str
+    num_inference_steps: int
+    scheduler: str
+    scheduler_settings: dict[str, Any]
+    timesteps: list[int] | None = None
+    needs: list[str] = field(default_factory=list)
+    kernel_distance: float
+    standard_error: float
+    reference_steps: int
+    reference_kernel_distance: float
+    reference_standard_error: float
+
+    def missing(self, scheduler: Any) -> list[str]:
+        """What a model's scheduler would need, and does not have."""
+        return [name for name in self.needs if getattr(scheduler, name, None) is None]
+
+
 # ------------------------------------------------------------ files
+
+OPTIONAL = ("classes", "metrics", "yardsticks", "fewest_steps")  # left out of evaluation.json where there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +317,7 @@ class Evaluation(JSONFile):
     Attributes:
         data, split, images, dims, fingerprint: the images that bits/dim were measured on: name,
             split, number, dims of each, digest of their pixels.
+        classes: of these images, if some were chosen.
         weights: digest of the measured weights, by which the card knows that the figures belong to
             its model; None if unknown.
         seed: of the noise.
@@ -270,6 +326,7 @@ class Evaluation(JSONFile):
         metrics: of held-out images and of samples, each row with its own protocol.
         yardsticks: bits/dim of simple codes for the same images, by name (yardsticks.py); None
             where they were not measured.
+        fewest_steps: at equal quality; None if no row is, or all T steps were not sampled.
     """
 
     unit: str = "bits/dim"
@@ -278,21 +335,30 @@ class Evaluation(JSONFile):
     images: int
     dims: int
     fingerprint: str | None = None
+    classes: Sequence[str] | None = None
     seed: int = 0
     evaluations_per_image: int | str = "all"
     weights: str | None = None
     results: list[BoundRecord]
     metrics: list[SampleRecord] = field(default_factory=list)
     yardsticks: dict[str, float] | None = None
+    fewest_steps: FewestSteps | None = None
 
     FILE = "evaluation.json"
     PICTURE: ClassVar[str] = "bits_per_dim.png"  # beside it: where the bits are, timestep by timestep
     MAP: ClassVar[str] = "bits_map.png"  # pixel by pixel
+    NEAREST: ClassVar[str] = "nearest.png"  # training images that are nearest to samples
 
     @property
     def samples(self) -> list[SampleRecord]:
         """The rows of samples, without that of held-out images."""
         return [row for row in self.metrics if row.is_sampled]
+
+    @property
+    def nearest_samples(self) -> SampleRecord | None:
+        """The row of samples with the lowest kernel distance; None without any."""
+        measured = [row for row in self.samples if row.metrics.kernel_distance is not None]
+        return min(measured, key=lambda row: row.kernel, default=None)
 
     @property
     def best(self) -> BoundRecord:
@@ -311,20 +377,21 @@ class Evaluation(JSONFile):
         }
         decoder = next(words for kind, words in decoders.items() if kind in {row.decoder_type for row in self.results})
         return (
-            f"{self.images} images of {self.data}, split {self.split}, {self.dims} dims each, "
+            f"{self.images} images of {self.data}{of_classes(self.classes)}, split {self.split}, {self.dims} dims each, "
             f"{terms}, noise seed {self.seed}{decoder}"
         )
 
     def as_dict(self) -> dict[str, Any]:
         values = super().as_dict()
         values |= {name: [row.as_dict() for row in getattr(self, name)] for name in ("results", "metrics")}
-        return {name: value for name, value in values.items() if name not in ("metrics", "yardsticks") or value}
+        return {name: value for name, value in values.items() if name not in OPTIONAL or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         results = [BoundRecord.from_dict(row) for row in values["results"]]
         metrics = [SampleRecord.from_dict(row) for row in values.get("metrics") or []]
-        return super().from_dict({**values, "results": results, "metrics": metrics})
+        fewest = FewestSteps.from_dict(values["fewest_steps"]) if values.get("fewest_steps") else None
+        return super().from_dict({**values, "results": results, "metrics": metrics, "fewest_steps": fewest})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +401,9 @@ class TrainingRecord(JSONFile):
     Attributes:
         data, split, images, images_skipped, dims, fingerprint, data_license: the training images;
             `images` is None for a stream, dims is [C, H, W].
+        hidden_colours: how many of the images of the data set had colours where their alpha is 0,
+            which are 0 in training.
+        classes: of the training images, if some were chosen: the names of labels 0, 1, ...
         hub_dataset, base_model: Hub ids, where the data and the initial weights come from there.
         objective, loss, loss_steps: mean loss over that many last steps; None if none was finite.
         steps, train_batch_size, seed, weights: optimizer steps, images of a step, which weights
@@ -347,6 +417,8 @@ class TrainingRecord(JSONFile):
     split: str
     images: int | None
     images_skipped: int = 0
+    hidden_colours: int = 0
+    classes: Sequence[str] | None = None
     dims: list[int] | None = None
     fingerprint: str
     data_license: str | None = None
@@ -375,3 +447,7 @@ class TrainingRecord(JSONFile):
     def images_seen(self) -> int:
         """Images that training has seen, repetitions included."""
         return self.steps * self.train_batch_size
+
+    def as_dict(self) -> dict[str, Any]:
+        values = super().as_dict()
+        return {name: value for name, value in values.items() if name not in ("hidden_colours", "classes") or value}

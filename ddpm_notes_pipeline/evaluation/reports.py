@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from .records import BoundRecord, Evaluation, SampleMetrics, SampleRecord
+from .records import BoundRecord, Evaluation, FewestSteps, SampleMetrics, SampleRecord, of_classes
 from .yardsticks import verdict
 
 
@@ -117,24 +117,62 @@ SAMPLE_COLUMNS = [
 ]
 
 
+def sample_columns(records: Sequence[SampleRecord]) -> list[Column]:
+    """Those with something in them: not every model has classes."""
+    return [column for column in SAMPLE_COLUMNS if any(column.cell(record) for record in records)]
+
+
 def sample_caption(records: Sequence[SampleRecord]) -> str:
     """What the table of samples shows, and how it was measured."""
     protocol = records[-1].metrics.protocol
+    classes = (
+        f" Class acc is the share of images that a {protocol.classifier} reads as the class that they were asked for "
+        "(the idea of GAN-test, arXiv 1807.09499)."
+    )
     return (
-        f"Distances from {protocol.num_real} images of {protocol.real}, split {protocol.split}, over "
+        f"Distances from {protocol.num_real} images of {protocol.real}{of_classes(protocol.classes)}, split {protocol.split}, over "
         f"{protocol.num_features} features of {protocol.network} (no Inception: no FID); {protocol.preprocessing}. "
         "Perfect samples would get the row of held-out images. Kernel distances compare at any n, Frechet distances only "
         "at equal n. The errors of each pixel's mean and variance, and the median distance to the nearest training image, "
         "are root mean squares over pixels in [0, 1]: samples much nearer than held-out images are copies."
+        f"{classes if protocol.classifier else ''}"
+    )
+
+
+def fewest_steps_text(fewest: FewestSteps) -> str:
+    """One sentence: the fewest steps at equal quality."""
+    ours = f"{1000 * fewest.kernel_distance:.2f} ± {1000 * fewest.standard_error:.2f}"
+    theirs = f"{1000 * fewest.reference_kernel_distance:.2f} ± {1000 * fewest.reference_standard_error:.2f}"
+    return (
+        f"The fewest steps at equal quality: {fewest.num_inference_steps} {fewest.path} steps of {fewest.name}, kernel "
+        f"distance x 1000 {ours}, no worse than {fewest.reference_steps} steps of fixed_large, {theirs}, within two "
+        f"standard errors; {fewest.reference_steps / fewest.num_inference_steps:.3g} times fewer."
+    )
+
+
+def nearest_text(evaluation: Evaluation) -> str:
+    """One sentence: how near training images are to samples and to held-out images.
+
+    Of the samples with the lowest kernel distance; empty if nothing was held out.
+    """
+    row = evaluation.nearest_samples
+    if row is None or not row.metrics.nearest_train_distance or not row.metrics.held_out_nearest_train_distance:
+        return ""
+    ours, theirs = row.metrics.nearest_train_distance, row.metrics.held_out_nearest_train_distance
+    return (
+        f"The median distance to the nearest training image is {ours:.4f} for samples of {row.name}, "
+        f"{row.num_inference_steps} {row.path} steps, and {theirs:.4f} for held-out images: {ours / theirs:.2f} times as "
+        "far. Copies would be far below 1."
     )
 
 
 def sample_text(records: Sequence[SampleRecord]) -> str:
     """Caption and table for a terminal."""
-    lines = (text_line(SAMPLE_COLUMNS, record) for record in records)
-    return "\n".join([textwrap.fill(sample_caption(records), 120), text_header(SAMPLE_COLUMNS), *lines])
+    columns = sample_columns(records)
+    lines = (text_line(columns, record) for record in records)
+    return "\n".join([textwrap.fill(sample_caption(records), 120), text_header(columns), *lines])
 
 
 def sample_table(records: Sequence[SampleRecord]) -> str:
     """The samples as a Markdown table."""
-    return markdown(SAMPLE_COLUMNS, records)
+    return markdown(sample_columns(records), records)

@@ -4,6 +4,7 @@ import math
 import statistics
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,17 @@ from accelerate import Accelerator
 
 from ..data import ImageSet
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
+from .class_reader import ClassReader
 from .features import load_feature_network
 from .metrics import FEWEST_IMAGES, measure_samples
-from .records import SampleMetrics, SampleRecord
+from .pictures import save_nearest
+from .pieces import Piece, Pieces, image_settings, scheduler_settings
+from .reading import nearest_training_images
+from .records import Key, SampleMetrics, SampleRecord
 from .reports import sample_text
 from .sampling import Stop, sample, with_progress_bar
+
+EXAMPLES = 8  # images of a set that are shown
 
 
 class SampleTable:
@@ -34,6 +41,9 @@ class SampleTable:
         sets: if more than one, figures are means over the sets, and the standard error of the
             kernel distance is over them too.
         cache_dir: see `measure_samples`.
+        pieces: where finished sets, and the parts of the set in hand, are kept.
+        classes: whether the model has classes: that images show theirs is then measured, too, if
+            `real` has labels.
     """
 
     def __init__(
@@ -47,6 +57,8 @@ class SampleTable:
         seed: int = 0,
         sets: int = 1,
         cache_dir: str | None = None,
+        pieces: Pieces | None = None,
+        classes: bool = False,
     ) -> None:
         if images < FEWEST_IMAGES:
             raise ValueError(f"--metric_images is {images}; must be at least {FEWEST_IMAGES}")
@@ -58,10 +70,22 @@ class SampleTable:
             features = load_feature_network(network).to(accelerator.device)
         compared_with: dict[str, Any] = {"real": real, "train": real, "held_out": held_out}
         settings: dict[str, Any] = {"network": features, "cache_dir": cache_dir, "accelerator": accelerator}
+        settings["class_reader"] = ClassReader()
         self.measure = partial(measure_samples, **compared_with, **settings, show_progress=False)
-        self.rows: list[SampleRecord] = []
+        self.pieces = pieces or Pieces(accelerator)
+        # what figures of samples depend on besides the samples
+        self.compared_with = {"network": features.weights, "preprocessing": features.preprocessing} | {
+            name: images and image_settings(images, labelled=True) for name, images in compared_with.items()
+        }
+        self.held_out, self.rows = held_out, list[SampleRecord]()
+        self.examples: dict[Key, torch.Tensor] = {}  # some images of each row of samples
         if held_out is not None:
-            self.rows.append(SampleRecord(f"held-out {held_out.split}", self.measure(generated=held_out)))
+            labels = held_out.labels if classes else None
+            piece = self.pieces.get(
+                {"of": "held-out images", **self.compared_with},
+                lambda: Piece(self.measure(generated=held_out, class_labels=labels).as_dict()),
+            )
+            self.rows.append(SampleRecord(f"held-out {held_out.split}", SampleMetrics.from_dict(piece.values)))
 
     def add(
         self, pipeline: DDPMNotesPipeline, row: dict[str, Any], stops: Stop | None = None, **settings: Any
@@ -85,15 +109,71 @@ class SampleTable:
         what = " ".join(map(str, row.values()))
         hidden = not self.accelerator.is_main_process
         pipeline = with_progress_bar(pipeline, desc=f"sample {what}", unit="step", leave=False, disable=hidden)
-        results = []
+        found = []
         for seed in range(first, end, n):
-            images = sample(self.accelerator, pipeline, n, self.batch_size, seed, labels, stops, **settings)
-            if images is None:
+            piece = self._measure_set(pipeline, seed, labels, sampling, stops, settings)
+            if piece is None:
                 return None
-            results.append(self.measure(generated=images, sampling=sampling))
+            found.append(piece)
+        results = [SampleMetrics.from_dict(piece.values) for piece in found]
         each = [result.kernel_distance for result in results] if self.sets > 1 else None
         self.rows.append(SampleRecord("samples", mean_of(results), **row, kernel_distances=each))
+        self.examples[self.rows[-1].key] = found[0].tensors["examples"]
         return self.rows[-1].metrics
+
+    def _measure_set(
+        self,
+        pipeline: DDPMNotesPipeline,
+        seed: int,
+        labels: torch.Tensor | None,
+        sampling: dict[str, Any],
+        stops: Stop | None,
+        settings: dict[str, Any],
+    ) -> Piece | None:
+        """Metrics and examples of a set, whose image i comes from seed + i; None if stopped."""
+        n, at_once = self.images, self.batch_size * self.accelerator.num_processes
+        the_set = {"samples of": settings, **scheduler_settings(pipeline), "seeds": [seed, seed + n]}
+        the_set |= {"labels": None if labels is None else labels.tolist()}
+
+        def sample_part(rows: range) -> Piece | None:
+            mine = None if labels is None else labels[rows.start : rows.stop]
+            at = (len(rows), self.batch_size, seed + rows.start, mine, stops)
+            images = sample(self.accelerator, pipeline, *at, **settings)
+            return None if images is None else Piece(tensors={"images": images})
+
+        def measure() -> Piece | None:
+            parts = []
+            for i in range(0, n, at_once):
+                rows = range(i, min(i + at_once, n))
+                part = self.pieces.get(the_set, partial(sample_part, rows), rows)
+                if part is None:
+                    return None
+                parts.append(part.tensors["images"])
+            images = torch.cat(parts)
+            metrics = self.measure(generated=images, sampling=sampling, class_labels=labels)
+            metrics = replace(metrics, held_out_class_accuracy=self.held_out_class_accuracy)
+            return Piece(metrics.as_dict(), {"examples": images[[i * n // EXAMPLES for i in range(EXAMPLES)]]})
+
+        piece = self.pieces.get(the_set | {"sampling": sampling, "compared with": self.compared_with}, measure)
+        if piece is not None:
+            self.pieces.drop_parts(the_set)
+        return piece
+
+    def save_nearest(self, path: Path, row: SampleRecord) -> None:
+        """Draw some samples of a row, and held-out images, above their nearest training images."""
+        sets = {f"Samples of {row.name}, {row.num_inference_steps} {row.path} steps": self.examples[row.key]}
+        if self.held_out is not None:
+            few = self.held_out.at_most(EXAMPLES)
+            sets[f"Held-out images, split {few.split}"] = few.take(range(len(few)))
+        nearest, distances = nearest_training_images(torch.cat(list(sets.values())), self.real)
+        sizes = [len(images) for images in sets.values()]
+        found = zip(sets.items(), nearest.split(sizes), distances.split(sizes))
+        save_nearest(path, {name: (a.numpy(), b.numpy(), d.numpy()) for (name, a), b, d in found})
+
+    @property
+    def held_out_class_accuracy(self) -> float | None:
+        """Of the first row, if it is of held-out images with classes."""
+        return None if not self.rows or self.rows[0].is_sampled else self.rows[0].metrics.class_accuracy
 
     def as_list(self, last: bool = False) -> list[SampleRecord]:
         """The rows; with `last`, of those of samples only the newest."""

@@ -15,7 +15,7 @@ from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipel
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .pictures import save_bits_per_dim
 from .pixel_batches import batches
-from .records import BoundRecord, Evaluation, Key, SampleRecord
+from .records import BoundRecord, Evaluation, FewestSteps, Key, SampleRecord
 from .sampling import Stop, with_progress_bar
 from .yardsticks import Yardsticks
 
@@ -133,6 +133,7 @@ def save_evaluation(
     evaluations_per_image: int | None = None,
     metrics: list[SampleRecord] | None = None,
     yardsticks: Yardsticks | None = None,
+    fewest_steps: FewestSteps | None = None,
 ) -> Evaluation:
     """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; the record.
 
@@ -142,7 +143,7 @@ def save_evaluation(
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the
             numbers belong to its model; None if unknown.
         evaluations_per_image: None: every term of the bound.
-        metrics: of samples. yardsticks: of the same images.
+        metrics: of samples. yardsticks: of the same images. fewest_steps: at equal quality.
     """
     dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
     record = Evaluation(
@@ -151,16 +152,18 @@ def save_evaluation(
         images=len(images),
         dims=dims,
         fingerprint=images.fingerprint,
+        classes=images.source.classes,
         seed=seed,
         evaluations_per_image=evaluations_per_image or "all",
         weights=weights,
         results=[row.record() for row in rows],
         metrics=metrics or [],
         yardsticks=yardsticks.bits if yardsticks else None,
+        fewest_steps=fewest_steps,
     )
     record.write(folder)
     picture = folder / Evaluation.PICTURE
-    for earlier in (picture, folder / Evaluation.MAP):
+    for earlier in (picture, folder / Evaluation.MAP, folder / Evaluation.NEAREST):
         earlier.unlink(missing_ok=True)
     whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
     if whole:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -20,8 +21,23 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..evaluation.records import BoundRecord, Estimate, Evaluation, SampleRecord, TrainingRecord
-from ..evaluation.reports import bound_table, sample_caption, sample_table, yardstick_text
+from ..evaluation.records import (
+    BoundRecord,
+    Estimate,
+    Evaluation,
+    FewestSteps,
+    SampleRecord,
+    TrainingRecord,
+    of_classes,
+)
+from ..evaluation.reports import (
+    bound_table,
+    fewest_steps_text,
+    nearest_text,
+    sample_caption,
+    sample_table,
+    yardstick_text,
+)
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
@@ -30,8 +46,10 @@ from .owner_edits import merge, newest_card, repository_of
 logger = logging.getLogger(__name__)
 
 BLOCKS = ("about", "use", "measured", "training", "limits")  # of the template, in the card's order
-MEASURED = (Evaluation.PICTURE, Evaluation.MAP)  # pictures of an evaluation
+MEASURED = (Evaluation.PICTURE, Evaluation.MAP, Evaluation.NEAREST)  # pictures of an evaluation
 PICTURES = ("samples.png", "trajectory.gif", *MEASURED, "loss.png")
+# that the template calls
+TEXTS = (bound_table, fewest_steps_text, nearest_text, of_classes, sample_caption, sample_table, yardstick_text)
 HEADLINE_STEPS = (10, 50)
 TASK = "unconditional-image-generation"
 _SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
@@ -145,7 +163,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
     classes, side, images = pipeline.num_classes or 0, unet.sample_size, facts.run and facts.run.images
     context = template.new_context(
         {
-            **{function.__name__: function for function in (bound_table, sample_caption, sample_table, yardstick_text)},
+            **{function.__name__: function for function in TEXTS},
             **vars(facts),
             "name": facts.name,
             "repo": json.dumps(facts.repo_id, ensure_ascii=False),
@@ -158,11 +176,57 @@ def _render(facts: CardFacts) -> dict[str, str]:
             "parameters": f"{pipeline.unet.num_parameters() / 1e6:.2f} M weights",
             "images": f"{images} images" if images else "a stream of images",
             "labels": f", class_labels={[i % classes for i in range(4)]}" if classes else "",
-            "guidance": "" if pipeline.null_label is None else ", guidance_scale=2.0",
+            "sampling": sampling_code(facts),
+            "imported": sorted({"DiffusionPipeline", *stock_scheduler(facts)}),
             "learned_variance": pipeline.scheduler.config.variance_type in LEARNED_VARIANCES,
         }
     )
     return {name: "".join(template.blocks[name](context)) for name in BLOCKS}
+
+
+def fewest_steps(facts: CardFacts) -> FewestSteps | None:
+    """Of the evaluation, where the model in the folder has what they need."""
+    fewest = facts.evaluation.fewest_steps if facts.evaluation else None
+    return None if fewest is None or fewest.missing(facts.pipeline.scheduler) else fewest
+
+
+def sampling_code(facts: CardFacts) -> str:
+    """Lines that sample 4 images with `pipe`, and leave it its scheduler, which measures bits/dim.
+
+    With the fewest steps at equal quality where these are known; else with 100 steps.
+    """
+    pipeline, fewest = facts.pipeline, fewest_steps(facts)
+    classes, own = pipeline.num_classes or 0, pipeline.scheduler
+    labels = f", class_labels={[i % classes for i in range(4)]}" if classes else ""
+    if fewest is None:
+        guidance = "" if pipeline.null_label is None else ", guidance_scale=2.0"
+        return f"images = pipe(batch_size=4, num_inference_steps={min(100, len(own))}{labels}{guidance}).images"
+    K, changes = fewest.num_inference_steps, fewest.scheduler_settings
+    lines, path = [], f"num_inference_steps={K}"
+    changed = changes != {"variance_type": own.variance_type}
+    if changed:
+        kind = "type(own)" if fewest.scheduler == type(own).__name__ else fewest.scheduler
+        settings = "".join(f", {name}={value!r}" for name, value in changes.items())
+        lines = ["own = pipe.scheduler", f"pipe.scheduler = {kind}.from_config(own.config{settings})"]
+    if fewest.timesteps is not None and fewest.timesteps != own_timesteps(own, K):
+        lines.append(textwrap.fill(f"timesteps = {fewest.timesteps}", 100, subsequent_indent=" " * 13))
+        path = "timesteps=timesteps"
+    said = f"# no worse than {fewest.reference_steps} steps: see Measured"
+    lines.append(f"images = pipe(batch_size=4, {path}{labels}).images  {said}")
+    return "\n".join([*lines, "pipe.scheduler = own"] if changed else lines)
+
+
+def stock_scheduler(facts: CardFacts) -> list[str]:
+    """The class of diffusers that the lines need, if any."""
+    fewest = fewest_steps(facts)
+    return [] if fewest is None or fewest.scheduler == DDPMNotesScheduler.__name__ else [fewest.scheduler]
+
+
+def own_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
+    """Those that the scheduler sets for a number of steps."""
+    same = DDPMNotesScheduler.from_config(scheduler.config)
+    same.set_timesteps(steps)
+    return same.timesteps.tolist()
 
 
 # ------------------------------------------------------------ metadata

@@ -125,7 +125,7 @@ def push_space(space_dir: Path | str, space_id: str, model_id: str, api: HfApi |
     """Push the demo of a model in one commit; returns its URL. Space and model link to each other.
 
     A README.md that was pushed before keeps what its owner wrote, other models included; app.py
-    loads the first model of the list, which is this one.
+    opens with the first model of the list, which is this one, and has a menu of all.
 
     Args:
         space_dir: a folder with app.py, README.md and requirements.txt (`read_space`).

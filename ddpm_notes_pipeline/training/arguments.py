@@ -58,6 +58,9 @@ class DataArguments:
     )
     image_column: str | None = setting(None, "Column of the images. Default: the only one that holds images.")
     label_column: str | None = setting(None, "Column of class labels, to train with classes. Of a folder: 'label'.")
+    classes: list[str] | None = setting(
+        None, "Of --label_column, keep these classes only; labels count them in this order. Default: all."
+    )
     label_dropout: float = setting(0.1, "Share of labels dropped, for classifier-free guidance.", at_least=0, below=1)
     resolution: list[int] | None = setting(None, "Side, or height and width. Default: the images' own.", at_least=1)
     center_crop: bool = setting(False, "Crop the center. Default: a random crop each time.")
@@ -297,6 +300,10 @@ def check_images(data: DataArguments) -> None:
         raise ValueError("--validation_share needs stored images; with --streaming give --validation_split")
     if data.streaming and workers > 1:  # each would read the whole stream
         raise ValueError(f"--dataloader_num_workers is {workers} with --streaming; it must be 0 or 1")
+    if data.classes is not None and data.label_column is None:
+        raise ValueError(
+            f"--classes is {' '.join(data.classes)} without --label_column, which must say where they are (of a folder: label)"
+        )
     if data.resolution is not None and len(data.resolution) > 2:
         raise ValueError(f"--resolution is {data.resolution}; it must be one side, or height and width")
 

@@ -13,10 +13,20 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub import hf_hub_download
 
 from ..data import HELD_OUT, MODES, ImageSet, hold_out
+from ..evaluation.findings import fewest_steps, kernel_distances
 from ..evaluation.level_reports import compare_with_fit, fit_image_levels, fit_text
 from ..evaluation.pictures import save_bit_map
+from ..evaluation.pieces import (
+    Piece,
+    Pieces,
+    count_pieces,
+    image_settings,
+    int_keys,
+    network_settings,
+    scheduler_settings,
+)
 from ..evaluation.pixel_batches import batches
-from ..evaluation.records import Evaluation
+from ..evaluation.records import Evaluation, FewestSteps
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line, yardstick_text
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import with_progress_bar
@@ -27,7 +37,7 @@ from ..hub.card import weights_digest, write_card
 from ..hub.push import push_command
 from ..level_fit import LevelFit
 from ..names import LEARNED_VARIANCES
-from ..pipeline_ddpm_notes import DDPMNotesPipeline
+from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from ..variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
@@ -44,11 +54,11 @@ SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {}),
 }
 # Settings that, with the images, decide which of them --validation_share holds out.
-DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name")
+DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name", "classes")
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
-    """Measure and print; write evaluation.json, two pictures, the card and table.md (--table)."""
+    """Measure and print; write evaluation.json, pictures, the card and table.md (--table)."""
     EvaluationRun(data, evaluation).measure()
 
 
@@ -63,6 +73,7 @@ class EvaluationRun:
         images: what is measured on.
         rows: bits/dim, by variance and path. notes: lines below their table.
         samples: with --metrics, how far samples are from images; its first row is that of `images`.
+        pieces: what is finished, kept until the results are written.
     """
 
     def __init__(self, data: DataArguments, evaluation: EvaluationArguments) -> None:
@@ -80,6 +91,8 @@ class EvaluationRun:
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.samples: SampleTable | None = None
+        of_all = network_settings(self.pipeline, self.accelerator)
+        self.pieces = Pieces(self.accelerator, results_folder(evaluation) / Pieces.FOLDER, of_all)
 
     def load(self, split: str, max_images: int | None = None) -> ImageSet:
         """As `read`, decoded by one process per machine."""
@@ -106,12 +119,12 @@ class EvaluationRun:
     def measure(self) -> None:
         """Fill `rows` and `samples`, print and write them."""
         evaluation, pipeline = self.evaluation, self.pipeline
+        if self.accelerator.is_main_process:
+            self.print_found()
         if evaluation.metrics:
             self.samples = self.sample_table()
         self.choose_levels()
         own, decoder = self.own, self.measure_variances()
-        if evaluation.save_variances and self.accelerator.is_main_process:
-            optimal_scheduler(own, self.mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
         for variance, kind, path in self.variances_and_paths():
             fitted = evaluation.decoder == "fitted" and variance not in LEARNED_VARIANCES
             pipeline.scheduler = DDPMNotesScheduler.from_config(
@@ -134,15 +147,32 @@ class EvaluationRun:
         if self.samples is not None:
             self.add_samplers(self.samples)
         if self.accelerator.is_main_process:
+            if evaluation.save_variances:  # only now: it changes what the same command measures
+                optimal_scheduler(own, self.mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
             self.write()
+            if self.pieces.found:
+                print(f"Not measured again: {self.pieces.found} of {self.pieces.found + self.pieces.measured} pieces.")
+            self.pieces.clear()
         self.accelerator.end_training()
+
+    def print_found(self) -> None:
+        """Say how many pieces an earlier run of this network has left."""
+        folder = results_folder(self.evaluation) / Pieces.FOLDER
+        found = count_pieces(folder, self.pieces.prefix)
+        if found:
+            print(
+                f"{folder} has {found} finished pieces of this network; those of equal settings are used.", flush=True
+            )
 
     def sample_table(self) -> SampleTable:
         evaluation = self.evaluation
         real = self.load(evaluation.metric_split)
         network, n, size = evaluation.metric_network, evaluation.metric_images, evaluation.batch_size
         seed, sets = evaluation.noise_seed, evaluation.metric_sets
-        return SampleTable(self.accelerator, real, self.images, network, n, size, seed, sets, self.data.cache_dir)
+        settings = (network, n, size, seed, sets, self.data.cache_dir, self.pieces)
+        return SampleTable(
+            self.accelerator, real, self.images, *settings, classes=self.pipeline.num_classes is not None
+        )
 
     def choose_levels(self) -> None:
         """Fit the levels on --variance_split, or drop them, as --decoder asks.
@@ -151,13 +181,22 @@ class EvaluationRun:
         """
         evaluation, own, pipeline = self.evaluation, self.own, self.pipeline
         if evaluation.decoder == "levels" and own.levels is None:
-            images, size = self.load(evaluation.variance_split), evaluation.batch_size
-            self.fit = fit_image_levels(pipeline, images, batch_size=size, accelerator=self.accelerator)
+            images = self.load(evaluation.variance_split)
+            self.fit = self.fit_levels(images)
         if self.fit is not None or (evaluation.decoder == "fitted" and own.levels is not None):
             self.own = DDPMNotesScheduler.from_config(own.config, levels=self.fit and self.fit.levels)
             pipeline.scheduler, self.mse = self.own, None
         if self.fit is not None and self.accelerator.is_main_process:
             print(f"{fit_text(self.fit)}\n", flush=True)
+
+    def fit_levels(self, images: ImageSet) -> LevelFit:
+        pipeline, size = self.pipeline, self.evaluation.batch_size
+        labelled = pipeline.num_classes is not None
+        piece = self.pieces.get(
+            {"of": "levels", **scheduler_settings(pipeline), **image_settings(images, labelled)},
+            lambda: Piece(vars(fit_image_levels(pipeline, images, batch_size=size, accelerator=self.accelerator))),
+        )
+        return LevelFit(**int_keys(piece.values))
 
     def measure_variances(self) -> dict[int, float]:
         """Fill `mse`, and return decoder variances by last timestep, as far as they are needed.
@@ -173,30 +212,51 @@ class EvaluationRun:
         if measures_mse or fits_decoder:
             known = self.load(evaluation.variance_split)
             labelled, size = pipeline.num_classes is not None, evaluation.batch_size
+            decided_by = {**scheduler_settings(pipeline), **image_settings(known, labelled)}
         if measures_mse:
-            images = batches(known, labelled=labelled)
-            error = measure_original_sample_mse(pipeline, images, batch_size=size, accelerator=self.accelerator)
-            self.mse = error.original_sample_mse.tolist()
+
+            def measure_mse() -> Piece:
+                images = batches(known, labelled=labelled)
+                error = measure_original_sample_mse(pipeline, images, batch_size=size, accelerator=self.accelerator)
+                return Piece({"mse": error.original_sample_mse.tolist()})
+
+            self.mse = self.pieces.get({"of": "variances", **decided_by}, measure_mse).values["mse"]
         if fits_decoder:
-            decoder[0] = fit_decoder_variance(pipeline, batches(known, labelled=labelled), batch_size=size)[0]
+
+            def fit_decoder() -> Piece:
+                images = batches(known, labelled=labelled)
+                return Piece({"variance": fit_decoder_variance(pipeline, images, batch_size=size)[0]})
+
+            decoder[0] = self.pieces.get({"of": "decoder variance", **decided_by}, fit_decoder).values["variance"]
         return decoder
 
     def variances_and_paths(self) -> Iterator[tuple[str, str, list[int]]]:
         """Variance, kind of path and its timesteps, for each row of the table."""
-        own, T = self.own, len(self.own)
+        T = len(self.own)
         for variance in self.evaluation.variance_types or []:
             for steps in self.evaluation.num_inference_steps or []:
                 for kind in self.evaluation.paths or [] if steps < T else ["even"]:
-                    best = kind == "best"
-                    yield variance, kind, best_timesteps(own, steps, self.mse) if best else even_timesteps(own, steps)
+                    yield variance, kind, self.timesteps(kind, steps)
+
+    def timesteps(self, kind: str, steps: int) -> list[int]:
+        """Of a path of that kind, "even" or "best"."""
+        return best_timesteps(self.own, steps, self.mse) if kind == "best" else even_timesteps(self.own, steps)
 
     def measure_row(self, variance: str, kind: str, path: list[int]) -> Row:
         """bits/dim with the pipeline's scheduler on a path."""
         evaluation = self.evaluation
         settings: dict[str, Any] = {"evaluations_per_image": evaluation.evaluations_per_image, "full": evaluation.full}
-        settings |= {"batch_size": evaluation.batch_size, "seed": evaluation.noise_seed}
-        result = measure_bits_per_dim(self.accelerator, self.pipeline, self.images, timesteps=path, **settings)
-        assert result is not None  # nothing stops it early
+        settings |= {"timesteps": path, "seed": evaluation.noise_seed}
+        images = image_settings(self.images, labelled=self.pipeline.num_classes is not None)
+
+        def measure() -> Piece:
+            size = evaluation.batch_size
+            result = measure_bits_per_dim(self.accelerator, self.pipeline, self.images, batch_size=size, **settings)
+            assert result is not None  # nothing stops it early
+            return Piece.of(result)
+
+        piece = self.pieces.get({"of": "bits/dim", **scheduler_settings(self.pipeline), **images, **settings}, measure)
+        result = BitsPerDimOutput(**{**piece.values, **piece.tensors})
         scheduler = self.pipeline.scheduler
         decoder, decoder_type = decoder_of(scheduler, path), decoder_type_of(scheduler, path)
         return Row(variance, kind, len(path), decoder, result, decoder_type)
@@ -211,6 +271,35 @@ class EvaluationRun:
             for steps in evaluation.metric_steps or []:
                 row = {"sampler": name, "path": "trailing", "num_inference_steps": steps}
                 samples.add(self.pipeline, row, num_inference_steps=steps)
+
+    def fewest_steps(self, samples: SampleTable) -> FewestSteps | None:
+        """How the row of samples is made that has the fewest steps at equal quality."""
+        T, kernels = len(self.own), kernel_distances(samples.rows)
+        key = fewest_steps(kernels, T)
+        if key is None:
+            return None
+        name, path, steps = key
+        _, kind, settings = next(
+            (known for known in SAMPLERS.values() if known[0] == name),
+            (name, DDPMNotesScheduler, {"variance_type": name}),
+        )
+        ours = kind is DDPMNotesScheduler
+        needs = {"levels": ours and self.own.levels is not None, "original_sample_mse": name == "optimal"}
+        (distance, error), (reference, reference_error) = kernels[key], kernels["fixed_large", "even", T]
+        return FewestSteps(
+            name=name,
+            path=path,
+            num_inference_steps=steps,
+            scheduler=kind.__name__,
+            scheduler_settings=settings | ({"timestep_spacing": path} if path == "trailing" else {}),
+            timesteps=None if path == "trailing" else self.timesteps(path, steps),
+            needs=[name for name, needed in needs.items() if needed],
+            kernel_distance=distance,
+            standard_error=error,
+            reference_steps=T,
+            reference_kernel_distance=reference,
+            reference_standard_error=reference_error,
+        )
 
     def yardsticks(self) -> Yardsticks | None:
         """Of the measured images, with histograms of the training images. Not collective.
@@ -246,16 +335,18 @@ class EvaluationRun:
     def write(self) -> None:
         """Write results, and the card of a local model; print the other tables and where all is."""
         evaluation, samples = self.evaluation, self.samples
-        local = Path(evaluation.model) if Path(evaluation.model).is_dir() else None
-        folder = Path(evaluation.results_dir or local or "outputs/evaluation")
+        local, folder = local_folder(evaluation), results_folder(evaluation)
         folder.mkdir(parents=True, exist_ok=True)
         weights = weights_digest(local) if local else None
         each = None if evaluation.full else evaluation.evaluations_per_image
         metrics = samples.as_list() if samples else None
-        settings = (weights, evaluation.noise_seed, each, metrics, self.yardsticks())
+        fewest = self.fewest_steps(samples) if samples else None
+        settings = (weights, evaluation.noise_seed, each, metrics, self.yardsticks(), fewest)
         record = save_evaluation(folder, self.images, self.rows, *settings)
         self.save_map(folder)
-        names = [name for name in (record.FILE, record.PICTURE, record.MAP) if (folder / name).exists()]
+        if samples is not None and record.nearest_samples is not None:
+            samples.save_nearest(folder / record.NEAREST, record.nearest_samples)
+        names = [name for name in (record.FILE, record.PICTURE, record.MAP, record.NEAREST) if (folder / name).exists()]
         print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
         print("\n".join([*([] if evaluation.table else [yardstick_text(record)]), *self.notes]))
         if samples is not None:
@@ -268,6 +359,11 @@ class EvaluationRun:
         print(f"Written: {', '.join(f'{folder}/{name}' for name in names)}")
         if local and folder.samefile(local):
             write_card(folder)
+            lacks = fewest.missing(DDPMNotesScheduler.from_pretrained(folder / "scheduler")) if fewest else []
+            if lacks:
+                print(
+                    f"Its code does not use the fewest steps: the scheduler lacks {', '.join(lacks)} (--save_variances)"
+                )
             print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
 
 
@@ -311,6 +407,25 @@ def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> E
         filled |= {"metrics": True, "decoder": "levels", "metric_sets": max(evaluation.metric_sets, 2)}
     paths = ["even", "best"] if table else evaluation.paths or ["even"]
     return dataclasses.replace(evaluation, **filled, paths=paths)
+
+
+def local_folder(evaluation: EvaluationArguments) -> Path | None:
+    """The model's folder; None for one on the Hub."""
+    return Path(evaluation.model) if Path(evaluation.model).is_dir() else None
+
+
+def results_folder(evaluation: EvaluationArguments) -> Path:
+    """Where results go."""
+    return Path(evaluation.results_dir or local_folder(evaluation) or "outputs/evaluation")
+
+
+def kept_text(evaluation: EvaluationArguments) -> str:
+    """What a run that was stopped has left."""
+    folder = results_folder(evaluation) / Pieces.FOLDER
+    kept = count_pieces(folder)
+    return (
+        f"{folder} has {kept} finished pieces; the same command goes on from there" if kept else "Nothing is kept yet"
+    )
 
 
 # ------------------------------------------------------------ what is refused

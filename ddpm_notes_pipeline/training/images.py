@@ -1,5 +1,7 @@
 """The images of a run: those to train on, those held out, and a few to show beside samples."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +9,13 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..data import ImageSet, hold_out, load_images
+from ..data.sources import evenly_spaced
 from ..data.streaming import ImageStream, open_stream
 from .arguments import DataArguments
 
 # DataArguments that `load_images` and `open_stream` take by the same names.
 IMAGE_SETTINGS = (
-    "dataset_name dataset_config_name train_data_dir image_column label_column resolution image_mode cache_dir on_bad_image"
+    "dataset_name dataset_config_name train_data_dir image_column label_column classes resolution image_mode cache_dir on_bad_image"
 ).split()
 
 
@@ -39,6 +42,21 @@ class TrainingImages:
         """At most `count` training images, uint8 (N, C, H, W), spread over the set."""
         shown = self.stored.at_most(count)
         return shown.take(range(len(shown))).numpy()
+
+    def of_classes(self, labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As many training images of each class as `labels` has, or all if there are fewer.
+
+        Returns:
+            Images, uint8 (N, C, H, W), evenly spaced over each class, and their labels, (N,).
+        """
+        known = self.stored.labels
+        assert known is not None  # of a model with classes
+        index = []
+        for label, count in Counter(labels).items():
+            members = np.flatnonzero(known == label)
+            index.append(members[evenly_spaced(len(members), count)])
+        shown = np.concatenate(index)
+        return self.stored.take(shown).numpy(), known[shown]
 
 
 def load_training_images(accelerator: Accelerator, data: DataArguments, seed: int) -> TrainingImages:

@@ -1,5 +1,7 @@
 """What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
 
+from typing import Any
+
 import numpy as np
 
 from ..evaluation.level_reports import fit_image_levels
@@ -8,7 +10,7 @@ from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import Watch, sample
 from ..evaluation.validation import measure_bits_per_dim
 from ..evaluation.yardsticks import Yardsticks, image_yardsticks
-from ..pipeline_ddpm_notes import BitsPerDimOutput
+from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from .images import TrainingImages
 from .learner import Learner
 from .logs import RunLogs, bits_per_dim_figures
@@ -33,7 +35,8 @@ class Measurements:
         self.yardsticks: Yardsticks | None = None
         if run.metric_interval is not None:
             sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
-            self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, cache_dir=cache_dir)
+            more: dict[str, Any] = {"cache_dir": cache_dir, "classes": images.stored.num_classes is not None}
+            self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, **more)
 
     def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:
         """bits/dim of the averaged weights."""
@@ -72,17 +75,21 @@ class Measurements:
         if result is not None:
             logs.metrics.add(step, figures_of(result))
 
+    def grid_labels(self) -> list[int] | None:
+        """The labels of `sample_grid`, classes in turn; None for a model without."""
+        classes = DDPMNotesPipeline(self.learner.unet, self.learner.scheduler).num_classes
+        return None if classes is None else [i % classes for i in range(self.learner.run.num_samples)]
+
     def sample_grid(self, watch: Watch | None = None) -> np.ndarray | None:
-        """`num_samples` images, uint8 (N, C, H, W), classes in turn; `watch`: see `sample`."""
-        run = self.learner.run
+        """`num_samples` images, uint8 (N, C, H, W), of `grid_labels`; `watch`: see `sample`."""
+        run, labels = self.learner.run, self.grid_labels()
         with self.learner.pipeline(desc="sample", unit="step") as pipeline:
-            classes = pipeline.num_classes
             samples = sample(
                 self.accelerator,
                 pipeline,
                 run.num_samples,
                 run.eval_batch_size,
-                class_labels=None if classes is None else [i % classes for i in range(run.num_samples)],
+                class_labels=labels,
                 stops=self.stops,
                 watch=watch,
                 num_inference_steps=run.ddpm_num_inference_steps,

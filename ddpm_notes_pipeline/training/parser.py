@@ -23,7 +23,9 @@ from .arguments import (
 from .commands import take_flags, typed_flags
 
 SOURCES = {"dataset_name", "train_data_dir"}
-OF_ONE_SOURCE = SOURCES | set("dataset_config_name train_split validation_split image_column label_column".split())
+OF_ONE_SOURCE = SOURCES | set(
+    "dataset_config_name train_split validation_split image_column label_column classes".split()
+)
 # What a fingerprint depends on.
 CHOOSE_IMAGES = OF_ONE_SOURCE - {"validation_split", "label_column"} | set(
     "validation_share resolution center_crop image_mode max_train_samples on_bad_image streaming shuffle_buffer_size seed".split()

@@ -77,6 +77,8 @@ def run_record(accelerator: Accelerator, images: TrainingImages, settings: Argum
         split=train.split,
         images=train.num_images,
         images_skipped=images.skipped,
+        hidden_colours=images.stored.hidden_colours,
+        classes=train.source.classes,
         dims=[train.channels, *train.size],
         fingerprint=train.fingerprint,
         data_license=train.license,

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..data.batches import StepBatches
 from ..data.streaming import StreamedBatches
 from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samples
+from ..evaluation.records import of_classes
 from ..evaluation.validation import Row, decoder_of, decoder_type_of, save_evaluation
 from ..hub.card import weights_digest, write_card
 from ..hub.push import BackgroundPushes
@@ -43,6 +44,7 @@ from .results import open_repo, publish, save_model, summary
 from .stops import Stopped, Stops, failing_together
 from .trackers import find_tracker
 
+MOST_ROWS = 12  # of a picture of samples with a row per class
 # Half-written folders that a stop may leave.
 LEFTOVERS = (".checkpoint-*.partial", ".checkpoint-*.replaced", ".push-*")
 
@@ -344,9 +346,17 @@ class TrainingRun:
         raise Stopped(self.progress.signal, f"{where}. Resume: {resume_command(self.settings.run.command)}")
 
     def _draw(self, name: str, samples: np.ndarray, title: str, step: int) -> None:
-        """Samples beside real images, as a file of the folder; samples alone, in the tracker."""
-        real = self.images.evenly_spaced(self.settings.run.num_samples)
-        save_samples(self.output_dir / name, real, samples, title)
+        """Samples beside real images, as a file of the folder; samples alone, in the tracker.
+
+        A row per class, if there are a few classes.
+        """
+        images, of_samples, labels = self.images, self.measurements.grid_labels(), None
+        if of_samples is None or len(set(of_samples)) > MOST_ROWS:
+            real = images.evenly_spaced(self.settings.run.num_samples)
+        else:
+            real, of_real = images.of_classes(of_samples)
+            labels = of_real, np.array(of_samples)
+        save_samples(self.output_dir / name, real, samples, title, labels, images.train.class_names)
         self.logs.tracker.log_image(step, "samples", image_grid(samples))
 
     def _summary(self) -> str:
@@ -362,7 +372,7 @@ class TrainingRun:
         processes, parts = self.accelerator.num_processes, run.gradient_accumulation_steps
         share = run.train_batch_size // processes
         return (
-            f"{count_of(images)} of {dims(images)} from {images.name}{held_out}, {unet.num_parameters() / 1e6:.2f} M weights in "
+            f"{count_of(images)} of {dims(images)} from {images.name}{of_classes(images.source.classes)}{held_out}, {unet.num_parameters() / 1e6:.2f} M weights in "
             f"levels of {'-'.join(map(str, unet.config.block_out_channels))} channels, steps {progress.first} to "
             f"{progress.steps} of {run.train_batch_size} images in all, {share} per process in {parts} accumulation "
             f"step(s) of {share // parts}, on {processes} process(es) of {self.accelerator.device.type}, "

@@ -9,12 +9,14 @@ unless it is one of the repetitions that launchers send.
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher and Slurm may both send the same signal, and a handler only runs once a long operation
@@ -125,3 +127,17 @@ def failing_together(accelerator: Accelerator, what: str | None = None) -> Itera
         raise fault if what is None else OSError(f"{what}: {fault}") from fault
     if float(failures) > 0:
         raise FailedElsewhere
+
+
+def exit_now(status: int, text: str = "", once: bool = False) -> NoReturn:
+    """End this process with a line on stderr.
+
+    The interpreter's own exit would wait for pushes in flight and, maybe for ever, for other ranks.
+
+    Args:
+        once: all ranks exit with the same line, and rank 0 writes it.
+    """
+    if text and (not once or os.environ.get("RANK", "0") == "0"):
+        tqdm.write(text, file=sys.stderr)  # above a progress bar
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)

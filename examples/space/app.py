@@ -1,13 +1,12 @@
 """A demo of a DDPM: images as they form, an image under noise, its bits/dim, other variances.
 
-    python examples/space/app.py                             # in a clone: the model that comes with
-    it MODEL_ID=outputs/digits python examples/space/app.py     # a folder, or a Hub repository:
-    "user/name"
+    python examples/space/app.py                              # in a clone: the models in it
+    MODEL_ID=outputs/digits python examples/space/app.py      # a folder, or a Hub repository
+    MODEL_ID=user/one,user/two python examples/space/app.py   # several: a menu switches
 
-On the Hub the model is the one that the metadata of the Space's README.md names. It is loaded as
-anybody
-would load it: by diffusers, with the code in the model's own repository. Every computation stops
-after MAX_SECONDS (an environment variable, 60 by default).
+On the Hub the models are those that the metadata of the Space's README.md name. They are loaded as
+anybody would load them: by diffusers, with the code in the model's own repository. Every
+computation stops after MAX_SECONDS (an environment variable, 60 by default).
 """
 
 import os
@@ -16,54 +15,81 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import base64
+import html
 import io
 import itertools
+import json
 import math
 import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import gradio as gr
 import numpy as np
 import pandas as pd
 import PIL.Image
 import PIL.ImageOps
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import RepoCard
+from huggingface_hub import RepoCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", 60))  # per click
+STEPS, IMAGES = 50, 8  # unless the model's evaluation or this machine's speed says otherwise
 MAX_IMAGES = 8
+MAX_ROWS = 12  # classes shown in rows
 MAX_FILE_SIZE = "10mb"
 MAX_PIXELS = 40_000_000  # of an upload
 FRAMES = 24  # shown per trajectory
 PICTURE_SIZE = 512  # pixels that a picture is enlarged to, by whole factors
+SQUARE = 8  # pixels of a checkerboard's square
 BARS = 16  # ranges of timesteps
+NOISES = 8  # draws of noise that an image is measured with: their spread is the error
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MODE_NAMES = {1: "grey", 3: "RGB", 4: "RGBA"}
-ETA, IN_TURN, NO_LABEL = "eta (DDIM)", "each in turn", "no label"
+ETA, FEWEST = "eta (DDIM)", "fewest steps at equal quality"
+ROWS, IN_TURN, NO_LABEL = "a row of each", "each in turn", "no label"
 NO_IMAGE = "Upload an image, or take a sample."
 COLOURS = {"decoder": "#e07b39", "KL of the steps": "#3b78b5", "prior": "#7a7a7a"}
+HEAT = ("#000004", "#b73779", "#fcfdbf")  # no bits, half, most
 
 
-# --- the model
+# --- the models
 
 
-def model_id() -> str:
-    """MODEL_ID, or the first of `models` in the README.md here, or the clone's model."""
+def model_ids() -> list[str]:
+    """Those of MODEL_ID, or `models` in the README.md here, or the clone's models."""
     here = Path(__file__).resolve().parent
-    models = RepoCard.load(here / "README.md").data.get("models")
-    if named := os.environ.get("MODEL_ID") or (models or [None])[0]:
-        return named
-    example = here.parent / "ddpm-mnist"
-    if not (example / "model_index.json").is_file():
+    named = [name.strip() for name in os.environ.get("MODEL_ID", "").split(",") if name.strip()]
+    if named := named or RepoCard.load(here / "README.md").data.get("models") or []:
+        return list(dict.fromkeys(named))
+    examples = sorted(str(path.parent) for path in here.parent.glob("ddpm-*/model_index.json"))
+    if not examples:
         sys.exit("app.py: which model? MODEL_ID=outputs/digits python app.py (a folder, or user/name)")
-    print(f"No MODEL_ID: showing {example}. Another: MODEL_ID=outputs/digits python examples/space/app.py", flush=True)
-    return str(example)
+    print(
+        f"No MODEL_ID: showing {', '.join(examples)}. Another: MODEL_ID=outputs/digits python examples/space/app.py",
+        flush=True,
+    )
+    return examples
+
+
+def short_name(model: str) -> str:
+    """A folder's name, or a repository's id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def read_evaluation(model: str) -> dict[str, Any]:
+    """evaluation.json of a folder or a repository; empty if there is none."""
+    try:
+        path = Path(model) / "evaluation.json" if Path(model).is_dir() else hf_hub_download(model, "evaluation.json")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, EntryNotFoundError):
+        return {}
 
 
 class Interrupted(Exception):
@@ -76,6 +102,10 @@ class Model:
     Attributes:
         channels, height, width: of its images.
         T: number of training timesteps.
+        evaluation: what its evaluation.json says; may be empty.
+        fewest: how to sample with the fewest steps at equal quality, of the evaluation; None if
+            that is not known, or needs what the scheduler does not have.
+        class_names: of a class-conditional model; else empty.
         seconds: per network evaluation for one image, on this machine.
         evaluations: network evaluations for one image in MAX_SECONDS.
         variances: variance types that it supports; "optimal" only if it was measured.
@@ -83,7 +113,7 @@ class Model:
     """
 
     def __init__(self, model: str) -> None:
-        self.pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=model, trust_remote_code=True)
+        self.pipe = diffusers.DiffusionPipeline.from_pretrained(model, custom_pipeline=model, trust_remote_code=True)
         self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         config, scheduler = self.pipe.unet.config, self.pipe.scheduler
         size = config.sample_size
@@ -92,23 +122,41 @@ class Model:
         if self.channels not in MODES:
             raise ValueError(f"{model} makes images of {self.channels} channels; this demo shows 1, 3 or 4")
         self.T = len(scheduler)
-        self.name = Path(model).resolve().name if Path(model).is_dir() else f"[{model}](https://huggingface.co/{model})"
+        self.name = short_name(model) if Path(model).is_dir() else f"[{model}](https://huggingface.co/{model})"
+        self.evaluation = read_evaluation(model)
+        fewest = self.evaluation.get("fewest_steps")
+        lacking = [name for name in (fewest or {}).get("needs", []) if getattr(scheduler, name, None) is None]
+        self.fewest = None if lacking else fewest
+        names = (self.pipe.unet.config.get("_ddpm_notes") or {}).get("class_names")
+        self.class_names = list(map(str, names or range(self.pipe.num_classes or 0)))
         best = ["optimal"] if scheduler.original_sample_mse is not None else []
         learned = [] if scheduler.variance_type.startswith("fixed") else [scheduler.variance_type]
         self.variances = list(dict.fromkeys(["fixed_small", "fixed_large", *best, *learned]))
         self.default_variance = scheduler.variance_type.removesuffix("_log")  # the same values
         for steps in (1, min(5, self.T)):  # the first pass warms up
             started = time.monotonic()
-            list(self.trajectory([0], steps))
+            list(self.trajectory([0], steps, label="0" if self.class_names else None))
             self.seconds = (time.monotonic() - started) / steps
         self.evaluations = int(max(10, MAX_SECONDS / self.seconds))
 
     def with_variance(self, variance: str | None) -> Any:
-        """The pipeline with a separate scheduler, so that concurrent runs do not interfere."""
-        settings = {} if variance is None else {"variance_type": variance}
-        pipe = type(self.pipe)(self.pipe.unet, self.pipe.scheduler.from_config(self.pipe.scheduler.config, **settings))
+        """The pipeline with a separate scheduler, so that concurrent runs do not interfere.
+
+        Args:
+            variance: of Algorithm 2; None: as published. FEWEST: the scheduler of `fewest`.
+        """
+        kind, settings = type(self.pipe.scheduler), {} if variance is None else {"variance_type": variance}
+        if variance == FEWEST:
+            settings = self.fewest["scheduler_settings"]
+            kind = getattr(diffusers, self.fewest["scheduler"], kind)  # ours is not in diffusers
+        pipe = type(self.pipe)(self.pipe.unet, kind.from_config(self.pipe.scheduler.config, **settings))
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def path(self, variance: str | None, steps: int) -> dict[str, Any]:
+        """The timesteps of a path, as a pipeline takes them."""
+        known = self.fewest.get("timesteps") if variance == FEWEST else None
+        return {"timesteps": known} if known and len(known) == steps else {"num_inference_steps": steps}
 
     def trajectory(
         self,
@@ -142,7 +190,7 @@ class Model:
             try:
                 self.with_variance(variance)(
                     batch_size=len(seeds),
-                    num_inference_steps=steps,
+                    **self.path(variance, steps),
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     eta=eta,
                     class_labels=labels,
@@ -168,17 +216,26 @@ class Model:
             thread.join()
 
     def labels(self, label: str | None, n: int) -> list[int] | None:
-        """One class label per image, for an entry of `label_choices`."""
+        """One class label per image, for an entry of a label menu."""
         if label is None or label == NO_LABEL:
             return None
-        return [i % self.pipe.num_classes for i in range(n)] if label == IN_TURN else [int(label)] * n
+        if label == ROWS:
+            return [i * self.rows(label) // n for i in range(n)]
+        return [i % len(self.class_names) for i in range(n)] if label == IN_TURN else [int(label)] * n
 
-    def label_choices(self, several: bool) -> list[str]:
-        """Entries of the label menu, the default first; empty for an unconditional model."""
-        if self.pipe.num_classes is None:
+    def rows(self, label: str | None) -> int:
+        """Number of rows of images, each of a class."""
+        return min(len(self.class_names), MAX_ROWS) if label == ROWS else 1
+
+    def label_choices(self, *first: str) -> list[tuple[str, str]]:
+        """(name, value) of a label menu, the default first; empty for an unconditional model."""
+        if not self.class_names:
             return []
         no_label = [NO_LABEL] if self.pipe.null_label is not None else []
-        return [*([IN_TURN] if several else []), *no_label, *map(str, range(self.pipe.num_classes))]
+        return [
+            *((name, name) for name in [*first, *no_label]),
+            *((name, str(i)) for i, name in enumerate(self.class_names)),
+        ]
 
 
 # --- pictures
@@ -192,24 +249,74 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def picture(images: np.ndarray, alt: str) -> str:
-    """Images, uint8 (N, H, W, C), as an HTML picture: a square grid, enlarged by a whole factor.
+def picture(images: np.ndarray, alt: str, columns: int | None = None) -> str:
+    """Images, uint8 (N, H, W, C), as an HTML picture: a grid, enlarged by a whole factor.
 
-    The data are inline: a browser could read a file that is rewritten meanwhile only in part.
+    Transparent images are put over a checkerboard. The data are inline: a browser could read a file
+    that is rewritten meanwhile only in part.
     """
     n, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     scale = max(1, PICTURE_SIZE // (columns * max(width, height)))
     gap = 0 if n == 1 else 4
     canvas = PIL.Image.new("RGBA", (columns * (width * scale + gap) - gap, rows * (height * scale + gap) - gap))
     for i, image in enumerate(images):
-        picture = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)
-        picture = picture.resize((width * scale, height * scale), PIL.Image.Resampling.NEAREST)
-        canvas.paste(picture, (i % columns * (width * scale + gap), i // columns * (height * scale + gap)))
+        tile = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)
+        tile = tile.resize((width * scale, height * scale), PIL.Image.Resampling.NEAREST)
+        tile = over_checkerboard(tile) if channels == 4 else tile
+        canvas.paste(tile, (i % columns * (width * scale + gap), i // columns * (height * scale + gap)))
     file = io.BytesIO()
     canvas.save(file, "PNG")
-    return f'<img class="picture" alt="{alt}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img class="picture" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def over_checkerboard(image: PIL.Image.Image) -> PIL.Image.Image:
+    y, x = np.indices((image.height, image.width)) // SQUARE
+    board = np.where((x + y) % 2, 170, 230).astype(np.uint8)
+    return PIL.Image.alpha_composite(PIL.Image.fromarray(board).convert("RGBA"), image)
+
+
+def class_rows(images: np.ndarray, names: Sequence[str]) -> str:
+    """Images (rows * columns, H, W, C), a row of each class beside its name."""
+    rows = zip(names, np.split(images, len(names)), strict=True)
+    cells = [f"<b>{html.escape(name)}</b>{picture(row, f'Images of {name}', len(row))}" for name, row in rows]
+    return f'<div class="rows">{"".join(cells)}</div>'
+
+
+def bits_map(image: np.ndarray, bits: np.ndarray) -> str:
+    """An image (H, W, C) beside the bits of each pixel (H, W), in colours, with their scale."""
+    top = max(float(np.quantile(bits, 0.995)), 1e-9)
+    levels = PIL.Image.fromarray((bits / top * 255).clip(0, 255).astype(np.uint8))
+    colours = np.array(PIL.ImageOps.colorize(levels, HEAT[0], HEAT[2], mid=HEAT[1]))
+    return (
+        f'<div class="map">{picture(image[None], "The image that was measured")}'
+        f"{picture(colours[None], 'Bits of each pixel')}</div>"
+        f'<div class="scale">0<span style="background: linear-gradient(90deg, {", ".join(HEAT)})"></span>'
+        f"{top:.3g} bits or more a pixel</div>"
+    )
+
+
+def beside(image_bits: float, error: float, evaluation: dict[str, Any]) -> str:
+    """Bars of bits/dim: an image's, and the model's and simple codes' of its evaluation."""
+    others = {name: (value, f"{value:.3f}") for name, value in (evaluation.get("yardsticks") or {}).items()}
+    if results := evaluation.get("results"):
+        best = min(results, key=lambda row: row["total"])
+        others["held-out images, this model"] = best["total"], f"{best['total']:.3f} ± {best['standard_error']:.3f}"
+    if not others:
+        return ""
+    own = "this image, this model"
+    entries = {own: (image_bits, f"{image_bits:.3f} ± {error:.3f}"), **others}
+    longest = max(value for value, _ in entries.values())
+    rows = [
+        f'<tr class="{"own" if name == own else ""}"><th>{html.escape(name)}</th><td>{text}</td>'
+        f'<td><div class="bar" style="width: {100 * value / longest:.1f}%"></div></td></tr>'
+        for name, (value, text) in sorted(entries.items(), key=lambda entry: entry[1][0])
+    ]
+    held_out = "{images} held-out images of {data}, split {split}".format(**evaluation)
+    caption = f"bits/dim. Every row but this image's is a mean over {held_out}."
+    return f"<table><caption>{html.escape(caption)}</caption>{''.join(rows)}</table>"
 
 
 def read_image(path: str, model: Model) -> tuple[np.ndarray, str]:
@@ -233,7 +340,13 @@ def read_image(path: str, model: Model) -> tuple[np.ndarray, str]:
     if image.size != (width, height):
         done.append(f"cropped and resized from {image.width} x {image.height}")
         image = PIL.ImageOps.fit(image, (width, height), PIL.Image.Resampling.BILINEAR)
-    return np.array(image).reshape(height, width, model.channels), ", ".join(done) or "as it is"
+    pixels = np.array(image).reshape(height, width, model.channels)
+    return without_hidden_colours(pixels), ", ".join(done) or "as it is"
+
+
+def without_hidden_colours(image: np.ndarray) -> np.ndarray:
+    """An image (H, W, C) whose colours are 0 where its alpha is, as in the training data."""
+    return image * (image[..., 3:] > 0) if image.shape[-1] == 4 else image
 
 
 def decode(path: str) -> PIL.Image.Image:
@@ -282,18 +395,74 @@ def checked(value: Any, name: str, lowest: int, highest: int) -> int:
 
 
 class Demo:
-    """What the controls of the page do, for one model."""
+    """What the controls of the page do, for one model.
+
+    Attributes:
+        steps, compare_steps, images, timestep, default_variance: the defaults of the controls.
+        samples, measured, comparison: what the tabs open with, made once in the background: a
+            future each, of what `open_samples`, `open_measured` and `open_comparison` return.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.steps_limit = min(model.T, model.evaluations)
+        self.steps = min(model.fewest["num_inference_steps"] if model.fewest else STEPS, self.steps_limit)
+        self.compare_steps, self.timestep = min(25, self.steps_limit), model.T // 4
+        self.variances = [*([FEWEST] if model.fewest else []), *model.variances, ETA]
+        self.default_variance = FEWEST if model.fewest else model.default_variance
+        self.generate_labels = model.label_choices(ROWS)
+        self.compare_labels = model.label_choices(IN_TURN)
+        self.measure_labels = model.label_choices()
+        rows = model.rows(first_value(self.generate_labels))
+        affordable = int(model.evaluations / 2 / self.steps / rows)  # in half of MAX_SECONDS
+        self.images = max(1, min(IMAGES // 2 if rows > 1 else IMAGES, affordable))
+        self.evaluations_limit = max(2 * NOISES, min(400, NOISES * model.T, model.evaluations // 2))
+        self.evaluations = min(5 * NOISES, self.evaluations_limit)
         self.compared = [*model.variances[:3], ETA][:3]
         self.titles = ["mean only (eta = 0)" if name == ETA else name for name in self.compared]
+        background = ThreadPoolExecutor(max_workers=1)
+        self.samples = background.submit(self.open_samples)
+        self.measured = background.submit(self.open_measured)
+        self.comparison = background.submit(self.open_comparison)
+        background.shutdown(wait=False)  # ends with the last
+
+    # -- what the tabs open with
+
+    def noise_picture(self) -> str:
+        """x_T of the first seeds: what is shown until `samples` is there."""
+        shape = (1, self.model.channels, self.model.height, self.model.width)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(self.images)]
+        return picture(to_uint8(torch.cat(noise)), "Noise, from which images form")
+
+    def open_samples(self) -> tuple[np.ndarray, tuple[str, str]]:
+        """Samples, their picture and the progress: those of a click with the controls' defaults."""
+        label, started = first_value(self.generate_labels), time.monotonic()
+        *_, (done, frame) = self.trajectory(0, self.steps, self.images, variance=self.default_variance, label=label)
+        return frame, self.shown(frame, label, 0, self.images, done, self.steps, started)
+
+    def open_measured(self) -> tuple:
+        """The image of the Measure tab, its message, its `views`, and what `measure` says of it."""
+        samples, _ = self.samples.result()
+        image = without_hidden_colours(samples[0])
+        named = f", {self.model.class_names[0]}" if self.model.class_names else ""
+        measured = self.measure(image, 0, self.evaluations, first_value(self.measure_labels))
+        return image, f"A sample of the model, seed 0{named}.", *self.views(image, self.timestep, 0), *measured
+
+    def open_comparison(self) -> list:
+        """The last of `comparisons`."""
+        *_, last = self.comparisons(0, self.compare_steps, min(4, self.images), first_value(self.compare_labels))
+        return last
+
+    # -- what the controls do
 
     def trajectory(self, seed: Any, steps: Any, images: Any, **settings: Any) -> Iterator[tuple[int, np.ndarray]]:
-        """`Model.trajectory` for checked inputs; errors are shown to the user."""
+        """`Model.trajectory` for checked inputs; errors are shown to the user.
+
+        `images` are made for each row of the label's.
+        """
         first = checked(seed, "Seed", 0, 2**31)
         seeds = [first + i for i in range(checked(images, "Images", 1, MAX_IMAGES))]
+        seeds *= self.model.rows(settings.get("label"))
         done, steps = 0, checked(steps, "Steps", 1, self.steps_limit)
         try:
             for done, frame in self.model.trajectory(seeds, steps, **settings):
@@ -316,18 +485,33 @@ class Demo:
         eta: float,
         label: str | None = None,
         guidance: float = 1.0,
-    ) -> Iterator[tuple]:
+    ) -> Iterator[tuple[str, str]]:
         """Yields (picture, progress)."""
+        wait([self.samples])  # else they could come to the page later, and stay
         started = time.monotonic()
         settings = {"label": label, "guidance": guidance, **self.noise(variance, eta)}
         for done, frame in self.trajectory(seed, steps, images, **settings):
-            last, seconds = seed + len(frame) - 1, time.monotonic() - started
-            progress = f"Step {done} of {steps}, seeds {seed} to {last}, {seconds:.1f} s"
-            yield picture(frame, "Images of the model"), progress
+            yield self.shown(frame, label, seed, images, done, steps, started)
 
-    def compare(self, seed: Any, steps: Any, images: Any, label: str | None = None) -> Iterator[list]:
+    def shown(
+        self, frame: np.ndarray, label: str | None, seed: int, images: int, done: int, steps: int, started: float
+    ) -> tuple[str, str]:
+        """The picture of a frame, in rows if the label asks for them, and the progress."""
+        progress = f"Step {done} of {steps}, seeds {seed} to {seed + images - 1}, {time.monotonic() - started:.1f} s"
+        if label != ROWS:
+            return picture(frame, "Images of the model"), progress
+        rows, names = self.model.rows(label), self.model.class_names
+        some = f", the first {rows} of {len(names)} classes" if len(names) > rows else ""
+        return class_rows(frame, names[:rows]), f"{progress}{some}"
+
+    def compare(self, *settings: Any) -> Iterator[list]:
+        """`comparisons`."""
+        wait([self.comparison])
+        yield from self.comparisons(*settings)
+
+    def comparisons(self, seed: Any, steps: Any, images: Any, label: str | None = None) -> Iterator[list]:
         """Yields three pictures and the progress."""
-        pictures = [EMPTY] * 3
+        pictures = [self.noise_picture()] * 3
         for i, variance in enumerate(self.compared):
             for _, frame in self.trajectory(seed, steps, images, label=label, **self.noise(variance, 0.0)):
                 pictures[i] = picture(frame, f"Images by {self.titles[i]}")
@@ -350,6 +534,7 @@ class Demo:
 
     def upload(self, path: str | None) -> tuple[np.ndarray | None, str]:
         """The image of a file, or None, and a message."""
+        wait([self.measured])
         if path is None:
             return None, NO_IMAGE
         try:
@@ -360,122 +545,201 @@ class Demo:
 
     def sample(self, seed: Any, label: str | None = None) -> tuple[np.ndarray, str]:
         """One sample of the model, and a message."""
+        wait([self.measured])
         *_, (_, images) = self.trajectory(seed, min(self.steps_limit, 100), 1, label=label)
-        return images[0], f"A sample of the model, seed {int(seed)}."
+        return without_hidden_colours(images[0]), f"A sample of the model, seed {int(seed)}."
 
     def measure(
         self, image: np.ndarray | None, seed: Any, evaluations: int, label: str | None = None
-    ) -> tuple[str, pd.DataFrame]:
-        """The image's bits/dim as Markdown, and the bars of the plot."""
+    ) -> tuple[str, str, str, pd.DataFrame]:
+        """The image's bits/dim as Markdown, the yardsticks beside them, its map, the plot's bars.
+
+        It is measured as NOISES images, each with noise of its own: so the mean has an error.
+        """
         if image is None:
             raise gr.Error("There is no image yet: upload one, or take a sample.", print_exception=False)
         try:
             result = self.model.with_variance(None).bits_per_dim(
-                image[None],
+                np.repeat(image[None], NOISES, axis=0),
                 class_labels=self.model.labels(label, 1),
                 seed=checked(seed, "Noise seed", 0, 2**31),
-                evaluations_per_image=int(evaluations),
+                evaluations_per_image=max(2, int(evaluations) // NOISES),
+                pilot_images=image[None],
                 batch_size=8,
+                return_map=True,
             )
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         text = (
-            f"### {result.total:.3f} bits/dim\n\n"
+            f"### {result.total:.3f} ± {result.standard_error:.3f} bits/dim\n\n"
             f"| decoder | KL of the steps | prior |\n|---|---|---|\n"
             f"| {result.decoder:.3f} | {result.diffusion:.3f} | {result.prior:.3f} |\n\n"
             f"An upper bound: at most {result.total * result.dims:.0f} bits for {result.dims} values, which take "
-            f"{8 * result.dims} bits uncompressed."
+            f"{8 * result.dims} bits uncompressed. ± is the standard error over {NOISES} draws of noise; how far the "
+            "bound is above the image's true cost is not known."
         )
-        return text, bars(result.per_timestep.numpy(), result.prior)
+        yardsticks = beside(result.total, result.standard_error, self.model.evaluation)
+        pixels = bits_map(image, result.maps.sum(1).mean(0).numpy())
+        return text, yardsticks, pixels, bars(result.per_timestep.numpy(), result.prior)
+
+    def measure_new(self, image: np.ndarray | None, *settings: Any) -> tuple:
+        """`measure`, or nothing where there is no image: the old figures are of another one."""
+        return ("", "", "", None) if image is None else self.measure(image, *settings)
+
+
+def first_value(choices: list[tuple[str, str]]) -> str | None:
+    """The default of a label menu."""
+    return choices[0][1] if choices else None
+
+
+LOADING = threading.Lock()
+DEMOS: dict[str, Demo] = {}
+
+
+def load(model: str) -> Demo:
+    """The demo of a model, loaded when it is first asked for."""
+    with LOADING:
+        if model not in DEMOS:
+            DEMOS[model] = Demo(Model(model))
+        return DEMOS[model]
 
 
 NETWORK: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1}  # one user at a time computes
+OPENING: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}  # visitors wait for the same results
 
 
-def build(model: Model) -> gr.Blocks:
-    """The page for a model."""
-    demo = Demo(model)
-    steps = min(50, demo.steps_limit)
+def build(models: list[str]) -> gr.Blocks:
+    """The page; with a menu if there are several models."""
     with gr.Blocks(title="A DDPM, measured", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(
-            f"# A DDPM, measured\n\nThe model {model.name} makes {model.height} x {model.width} "
-            f"{MODE_NAMES[model.channels]} images in {model.T} timesteps. It runs on {str(model.pipe.device).upper()} "
-            f"here: one image in {steps} steps takes about {steps * model.seconds:.2g} s."
-        )
-        with gr.Tab("Generate"), gr.Row():
-            generate_tab(demo)
-        with gr.Tab("Measure"):
-            measure_tab(demo)
-        with gr.Tab("Compare"):
-            compare_tab(demo)
+        gr.Markdown("# A DDPM, measured")
+        if len(models) == 1:
+            model_tabs(page, load(models[0]))
+            return page
+        menu = gr.Dropdown([(short_name(model), model) for model in models], value=models[0], label="Model")
+        for model in models:
+            show_if_chosen(page, menu, model)
     return page
 
 
-def sampling_controls(demo: Demo, steps: int) -> list[gr.components.Component]:
+def show_if_chosen(page: gr.Blocks, menu: gr.Dropdown, model: str) -> None:
+    """A part of the page that is empty unless the menu says `model`."""
+
+    @gr.render(inputs=menu)
+    def show(chosen: str) -> None:
+        if chosen != model:
+            return
+        try:
+            demo = load(model)
+        except (OSError, ValueError) as error:
+            gr.Markdown(f"⚠️ {cannot_load(model, error)}")
+        else:
+            model_tabs(page, demo)
+
+
+def model_tabs(page: gr.Blocks, demo: Demo) -> None:
+    """The page of one model. Controls are said to be interactive: `gr.render` does not see it."""
+    model, steps = demo.model, demo.steps
+    classes = f" of {len(model.class_names)} classes" if model.class_names else ""
+    transparent = " Transparency is shown over a checkerboard." if model.channels == 4 else ""
+    gr.Markdown(
+        f"The model {model.name} makes {model.height} x {model.width} {MODE_NAMES[model.channels]} images{classes} in "
+        f"{model.T} timesteps. It runs on {str(model.pipe.device).upper()} here: one image in {steps} steps takes about "
+        f"{steps * model.seconds:.2g} s.{transparent}"
+    )
+    with gr.Tab("Generate"), gr.Row():
+        generate_tab(page, demo)
+    with gr.Tab("Measure"):
+        measure_tab(page, demo)
+    with gr.Tab("Compare"):
+        compare_tab(page, demo)
+
+
+def sampling_controls(demo: Demo, steps: int, images: int, labels: list[tuple[str, str]]) -> list:
     """Seed, steps, images and, for class-conditional models, the label."""
     return [
-        gr.Number(0, label="Seed", precision=0, step=1),
-        gr.Slider(1, demo.steps_limit, min(steps, demo.steps_limit), step=1, label="Steps"),
-        gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images"),
-        *label_menu(demo, several=True),
+        gr.Number(0, label="Seed", precision=0, step=1, interactive=True),
+        gr.Slider(1, demo.steps_limit, steps, step=1, label="Steps", interactive=True),
+        gr.Slider(1, MAX_IMAGES, images, step=1, label="Images", interactive=True),
+        *label_menu(labels),
     ]
 
 
-def label_menu(demo: Demo, several: bool) -> list[gr.components.Component]:
-    choices = demo.model.label_choices(several)
-    return [gr.Dropdown(choices, value=choices[0], label="Class label")] if choices else []
+def label_menu(choices: list[tuple[str, str]]) -> list[gr.components.Component]:
+    return [gr.Dropdown(choices, value=choices[0][1], label="Class label", interactive=True)] if choices else []
 
 
-def generate_tab(demo: Demo) -> None:
+def generate_tab(page: gr.Blocks, demo: Demo) -> None:
+    with gr.Column(scale=2, min_width=280):  # first: a phone shows it above the controls
+        samples = gr.HTML(demo.noise_picture(), padding=False, elem_id="samples")
+        progress = gr.Markdown("The first images are being made ...", elem_id="progress", elem_classes="status")
     with gr.Column(scale=1, min_width=280):
-        inputs = sampling_controls(demo, steps=50)
+        inputs = sampling_controls(demo, demo.steps, demo.images, demo.generate_labels)
         variance = gr.Dropdown(
-            [*demo.model.variances, ETA],
-            value=demo.model.default_variance,
+            demo.variances,
+            value=demo.default_variance,
             label="Variance of each step",
-            info="eta replaces it by DDIM's",
+            info="eta replaces it by DDIM's" + fewest_text(demo.model.fewest),
+            interactive=True,
         )
-        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info="0: no noise is added", visible=False)
+        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info="0: no noise is added", visible=False, interactive=True)
         inputs[3:3] = [variance, eta]
         if demo.model.pipe.null_label is not None:
-            inputs.append(gr.Slider(1, 5, 1, step=0.5, label="Guidance", info="1: off. Needs a label"))
+            inputs.append(
+                gr.Slider(1, 5, 1, step=0.5, label="Guidance", info="1: off. Needs a label", interactive=True)
+            )
         with gr.Row():
             start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
-    with gr.Column(scale=2, min_width=280):
-        samples = gr.HTML(EMPTY, padding=False, elem_id="samples")
-        progress = gr.Markdown(elem_id="progress", elem_classes="status")
     variance.change(lambda name: gr.Slider(visible=name == ETA), variance, eta, show_progress="hidden", queue=False)
+    page.load(lambda: demo.samples.result()[1], None, [samples, progress], **OPENING)
     running = start.click(demo.generate, inputs, [samples, progress], show_progress="hidden", **NETWORK)
     stop.click(None, cancels=running)
 
 
-def measure_tab(demo: Demo) -> None:
+def fewest_text(fewest: dict[str, Any] | None) -> str:
+    """What `FEWEST` stands for."""
+    if fewest is None:
+        return ""
+    return (
+        ". Fewest steps: {num_inference_steps} {path} steps of {name} are no worse than {reference_steps} of fixed_large, "
+        "by kernel distance"
+    ).format(**fewest)
+
+
+def measure_tab(page: gr.Blocks, demo: Demo) -> None:
     image = gr.State()
     with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            file = gr.File(label="Your image", type="filepath", height=140)
-            sample_seed = gr.Number(0, label="Seed of a sample", precision=0, step=1)
-            label = label_menu(demo, several=False)
-            take_sample = gr.Button("Take a sample of the model")
-            message = gr.Markdown(NO_IMAGE, elem_id="told", elem_classes="status")
         with gr.Column(scale=2, min_width=280):
             t, views = noise_views(demo)
-    with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            seed = gr.Number(0, label="Noise seed", precision=0, step=1)
-            limit = max(2, min(200, demo.model.T, demo.model.evaluations // 2))
+            file = gr.File(label="Your image", type="filepath", height=140, interactive=True)
+            sample_seed = gr.Number(0, label="Seed of a sample", precision=0, step=1, interactive=True)
+            label = label_menu(demo.measure_labels)
+            take_sample = gr.Button("Take a sample of the model")
+            message = gr.Markdown(NO_IMAGE, elem_id="told", elem_classes="status")
+            seed = gr.Number(0, label="Noise seed", precision=0, step=1, interactive=True)
+            low, high, value = 2 * NOISES, demo.evaluations_limit, demo.evaluations
             info = "more: less noise in the number"
-            evaluations = gr.Slider(2, limit, min(38, limit), step=1, label="Network evaluations", info=info)
+            evaluations = gr.Slider(
+                low, high, value, step=NOISES, label="Network evaluations", info=info, interactive=True
+            )
             start = gr.Button("Measure bits/dim", variant="primary")
-            number = gr.Markdown(elem_id="bits")
-        with gr.Column(scale=2, min_width=280):
+    with gr.Row():
+        with gr.Column(min_width=280):
+            number = gr.Markdown("The first image is being measured ...", elem_id="bits")
+            pixels = gr.HTML(padding=False, elem_id="map")
+        with gr.Column(min_width=280):
+            yardsticks = gr.HTML(padding=False, elem_id="yardsticks")
             plot = bar_plot(demo)
+    settings, figures = [image, seed, evaluations, *label], [number, yardsticks, pixels, plot]
     show_views = {"fn": demo.views, "inputs": [image, t, seed], "outputs": views}
     show_views |= {"show_progress": "hidden", "trigger_mode": "always_last", "queue": False}
-    file.change(demo.upload, file, [image, message], show_progress="hidden").then(**show_views)
-    take_sample.click(demo.sample, [sample_seed, *label], [image, message], **NETWORK).then(**show_views)
+    page.load(demo.measured.result, None, [image, message, *views, *figures], **OPENING)
+    new = file.change(demo.upload, file, [image, message], show_progress="hidden")
+    new.then(**show_views).then(demo.measure_new, settings, figures, **NETWORK)
+    new = take_sample.click(demo.sample, [sample_seed, *label], [image, message], **NETWORK)
+    new.then(**show_views).then(demo.measure_new, settings, figures, **NETWORK)
     gr.on([t.change, seed.change], **show_views)  # one event: responses stay in order
-    start.click(demo.measure, [image, seed, evaluations, *label], [number, plot], **NETWORK)
+    start.click(demo.measure, settings, figures, **NETWORK)
 
 
 def noise_views(demo: Demo) -> tuple[gr.Slider, list[gr.components.Component]]:
@@ -483,11 +747,11 @@ def noise_views(demo: Demo) -> tuple[gr.Slider, list[gr.components.Component]]:
     with gr.Row():
         with gr.Column(min_width=120):
             gr.Markdown("**As the model sees it**")
-            seen = gr.HTML(EMPTY, padding=False, elem_id="seen")
+            seen = gr.HTML(demo.noise_picture(), padding=False, elem_id="seen")
         with gr.Column(min_width=120):
             gr.Markdown("**With noise: q(x_t | x_0)**")
-            noised = gr.HTML(EMPTY, padding=False, elem_id="noised")
-    t = gr.Slider(0, demo.model.T - 1, demo.model.T // 4, step=1, label="Timestep t")
+            noised = gr.HTML(demo.noise_picture(), padding=False, elem_id="noised")
+    t = gr.Slider(0, demo.model.T - 1, demo.timestep, step=1, label="Timestep t", interactive=True)
     return t, [seen, noised, gr.Markdown(elem_classes="status")]
 
 
@@ -507,22 +771,23 @@ def bar_plot(demo: Demo) -> gr.BarPlot:
     )
 
 
-def compare_tab(demo: Demo) -> None:
+def compare_tab(page: gr.Blocks, demo: Demo) -> None:
     gr.Markdown(
         "The same network, the same noise: only the variance of each reverse step differs. "
         "The fewer the steps, the more it matters."
     )
-    with gr.Row():
-        inputs = sampling_controls(demo, steps=25)
-    with gr.Row():
-        start, stop = gr.Button("Compare", variant="primary"), gr.Button("Stop")
     panels = []
     with gr.Row():
         for i, title in enumerate(demo.titles):
             with gr.Column(min_width=220):
                 gr.Markdown(f"**{title}**")
-                panels.append(gr.HTML(EMPTY, padding=False, elem_id=f"panel-{i}"))
+                panels.append(gr.HTML(demo.noise_picture(), padding=False, elem_id=f"panel-{i}"))
     progress = gr.Markdown(elem_classes="status")
+    with gr.Row():
+        inputs = sampling_controls(demo, demo.compare_steps, min(4, demo.images), demo.compare_labels)
+    with gr.Row():
+        start, stop = gr.Button("Compare", variant="primary"), gr.Button("Stop")
+    page.load(demo.comparison.result, None, [*panels, progress], **OPENING)
     running = start.click(demo.compare, inputs, [*panels, progress], show_progress="hidden", **NETWORK)
     stop.click(None, cancels=running)
 
@@ -531,17 +796,35 @@ CSS = """
 .picture { display: block; width: 100%; max-width: 512px; image-rendering: pixelated }
 .picture.empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary) }
 .status { min-height: 1.6em }
+.rows { display: grid; grid-template-columns: max-content 1fr; gap: 4px 12px; align-items: center }
+.rows .picture { width: auto; max-width: 100%; max-height: 64px }
+.map { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; max-width: 640px }
+.scale { display: flex; gap: 8px; align-items: center; max-width: 640px; padding-top: 8px }
+.scale span { flex: 1; height: 12px }
+#yardsticks table { width: 100% }
+#yardsticks caption { caption-side: bottom; text-align: left; font-size: 0.9em; padding-top: 4px }
+#yardsticks :is(table, tr) { border: none }
+#yardsticks :is(th, td) { border: none; padding: 2px 12px 2px 0; text-align: left; font-weight: normal }
+#yardsticks td { white-space: nowrap }
+#yardsticks td:last-child { width: 40% }
+#yardsticks .own :is(th, td) { font-weight: bold }
+#yardsticks .bar { height: 10px; min-width: 1px; background: #3b78b5 }
+#yardsticks .own .bar { background: #e07b39 }
 """
 
 
+def cannot_load(model: str, error: Exception) -> str:
+    missing = "" if Path(model).is_dir() else "it is no local folder, and no repository of that name can be read: "
+    return f"{model} cannot be loaded: {missing}{' '.join(str(error).split())}"
+
+
 def main() -> None:
-    name = model_id()
+    models = model_ids()
     try:
-        model = Model(name)
+        load(models[0])
     except (OSError, ValueError) as error:
-        missing = "" if Path(name).is_dir() else "it is no local folder, and no repository of that name can be read: "
-        sys.exit(f"app.py: {name} cannot be loaded: {missing}{' '.join(str(error).split())}")
-    page = build(model).queue(max_size=20)
+        sys.exit(f"app.py: {cannot_load(models[0], error)}")
+    page = build(models).queue(max_size=20)
     # Local fonts only: nothing is fetched.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     page.launch(

@@ -66,7 +66,7 @@ def test_files_and_fingerprints_are_those_of_every_version(load):
 
     images = load(dataset_name="digits", split="test", resolution=16, center_crop=True)
     every_fifth = np.floor(load_digits().images[4::5] * 255 / 16 + 0.5).astype(np.uint8)
-    key = [1, hashlib.blake2b(every_fifth.tobytes()).hexdigest(), [16, 16], True, None, "error"]
+    key = [2, hashlib.blake2b(every_fifth.tobytes()).hexdigest(), [16, 16], True, None, "error"]
     assert images.file.path.name == f"{hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()}.images"
     pixels = images.take(range(359)).numpy().tobytes() + json.dumps(["L", 359, [16, 16]]).encode()
     sizes = np.array([[16, 16]], np.int32).tobytes()

@@ -1,5 +1,7 @@
 """What becomes of one image: mode, bits, orientation, size; bad images."""
 
+from pathlib import Path
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -27,6 +29,68 @@ def test_unusual_modes_become_the_nearest_usual_one(load, tmp_path, given, mode)
     assert stored.has_transparency_data == (mode == "RGBA")
     truth = np.asarray(stored.convert(mode)).reshape(8, 8, -1)
     np.testing.assert_array_equal(load(folder).take([0])[0], truth.transpose(2, 0, 1))
+
+
+def palette_with_transparency(random: np.random.Generator) -> PIL.Image.Image:
+    image = PIL.Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8), "P")
+    image.putpalette(random.integers(1, 256, 768, dtype=np.uint8).tobytes())
+    image.info["transparency"] = bytes([0] * 64 + [128] * 64 + [255] * 128)
+    return image
+
+
+def transparent_files(path: Path) -> dict[str, np.ndarray]:
+    """Files of the modes of a folder of tiles; what RGBA images must hold of each, (4, 8, 8)."""
+    random = np.random.default_rng(0)
+    pixels = {mode: random.integers(1, 256, (8, 8, n), dtype=np.uint8) for mode, n in (("RGBA", 4), ("LA", 2))}
+    for some in pixels.values():
+        some[2:6, 1:4, -1] = 0  # with a colour below it
+    clean = pixels["RGBA"].copy()
+    clean[clean[..., 3] == 0] = 0
+    opaque = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    palette = palette_with_transparency(random)
+    files = {"P": palette, "LA": PIL.Image.fromarray(pixels["LA"], "LA"), "RGBA": pixels["RGBA"]}
+    write_images(path, {f"{name}.png": image for name, image in {**files, "clean": clean, "RGB": opaque}.items()})
+    colours = np.frombuffer(bytes(palette.getpalette()), np.uint8).reshape(256, 3)[np.asarray(palette)]
+    alpha = np.frombuffer(palette.info["transparency"], np.uint8)[np.asarray(palette)]
+    expected = {
+        "P": np.dstack([colours, alpha]),
+        "LA": pixels["LA"][..., [0, 0, 0, 1]],
+        "RGBA": pixels["RGBA"],
+        "clean": clean,
+        "RGB": np.dstack([opaque, np.full((8, 8), 255, np.uint8)]),
+    }
+    return {name: np.where(rgba[..., 3:] > 0, rgba, 0).transpose(2, 0, 1) for name, rgba in expected.items()}
+
+
+def test_colours_that_nobody_sees_become_zero_with_a_warning(load, tmp_path):
+    expected = transparent_files(tmp_path / "f")
+    for _ in range(2):  # decoding, and from the file
+        with pytest.warns(UserWarning, match=r"f: 3 images had colours in fully transparent pixels \(alpha 0\)"):
+            images = load(tmp_path / "f", image_mode="RGBA")
+    assert (images.channels, images.hidden_colours) == (4, 3)
+    for image, name in zip(images.take(range(5)).numpy(), sorted(expected), strict=True):
+        np.testing.assert_array_equal(image, expected[name], err_msg=name)
+    stored = np.asarray(PIL.Image.open(tmp_path / "f" / "RGBA.png"))
+    assert stored[2:6, 1:4, :3].all() and not expected["RGBA"][:, 2:6, 1:4].any()  # of the file they are colours
+
+
+def test_images_without_hidden_colours_are_not_counted_as_changed(load, tmp_path, recwarn):
+    pixels = random_pixels(2, 8, 8, 4)
+    pixels[0, :, :, 3] = 255
+    pixels[1][pixels[1, ..., 3] < 9] = 0
+    images = load(write_images(tmp_path / "f", {"a.png": pixels[0], "b.png": pixels[1]}))
+    np.testing.assert_array_equal(images.take([0, 1]), pixels.transpose(0, 3, 1, 2))
+    assert images.hidden_colours == 0 and not [w for w in recwarn if "transparent" in str(w.message)]
+
+
+def test_hidden_colours_do_not_reach_pixels_beside_them_when_resized(load, tmp_path):
+    """Half of it opaque and red, half of it transparent and green: between them, red alone."""
+    pixels = np.zeros((24, 24, 4), np.uint8)
+    pixels[:, :11], pixels[:, 11:] = (255, 0, 0, 255), (0, 255, 0, 0)
+    with pytest.warns(UserWarning, match="1 images had colours"):
+        (image,) = load(write_images(tmp_path / "f", {"a.png": pixels}), resolution=8).take([0]).numpy()
+    assert image[1].max() == 0 and 0 < np.count_nonzero((image[3] > 0) & (image[3] < 255))
+    assert not image[:3, image[3] == 0].any()
 
 
 def test_sixteen_bit_grey_is_scaled_with_a_warning_not_clipped_at_255(load, tmp_path):

@@ -105,7 +105,8 @@ def test_a_table_a_file_and_a_picture(one):
         errors = {**row["standard_errors"], "total": row["standard_error"]}
         assert cells[3:7] == [f"{row[k]:.5f} ± {errors[k]:.5f}" for k in ("prior", "diffusion", "decoder", "total")]
         assert row["total"] == pytest.approx(row["prior"] + row["diffusion"] + row["decoder"], rel=1e-9)
-    assert (folder / "bits_per_dim.png").stat().st_size > 10_000
+    assert all((folder / name).stat().st_size > 10_000 for name in ("bits_per_dim.png", "nearest.png"))
+    assert "nearest.png" in done.stdout and not (folder / "unfinished").exists()
 
 
 def test_samples_of_each_row_are_measured_beside_held_out_images(one):
@@ -285,7 +286,8 @@ def test_the_table_is_what_the_pipeline_says(one):
     pipe = DDPMNotesPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     images = load_images("digits", split="test", max_samples=21)
-    result = pipe.bits_per_dim(images.take(range(21)), evaluations_per_image=6)
+    pilot = images.at_most(16)
+    result = pipe.bits_per_dim(images.take(range(21)), evaluations_per_image=6, pilot_images=pilot.take(range(16)))
     row = results(folder)["results"][-1]
     assert row["total"] == pytest.approx(result.total, rel=1e-5)
     assert row["network_evaluations"] == result.network_evaluations
@@ -359,6 +361,12 @@ def held_out_run(folder, of_the_run, *flags):
         ({"validation_share": None}, [], "--validation_share is 0.1 and was None in training"),
         ({}, ["--seed", 0], "--seed is 0 and was 3 in training"),
         ({"max_train_samples": 500}, [], "--max_train_samples is None and was 500 in training"),
+        ({"classes": ["3", "7"]}, [], "--classes is None and was ['3', '7'] in training"),
+        (
+            {"classes": ["3", "7"]},
+            "--label_column label --classes 7 3".split(),
+            "--classes is ['7', '3'] and was ['3', '7'] in training",
+        ),
         (
             {"seed": 1, "train_split": "test"},
             [],
@@ -372,9 +380,27 @@ def test_images_that_were_trained_on_are_not_measured_as_held_out(tmp_path, of_t
         held_out_run(tmp_path, OF_THE_RUN | of_the_run, *flags)
 
 
-@pytest.mark.parametrize("of_the_run", [{}, {"dataset_name": "me/faces", "seed": 1}, {"dataset_name": "./mine"}])
+@pytest.mark.parametrize(
+    "of_the_run", [{}, {"dataset_name": "me/faces", "seed": 1}, {"dataset_name": "./mine"}, {"classes": None}]
+)
 def test_images_held_out_by_the_same_settings_or_of_another_data_set_are_measured(tmp_path, of_the_run):
     assert len(held_out_run(tmp_path, OF_THE_RUN | of_the_run).images) == 144  # a tenth of 1438
+
+
+def test_held_out_images_of_chosen_classes_are_those_of_the_run(tmp_path):
+    flags = "--label_column label --classes 7 3".split()
+    run = held_out_run(tmp_path, OF_THE_RUN | {"classes": ["7", "3"]}, *flags)
+    whole = load_images("digits", label_column="label", show_progress=False)
+    members = np.flatnonzero(np.isin(whole.labels, [7, 3]))
+    chosen = load_images("digits", label_column="label", classes=["7", "3"], show_progress=False)
+    _, held_out = hold_out(chosen, 0.1, seed=3)
+    assert len(run.images) == len(held_out) == round(0.1 * len(members))
+    assert run.images.fingerprint == held_out.fingerprint
+    expected = [{7: 0, 3: 1}[int(label)] for label in whole.labels[members[held_out.index]]]
+    assert run.images.labels.tolist() == expected
+    assert torch.equal(run.images.take(range(9)), whole.take(members[held_out.index[:9]]))
+    trained_on = run.read("train")
+    assert len(trained_on) + len(held_out) == len(members) and not set(trained_on.index) & set(held_out.index)
 
 
 def test_max_images_takes_the_images_that_its_help_says(capsys):

@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.evaluation.distances import frechet_distance, kernel_distance, precision_recall
+from ddpm_notes_pipeline.evaluation.distances import frechet_distance, kernel_distance, nearest_rows, precision_recall
 from ddpm_notes_pipeline.evaluation.features import FeatureNetwork, full_float32, load_feature_network
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
+from ddpm_notes_pipeline.evaluation.reading import nearest_training_images
 from ddpm_notes_pipeline.evaluation.records import SampleMetrics
 from tests.support.launching import launch
 
@@ -244,6 +245,26 @@ def test_copies_of_training_images_show_as_much_nearer_than_held_out_ones(train,
     assert result.held_out_nearest_train_distance > 20 * result.nearest_train_distance
 
 
+@pytest.mark.parametrize("size", [7, 4000])
+def test_the_nearest_rows_are_those_of_a_direct_search(size):
+    points, rows = normal(5, 6, 0), normal(3000, 6, 1)
+    truth = (points[:, None].double() - rows.double()).square().sum(-1).min(1)
+    chunks = ((first, rows[first : first + size]) for first in range(0, len(rows), size))
+    squared, numbers = nearest_rows(points, chunks)
+    assert numbers.tolist() == truth.indices.tolist()
+    assert squared.numpy() == pytest.approx(truth.values.numpy(), abs=1e-9)
+
+
+def test_the_nearest_training_image_of_a_copy_is_what_was_copied(train):
+    copied = [3, 1200, 77]
+    nearest, distances = nearest_training_images(train.take(copied), train)
+    assert torch.equal(nearest, train.take(copied)) and distances.tolist() == [0, 0, 0]
+    dimmed = (train.take([5]).float() * 0.98).byte()
+    nearest, (distance,) = nearest_training_images(dimmed, train)
+    every = ((train.take(range(1438)).double() - dimmed.double()) / 255).square().flatten(1).mean(1).sqrt()
+    assert float(distance) == pytest.approx(float(every.min())) and torch.equal(nearest, train.take([5]))
+
+
 def test_probes_of_a_large_set_are_spread_evenly(train):
     pixels = torch.arange(2500) % 256
     images = pixels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
@@ -359,9 +380,9 @@ def test_images_of_another_kind_are_refused(measure, test_split, change, message
 
 def test_what_cannot_be_measured_is_refused(test_split):
     pixels = take(test_split, 20)
-    four = pixels.expand(-1, 4, -1, -1)
-    with pytest.raises(ValueError, match="4 channels; efficientnet-lite0 takes 1 or 3"):
-        measure_samples(four, four)
+    two = pixels.expand(-1, 2, -1, -1)
+    with pytest.raises(ValueError, match="2 channels; efficientnet-lite0 takes 1, 3 or 4"):
+        measure_samples(two, two)
     with pytest.raises(ValueError, match="held_out is given without train"):
         measure_samples(pixels, pixels, held_out=pixels, network=None)
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -496,6 +517,56 @@ def counting(image_size=8, name="small", seed=0):
     network = Counting(name, nn.Sequential(*layers), (image_size, image_size), [0.5] * 3, [0.5] * 3)
     network.images = 0
     return network
+
+
+# ------------------------------------------------------------ transparency
+
+
+def transparent(n, seed=0):
+    """RGBA images that are whole levels on grey 128: alpha 0, 1/5, ..., 1 and colours 128 + 5k."""
+    generator = torch.Generator().manual_seed(seed)
+    alpha = 51 * torch.randint(0, 6, (n, 1, 8, 8), generator=generator)
+    colours = 128 + 5 * torch.randint(-25, 26, (n, 3, 8, 8), generator=generator)
+    on_grey = 128 + (colours - 128) // 5 * (alpha // 51)
+    return torch.cat([colours, alpha], 1).byte(), on_grey.byte()
+
+
+def test_features_of_transparent_images_are_those_of_the_images_on_mid_grey():
+    network = counting()
+    images, on_grey = transparent(6)
+    assert torch.allclose(network(images), network(on_grey), atol=1e-5)
+    assert not torch.allclose(network(images), network(images[:, :3]), atol=1e-2)
+
+
+@pytest.mark.filterwarnings(FEW)
+def test_figures_of_transparent_images_are_those_of_the_images_on_mid_grey(tmp_path):
+    network, figures = counting(), ("frechet_distance", "kernel_distance", "precision", "recall")
+    (made, made_on_grey), (real, real_on_grey) = transparent(40, 1), transparent(50, 2)
+    result = measure_samples(made, real, train=real, network=network, show_progress=False)
+    opaque = measure_samples(made_on_grey, real_on_grey, network=network, show_progress=False)
+    for name in figures:
+        assert getattr(result, name) == pytest.approx(getattr(opaque, name), rel=1e-3), name
+    assert result.protocol.preprocessing == f"RGBA composited on grey 128; {network.preprocessing}"
+    assert opaque.protocol.preprocessing == network.preprocessing and "RGBA" not in network.preprocessing
+    assert result.protocol.image_shape == [4, 8, 8]
+    a, b = made.flatten(1).double() / 255, real.flatten(1).double() / 255  # of all four channels as they are
+    nearest = torch.cdist(a, b).min(1).values / a.shape[1] ** 0.5
+    assert result.nearest_train_distance == pytest.approx(float(nearest.median()), rel=1e-6)
+
+
+@pytest.mark.filterwarnings(FEW)
+def test_cached_features_of_transparent_images_state_the_grey(tmp_path):
+    from safetensors import safe_open
+
+    folder = tmp_path / "rgba"
+    folder.mkdir()
+    for i, image in enumerate(transparent(20)[0]):
+        PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+    real = load_images(train_data_dir=folder, cache_dir=tmp_path / "images", show_progress=False)
+    measure_samples(transparent(20, 1)[0], real, network=counting(), cache_dir=tmp_path / "cache", show_progress=False)
+    (path,) = (tmp_path / "cache").iterdir()
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["preprocessing"].startswith("RGBA composited on grey 128; whole image resized")
 
 
 @pytest.mark.filterwarnings(FEW)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_notes_pipeline.evaluation.findings import equal_quality, findings, kernel_distances
+from ddpm_notes_pipeline.evaluation.findings import equal_quality, fewest_steps, findings, kernel_distances
 from ddpm_notes_pipeline.evaluation.records import Evaluation
 from ddpm_notes_pipeline.evaluation.validation import Row
 from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
@@ -69,7 +69,16 @@ def test_equal_quality_wants_both_and_takes_the_fewest_steps():
     said = equal_quality(table, kernels, 1000)
     assert "By samples and bound: 50 best steps of optimal (120.00 ± 10.00, 3.900 bits/dim), 20 times fewer" in said
     assert "other samplers: 20 trailing steps of DDIM (110.00 ± 10.00), 50 times fewer" in said
+    assert "By samples alone: 20 trailing steps of DDIM (110.00 ± 10.00), 50 times fewer" in said
+    assert fewest_steps(kernels, 1000) == ("DDIM", "trailing", 20)
+    kernels["fixed_small", "even", 20] = (0.105, 0.01)  # as many steps, and nearer
+    assert fewest_steps(kernels, 1000) == ("fixed_small", "even", 20)
+    kernels["fixed_small", "even", 2] = (0.10 + 2 * 2**0.5 * 0.01 + 1e-6, 0.01)  # just above two standard errors
+    assert fewest_steps(kernels, 1000) == ("fixed_small", "even", 20)
+    kernels["fixed_small", "even", 2] = (0.10 + 2 * 2**0.5 * 0.01 - 1e-6, 0.01)
+    assert fewest_steps(kernels, 1000) == ("fixed_small", "even", 2)
     del kernels["fixed_large", "even", 1000]
+    assert fewest_steps(kernels, 1000) is None
     assert equal_quality(table, kernels, 1000) == ""
 
 
@@ -115,3 +124,11 @@ def test_one_command_makes_the_table():
     assert text.count("\n- ") == 2 + 5 and "No worse than 40 steps of fixed_large" in text
     card = (folder / "README.md").read_text()
     assert "| DPM-Solver++ | trailing | 10 |" in card
+    best = fewest_steps(kernels, T)
+    if best is None:
+        assert "By samples alone: none of these rows" in text and "fewest_steps" not in written
+    else:
+        found = written["fewest_steps"]
+        assert (found["name"], found["path"], found["num_inference_steps"]) == best
+        assert (found["kernel_distance"], found["standard_error"]) == kernels[best]
+        assert f"The fewest steps at equal quality: {best[2]} {best[1]} steps of {best[0]}" in card

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from playwright.sync_api import expect, sync_playwright
 from sklearn.datasets import load_digits
 
@@ -32,7 +34,28 @@ from tests.support.launching import ROOT, environment_of_runs, free_port, kill_t
 
 SPACE = ROOT / "examples" / "space"
 T = 100  # of the published models
+NOISES = 8  # that an image is measured with
+CLASSES = ["spells & scrolls", "monsters", "armour"]  # of the model with transparency
+BEST = [99, 80, 60, 45, 30, 20, 12, 8, 5, 3, 1, 0]  # timesteps
+EVALUATION = {
+    "data": "digits",
+    "split": "test",
+    "images": 359,
+    "results": [{"total": 2.5, "standard_error": 0.01}, {"total": 2.25, "standard_error": 0.02}],
+    "yardsticks": {"one histogram": 3.125, "PNG": 6.5},
+    "fewest_steps": {
+        "name": "optimal",
+        "path": "best",
+        "num_inference_steps": len(BEST),
+        "scheduler": "DDPMNotesScheduler",
+        "scheduler_settings": {"variance_type": "optimal"},
+        "timesteps": BEST,
+        "needs": ["original_sample_mse"],
+        "reference_steps": T,
+    },
+}
 pytestmark = pytest.mark.slow
+expect.set_options(timeout=120_000)
 
 AS_ON_THE_HUB = """
 import runpy, sys
@@ -42,20 +65,22 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 
 
 class App:
-    """The app as a separate process, for one model's folder."""
+    """The app as a separate process, for the folders of models; what is compared is the last."""
 
-    def __init__(self, folder, home):
-        self.folder, self.port, self.log = folder, free_port(), home / "app.log"
-        env = environment_of_runs(MODEL_ID=str(folder), GRADIO_SERVER_PORT=str(self.port), HF_HOME=str(home))
+    def __init__(self, folders, home):
+        self.folders, self.port, self.log = folders, free_port(), home / "app.log"
+        env = environment_of_runs(
+            MODEL_ID=",".join(map(str, folders)), GRADIO_SERVER_PORT=str(self.port), HF_HOME=str(home)
+        )
         env |= {"PYTHONPATH": "", "GRADIO_TEMP_DIR": str(home / "gradio")}
         with self.log.open("w") as log:
             command = [sys.executable, "-c", AS_ON_THE_HUB, str(SPACE / "app.py")]
             self.process = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True)
         self.url = f"http://127.0.0.1:{self.port}/"
-        self.pipe = DDPMNotesPipeline.from_pretrained(folder)
+        self.pipe = DDPMNotesPipeline.from_pretrained(folders[-1])
         self.pipe.set_progress_bar_config(disable=True)
 
-    def wait(self, seconds=100):
+    def wait(self, seconds=300):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, self.log.read_text()
@@ -65,29 +90,39 @@ class App:
         raise AssertionError(self.log.read_text())
 
     def made(self, seeds, variance=None, **settings):
-        """The pipeline's images for the seeds, (N, H, W), levels 0 to 255."""
+        """The pipeline's images for the seeds, (N, H, W) or (N, H, W, C), levels 0 to 255."""
         changes = {} if variance is None else {"variance_type": variance}
         pipe = DDPMNotesPipeline(self.pipe.unet, DDPMNotesScheduler.from_config(self.pipe.scheduler.config, **changes))
         pipe.set_progress_bar_config(disable=True)
         generator = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = pipe(batch_size=len(seeds), generator=generator, output_type="np", **settings).images
-        return (images[..., 0] * 255).round().astype(int)
+        images = (images * 255).round().astype(int)
+        return images[..., 0] if images.shape[-1] == 1 else images
+
+    def measured(self, image, seed, evaluations, **settings):
+        """The bound of one image (H, W) under several draws of noise."""
+        image = image.astype(np.uint8)[None, ..., None]
+        settings |= {"seed": seed, "evaluations_per_image": evaluations // NOISES, "pilot_images": image}
+        return self.pipe.bits_per_dim(image.repeat(NOISES, 0), return_map=True, **settings)
 
 
 @pytest.fixture(scope="module")
 def apps(tmp_path_factory):
-    """Two: an unconditional model, and one with labels and a measured variance."""
+    """An unconditional model; one with labels and all that is measured; several, with a menu."""
     home = tmp_path_factory.mktemp("space")
-    labelled = home / "labelled"
+    plain, labelled = publish("plain")[0] / "hub", home / "labelled"
     shutil.copytree(publish("labelled")[0] / "hub", labelled)
     scheduler = DDPMNotesScheduler.from_pretrained(labelled / "scheduler")
     mse = np.geomspace(1e-3, 0.3, T).tolist()
     DDPMNotesScheduler.from_config(scheduler.config, original_sample_mse=mse).save_pretrained(labelled / "scheduler")
+    (labelled / "evaluation.json").write_text(json.dumps(EVALUATION))
+    transparent().save_pretrained(home / "transparent")
+    folders = {"plain": [plain], "labelled": [labelled], "several": [plain, home / "nowhere", home / "transparent"]}
     started = {}
     try:
-        for name, folder in (("plain", publish("plain")[0] / "hub"), ("labelled", labelled)):
+        for name, shown in folders.items():
             (home / f"home-{name}").mkdir()
-            started[name] = App(folder, home / f"home-{name}")
+            started[name] = App(shown, home / f"home-{name}")
         for app in started.values():
             app.wait()
         yield started
@@ -96,6 +131,16 @@ def apps(tmp_path_factory):
     finally:
         for app in started.values():
             kill_tree(app.process)
+
+
+def transparent():
+    """A class-conditional pipeline of RGBA images, untrained, without a null label."""
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    settings = {"layers_per_block": 1, "norm_num_groups": 4, "num_class_embeds": len(CLASSES)}
+    unet = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, **blocks, **settings)
+    unet.register_to_config(_ddpm_notes={"class_names": CLASSES})
+    return DDPMNotesPipeline(unet, DDPMNotesScheduler(num_train_timesteps=T))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +164,7 @@ def visit(apps, browser):
         context = browser.new_context(viewport={"width": width, "height": 900})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.on("console", lambda message: seen.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: seen.append(str(error)))
         page.on("request", lambda request: asked(request.url, apps[name].url))
@@ -160,14 +205,29 @@ def drawn(page):
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
 
 
+def picture(source):
+    """A picture's pixels (H, W, 4)."""
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGBA"))
+
+
 def pictures(page, place, n, size=8):
     """The n images shown at a place, in their original size: (n, size, size)."""
-    source = page.locator(f"{place} img").get_attribute("src")
-    shown = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGBA"))
-    columns = int(np.ceil(np.sqrt(n)))
+    return split(page.locator(f"{place} img").get_attribute("src"), n, int(np.ceil(np.sqrt(n))), size)
+
+
+def rows(page, columns, size=8):
+    """(name, images (columns, size, size)) of each row of classes."""
+    names = page.locator("#samples .rows b").all_inner_texts()
+    images = [image.get_attribute("src") for image in page.locator("#samples .rows img").all()]
+    return [(name, split(source, columns, columns, size)) for name, source in zip(names, images, strict=True)]
+
+
+def split(source, n, columns, size):
+    """The n images of a grid, in their original size: (n, size, size)."""
+    shown = picture(source)
     gap = 0 if n == 1 else 4
     scale = (shown.shape[1] + gap) // columns - gap
-    assert scale % size == 0 and scale >= 128  # a whole factor, and large enough to see
+    assert scale % size == 0 and scale >= 56  # a whole factor, and large enough to see
     found = []
     for i in range(n):
         top, left = i // columns * (scale + gap), i % columns * (scale + gap)
@@ -196,11 +256,95 @@ def generate(page, seed, steps=10, images=2):
     press(page, "Generate")
     page.get_by_text(done).wait_for()
     drawn(page)
-    return pictures(page, "#samples", images)
+    return pictures(page, "#samples", images) if page.locator("#samples img").count() == 1 else rows(page, images)
 
 
 def close(shown, expected):
     return np.abs(shown - expected).max() <= 1  # rounding of half levels may differ
+
+
+def value(page, label):
+    """Of a slider of the open tab."""
+    return int(page.get_by_label(f"number input for {label}", exact=True).locator("visible=true").input_value())
+
+
+# --- what the page opens with
+
+
+def test_each_tab_opens_with_what_its_button_would_make(apps, visit):
+    page, app = visit("plain"), apps["plain"]
+    steps, images = value(page, "Steps"), value(page, "Images")
+    page.get_by_text(f"Step {steps} of {steps}, seeds 0 to {images - 1},").wait_for()
+    drawn(page)
+    made = app.made(range(images), num_inference_steps=steps)
+    assert steps == 50 and close(pictures(page, "#samples", images), made)
+    assert page.get_by_label("Model", exact=True).count() == 0  # there is one only
+
+    page.get_by_role("tab", name="Measure").click()
+    page.get_by_text("A sample of the model, seed 0.").wait_for()
+    expect(page.locator("#seen img")).to_have_attribute("alt", "The image")
+    sample = pictures(page, "#seen", 1)[0]
+    assert close(sample, made[0])
+    result = app.measured(sample, 0, value(page, "Network evaluations"))
+    expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} ± {result.standard_error:.3f} bits/dim")
+    expect(page.locator("#map img")).to_have_count(2)
+    assert page.locator("#yardsticks table").count() == 0  # it was not evaluated
+
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_text("All three are done.").wait_for()
+    drawn(page)
+    steps, images = value(page, "Steps"), value(page, "Images")
+    for i, settings in enumerate(({"variance": "fixed_small"}, {"variance": "fixed_large"}, {"eta": 0.0})):
+        expected = app.made(range(images), num_inference_steps=steps, **settings)
+        assert close(pictures(page, f"#panel-{i}", images), expected), i
+    assert page.locator(".empty").count() == 0
+
+
+def test_a_class_conditional_model_opens_with_a_row_of_each_class_in_the_fewest_steps(apps, visit):
+    page, app = visit("labelled"), apps["labelled"]
+    assert value(page, "Steps") == len(BEST)
+    images = value(page, "Images")
+    page.get_by_text(f"Step 12 of 12, seeds 0 to {images - 1},").wait_for()
+    page.get_by_text(f"12 best steps of optimal are no worse than {T} of fixed_large").wait_for()
+    drawn(page)
+    shown = rows(page, images)
+    assert [name for name, _ in shown] == [str(i) for i in range(10)]
+    for i, (_, row) in enumerate(shown):
+        made = app.made(range(images), "optimal", timesteps=BEST, class_labels=[i] * images)
+        assert close(row, made), i
+
+
+def test_a_menu_switches_between_models(apps, visit):
+    page, app = visit("several"), apps["several"]
+    page.get_by_text(re.compile(r"Step 50 of 50, ")).wait_for()
+    assert page.locator("#samples img").count() == 1
+    choose(page, "Model", str(app.folders[1]))
+    page.get_by_text(re.compile("nowhere cannot be loaded: it is no local folder")).wait_for()
+    assert page.get_by_role("tab", name="Generate").count() == 0
+    choose(page, "Model", "transparent")
+    page.get_by_text("8 x 8 RGBA images of 3 classes").wait_for()
+    page.locator("#samples .rows").wait_for()
+    names = page.locator("#samples .rows b").all_inner_texts()
+    assert names == CLASSES
+    put(page, "number input for Images", 1)
+    put(page, "number input for Steps", 5)
+    press(page, "Generate")
+    page.get_by_text("Step 5 of 5, seeds 0 to 0,").wait_for()
+    drawn(page)
+    for i, source in enumerate(image.get_attribute("src") for image in page.locator("#samples .rows img").all()):
+        made = app.made([0], num_inference_steps=5, class_labels=[i])[0]
+        assert np.abs(picture(source)[..., :3] - on_checkerboard(made, 512)).max() <= 2, i
+    choose(page, "Model", "hub")  # the first, kept
+    page.get_by_text(re.compile(r"Step 50 of 50, ")).wait_for()
+
+
+def on_checkerboard(image, side):
+    """RGBA levels (H, W, 4), enlarged to a side, over squares of 8 pixels: RGB, by hand."""
+    large = image.repeat(side // len(image), 0).repeat(side // len(image), 1).astype(float)
+    square = np.arange(side) // 8
+    board = np.where((square[:, None] + square) % 2 == 0, 230.0, 170.0)[..., None]
+    alpha = large[..., 3:] / 255
+    return alpha * large[..., :3] + (1 - alpha) * board
 
 
 # --- generate
@@ -260,14 +404,16 @@ def test_an_empty_or_negative_field_is_reported(visit):
 
 def test_a_class_conditional_model_has_a_label_menu(apps, visit):
     page, app = visit("labelled"), apps["labelled"]
-    in_turn = generate(page, 0)
-    assert close(in_turn, app.made([0, 1], num_inference_steps=10, class_labels=[0, 1]))
+    choose(page, "Variance of each step", "fixed_small")
+    each = generate(page, 0)
+    for i, (_, row) in enumerate(each):
+        assert close(row, app.made([0, 1], num_inference_steps=10, class_labels=[i, i])), i
     choose(page, "Class label", "3")
     assert close(generate(page, 1), app.made([1, 2], num_inference_steps=10, class_labels=[3, 3]))
     put(page, "number input for Guidance", 3)
     guided = {"num_inference_steps": 10, "class_labels": [3, 3], "guidance_scale": 3.0}
     three = generate(page, 0)
-    assert close(three, app.made([0, 1], **guided)) and not close(three, in_turn)
+    assert close(three, app.made([0, 1], **guided)) and not close(three, each[3][1])
     choose(page, "Variance of each step", "optimal")
     assert close(generate(page, 2), app.made([2, 3], "optimal", **guided))
     choose(page, "Class label", "no label")
@@ -296,9 +442,11 @@ def offer(page, data, name="image.png"):
 def test_an_image_s_noise_and_bits_are_the_pipeline_s(apps, visit):
     page, app = visit("plain", tab="Measure"), apps["plain"]
     digit = (load_digits().images[10] * 255 / 16).round().astype(np.uint8)
+    page.get_by_text("A sample of the model, seed 0.").wait_for()
+    sample = page.locator("#seen img").get_attribute("src")
     offer(page, png(PIL.Image.fromarray(digit)))
     page.get_by_text("Your image, as it is.").wait_for()
-    page.locator("#noised img").wait_for()
+    expect(page.locator("#seen img")).not_to_have_attribute("src", sample)
     assert (pictures(page, "#seen", 1)[0] == digit).all()
 
     put(page, "Noise seed", 3)
@@ -311,11 +459,14 @@ def test_an_image_s_noise_and_bits_are_the_pipeline_s(apps, visit):
         assert close(pictures(page, "#noised", 1)[0], ((x_t.clip(-1, 1) + 1) * 127.5).round())
 
     totals = set()
-    for evaluations in (10, T):
+    for evaluations in (40, 400):
         put(page, "number input for Network evaluations", evaluations)
         press(page, "Measure bits/dim")
-        result = app.pipe.bits_per_dim(digit[None, ..., None], seed=3, evaluations_per_image=evaluations)
-        expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} bits/dim")
+        evaluations = value(page, "Network evaluations")  # a slow machine's slider ends below
+        result = app.measured(digit, 3, evaluations)
+        expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} ± {result.standard_error:.3f} bits/dim")
+        full = app.pipe.bits_per_dim(digit[None, ..., None].repeat(50, 0), seed=11, full=True)
+        assert abs(result.total - full.total) < 5 * (result.standard_error + full.standard_error)
         parts = page.locator("#bits td").all_inner_texts()
         assert parts == [f"{part:.3f}" for part in (result.decoder, result.diffusion, result.prior)]
         totals.add(f"{result.total:.3f}")
@@ -335,10 +486,28 @@ def test_an_image_s_noise_and_bits_are_the_pipeline_s(apps, visit):
             expected = float(terms[int(first) : int(last or first) + 1].sum())
         assert bits == pytest.approx(expected, rel=1e-3)  # it is written with four digits
     assert sum(found.values()) == pytest.approx(result.total, rel=1e-3)
+    assert_is_map(page, digit, result)
+
+
+def assert_is_map(page, image, result):
+    """The image, and beside it colours that are the brighter, the more bits a pixel takes."""
+    seen, colours = (picture(shown.get_attribute("src")) for shown in page.locator("#map img").all())
+    assert (seen[::64, ::64, 0] == image).all()
+    bits = result.maps[:, 0].mean(0).numpy()
+    assert bits.sum() == pytest.approx(result.total * 64, rel=1e-4)
+    top = np.quantile(bits, 0.995)
+    expect(page.locator("#map .scale")).to_have_text(f"0{top:.3g} bits or more a pixel")
+    brightness = colours[::64, ::64, :3].sum(-1, dtype=int)
+    levels = np.interp(np.minimum(bits / top, 1), [0, 0.5, 1], [4, 359, 696])  # the sums of three colours
+    assert np.abs(brightness - levels).max() < 12
 
 
 def test_a_sample_of_the_model_can_be_measured_with_its_label(apps, visit):
     page, app = visit("labelled", tab="Measure"), apps["labelled"]
+    page.locator("#bits h3").wait_for()
+    offer(page, b"no image")
+    expect(page.locator("#told")).to_contain_text("not used")
+    expect(page.locator("#bits")).to_have_text("")  # the figures were those of the image before
     press(page, "Measure bits/dim")
     page.get_by_text("There is no image yet").wait_for()
     choose(page, "Class label", "5")
@@ -348,12 +517,16 @@ def test_a_sample_of_the_model_can_be_measured_with_its_label(apps, visit):
     page.locator("#seen img").wait_for()
     sample = pictures(page, "#seen", 1)
     assert close(sample, app.made([4], num_inference_steps=T, class_labels=[5]))
-    press(page, "Measure bits/dim")
-    evaluations = int(page.get_by_label("number input for Network evaluations").input_value())
-    result = app.pipe.bits_per_dim(
-        sample.astype(np.uint8)[..., None], class_labels=5, evaluations_per_image=evaluations
-    )
-    expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} bits/dim")
+    evaluations = value(page, "Network evaluations")
+    result = app.measured(sample[0], 0, evaluations, class_labels=5)  # a new image is measured at once
+    expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} ± {result.standard_error:.3f} bits/dim")
+    own = f"{result.total:.3f} ± {result.standard_error:.3f}"
+    others = [("held-out images, this model", "2.250 ± 0.020"), ("one histogram", "3.125"), ("PNG", "6.500")]
+    expected = sorted([("this image, this model", own), *others], key=lambda row: float(row[1].split()[0]))
+    expect(page.locator("#yardsticks tr.own td").first).to_have_text(own)
+    shown = [tuple(row.locator("th, td").all_inner_texts()[:2]) for row in page.locator("#yardsticks tr").all()]
+    assert shown == expected
+    expect(page.locator("#yardsticks caption")).to_contain_text("a mean over 359 held-out images of digits, split test")
 
 
 def uploads():
@@ -434,8 +607,10 @@ NAMELESS = re.compile(
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_every_control_has_a_name_and_the_page_fits(visit, width):
-    page = visit("labelled", width)
+@pytest.mark.parametrize("name", ["labelled", "several"])
+def test_every_control_has_a_name_and_the_page_fits(visit, name, width):
+    page = visit(name, width)
+    page.get_by_text(re.compile(r"Step \d+ of \d+, ")).wait_for()
     choose(page, "Variance of each step", "eta (DDIM)")
     for tab in ("Generate", "Measure", "Compare"):
         page.get_by_role("tab", name=tab).click()
@@ -469,6 +644,46 @@ def test_a_file_is_read_or_refused_with_a_reason(app_module, tmp_path, kind):
     assert answer in done and image.shape == (8, 8, 1) and image.dtype == np.uint8 and image.std() > 0
 
 
+def test_uploads_for_a_model_of_rgba_images(app_module, tmp_path):
+    random = np.random.default_rng(0)
+    pixels = random.integers(1, 256, (8, 8, 4), dtype=np.uint8)
+    pixels[2:5, :, 3] = 0
+    model = SimpleNamespace(height=8, width=8, channels=4)
+
+    def read(image):
+        (tmp_path / "image.png").write_bytes(png(image))
+        return app_module.read_image(str(tmp_path / "image.png"), model)
+
+    image, done = read(PIL.Image.fromarray(pixels))
+    assert done == "as it is"
+    np.testing.assert_array_equal(image, np.where(pixels[..., 3:] > 0, pixels, 0))
+    image, done = read(PIL.Image.fromarray(pixels[..., :3]))
+    assert done == "made RGBA"
+    np.testing.assert_array_equal(image, np.dstack([pixels[..., :3], np.full((8, 8), 255)]))
+
+
+def test_a_model_of_rgba_images_is_sampled_shown_and_measured(app_module, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(8, in_channels=4, out_channels=4, block_out_channels=(16, 16), norm_num_groups=8, **blocks)
+    pipe = DDPMNotesPipeline(unet, DDPMNotesScheduler(T))
+    pipe.save_pretrained(tmp_path)
+    model = app_module.Model(str(tmp_path))
+    assert model.channels == 4
+    *_, (steps, images) = model.trajectory([3], 5)
+    (made,) = pipe(num_inference_steps=5, generator=[torch.Generator().manual_seed(3)]).images
+    assert steps == 5 and made.mode == "RGBA"
+    assert np.abs(images[0].astype(int) - np.asarray(made)).max() <= 1
+    html = app_module.picture(images, "an image")
+    shown = PIL.Image.open(io.BytesIO(base64.b64decode(html.partition("base64,")[2].partition('"')[0])))
+    scale = shown.width // 8
+    assert shown.mode == "RGBA"
+    np.testing.assert_array_equal(np.asarray(shown)[::scale, ::scale], images[0])
+    text, _ = app_module.Demo(model).measure(images[0], 0, 10)
+    expected = pipe.bits_per_dim(images, seed=0, evaluations_per_image=10, batch_size=8).total
+    assert text.startswith(f"### {expected:.3f} bits/dim") and f"{8 * 256} bits uncompressed" in text
+
+
 def test_closing_a_trajectory_ends_the_sampling(app_module):
     model = app_module.Model(str(publish("plain")[0] / "hub"))
     evaluations = []
@@ -489,27 +704,55 @@ def test_a_run_ends_after_max_seconds(app_module, monkeypatch):
     assert [step for step, _ in model.trajectory([0], T)] == [1]
 
 
-def test_the_model_comes_from_the_environment_or_the_readme(app_module, monkeypatch, tmp_path):
-    monkeypatch.setenv("MODEL_ID", "ada/digits")
-    assert app_module.model_id() == "ada/digits"
+def test_colours_that_nobody_sees_become_0_and_an_opaque_image_gets_its_alpha(app_module, tmp_path):
+    pixels = np.full((8, 8, 4), (10, 20, 30, 255), np.uint8)
+    pixels[:4, :, 3] = 0
+    PIL.Image.fromarray(pixels).save(tmp_path / "half.png")
+    PIL.Image.fromarray(pixels[..., :3]).save(tmp_path / "opaque.png")
+    model = SimpleNamespace(height=8, width=8, channels=4)
+    half, _ = app_module.read_image(str(tmp_path / "half.png"), model)
+    assert half.dtype == np.uint8 and (half[:4] == 0).all() and (half[4:] == (10, 20, 30, 255)).all()
+    opaque, done = app_module.read_image(str(tmp_path / "opaque.png"), model)
+    assert (opaque == (10, 20, 30, 255)).all() and done == "made RGBA"
+
+
+def test_fewest_steps_that_the_scheduler_cannot_take_are_not_offered(app_module, tmp_path):
+    shutil.copytree(publish("plain")[0] / "hub", tmp_path / "model")
+    (tmp_path / "model" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    assert app_module.Model(str(tmp_path / "model")).fewest is None  # it has no original_sample_mse
+    stock = {"scheduler": "DPMSolverMultistepScheduler", "scheduler_settings": {}, "needs": [], "timesteps": None}
+    fewest = EVALUATION["fewest_steps"] | stock
+    (tmp_path / "model" / "evaluation.json").write_text(json.dumps({"fewest_steps": fewest}))
+    model = app_module.Model(str(tmp_path / "model"))
+    *_, (step, images) = model.trajectory([0], 6, variance=app_module.FEWEST)
+    pipe = DDPMNotesPipeline.from_pretrained(tmp_path / "model")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    made = pipe(num_inference_steps=6, generator=[torch.Generator().manual_seed(0)], output_type="np").images
+    assert step == 6 and close(images.astype(int), (made * 255).round())
+
+
+def test_the_models_come_from_the_environment_or_the_readme(app_module, monkeypatch, tmp_path):
+    monkeypatch.setenv("MODEL_ID", "ada/digits, outputs/tiles,ada/digits,")
+    assert app_module.model_ids() == ["ada/digits", "outputs/tiles"]
     monkeypatch.setenv("MODEL_ID", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=r"app.py: .*nowhere cannot be loaded: "):
         app_module.main()
     monkeypatch.delenv("MODEL_ID")
     readme = (SPACE / "README.md").read_text()
-    (tmp_path / "README.md").write_text(readme.replace("models: []", "models:\n- user/plain"))
+    (tmp_path / "README.md").write_text(readme.replace("models: []", "models:\n- user/plain\n- user/tiles"))
     monkeypatch.setattr(app_module, "__file__", str(tmp_path / "app.py"))
-    assert app_module.model_id() == "user/plain"
+    assert app_module.model_ids() == ["user/plain", "user/tiles"]
 
 
-def test_without_a_name_a_clone_shows_its_own_model(app_module, monkeypatch, tmp_path, capsys):
+def test_without_a_name_a_clone_shows_its_own_models(app_module, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("MODEL_ID", raising=False)
-    assert app_module.model_id() == str(ROOT / "examples" / "ddpm-mnist")
+    own = sorted(str(path) for path in (ROOT / "examples").glob("ddpm-*"))
+    assert app_module.model_ids() == own and str(ROOT / "examples" / "ddpm-mnist") in own
     assert "No MODEL_ID: showing" in capsys.readouterr().out
     (tmp_path / "README.md").write_text((SPACE / "README.md").read_text())
     monkeypatch.setattr(app_module, "__file__", str(tmp_path / "app.py"))  # no clone around it
     with pytest.raises(SystemExit, match="which model"):
-        app_module.model_id()
+        app_module.model_ids()
 
 
 def test_the_requirements_are_pinned_in_the_tested_environment():

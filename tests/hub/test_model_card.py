@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
@@ -111,6 +113,20 @@ def test_nothing_is_left_to_fill_in(shelf, kind):
     card = write_card(shelf[kind], "ada/digits")
     assert not re.search(r"[Mm]ore [Ii]nformation|TODO|\bNone\b|\bnan\b|\[\.\.\.|\bnull\b", card), card
     assert all(compile(code, "card", "exec") for code in snippets(card))
+
+
+def test_a_card_says_which_classes_were_chosen_and_which_colours_became_zero(tmp_path):
+    run = {**RUN, "classes": ["mon", "item", "dngn"], "hidden_colours": 428}
+    evaluation = {**EVALUATION, "classes": ["mon", "item", "dngn"]}
+    card = write_card(make_folder(tmp_path / "tiles", "labelled", run=run, evaluation=evaluation), "ada/tiles")
+    data = "1438 images of digits, classes mon, item, dngn, split train, fingerprint `9dd2c141`"
+    hidden = "colours of fully transparent pixels (alpha 0) were set to 0, in 428 images of the data set"
+    assert f"| data | {data}; {hidden} |\n" in card
+    assert "It takes class labels 0 to 2 (mon, item, dngn)." in card
+    assert "359 images of digits, classes mon, item, dngn, split test, 64 dims each" in card
+    plain = write_card(make_folder(tmp_path / "plain"), "ada/digits")
+    assert "| data | 1438 images of digits, split train, fingerprint `9dd2c141` |\n" in plain
+    assert "classes" not in plain and "transparent" not in plain
 
 
 def test_a_card_of_weights_alone_says_only_what_is_known(tmp_path):
@@ -241,6 +257,78 @@ def test_only_the_ways_that_work_are_shown(shelf):
     assert "import DDPMPipeline" not in labelled
     assert all("trust_remote_code=True" in code for code in snippets(labelled))
     assert "class_labels=[0, 1, 2, 0], guidance_scale=2.0" in labelled and "class_labels" not in plain
+
+
+def fewest(scheduler="DDPMNotesScheduler", timesteps=None, needs=(), **settings):
+    values = {"name": "it", "path": "best", "num_inference_steps": 5, "scheduler": scheduler, "needs": list(needs)}
+    values |= {"scheduler_settings": settings, "timesteps": timesteps, "reference_steps": 50}
+    numbers = ("kernel_distance", "standard_error", "reference_kernel_distance", "reference_standard_error")
+    return EVALUATION | {"fewest_steps": values | dict.fromkeys(numbers, 0.125)}
+
+
+PATH = [49, 30, 12, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "kind", "settings", "path"),
+    [
+        (
+            fewest(variance_type="fixed_large", timesteps=PATH),
+            DDPMNotesScheduler,
+            {"variance_type": "fixed_large"},
+            PATH,
+        ),
+        (fewest(variance_type="fixed_small", timesteps=PATH), DDPMNotesScheduler, {}, PATH),
+        (fewest(variance_type="fixed_small", timesteps=[40, 30, 20, 10, 0]), DDPMNotesScheduler, {}, None),
+        (
+            fewest(eta=0.0, timestep_spacing="trailing"),
+            DDPMNotesScheduler,
+            {"eta": 0.0, "timestep_spacing": "trailing"},
+            None,
+        ),
+        (fewest("DDIMScheduler", timestep_spacing="trailing"), DDIMScheduler, {"timestep_spacing": "trailing"}, None),
+    ],
+)
+def test_the_code_samples_with_the_fewest_steps_at_equal_quality(tmp_path, evaluation, kind, settings, path):
+    card = write_card(make_folder(tmp_path / "model", evaluation=evaluation), "ada/digits")
+    assert "The fewest steps at equal quality: 5 best steps of it, kernel distance x 1000 125.00" in card
+    (code,) = [code for code in snippets(card) if "result = pipe.bits_per_dim" in code]
+    assert ("timesteps = [" in code) == (path is not None) and ("own = pipe.scheduler" in code) == bool(settings)
+    pipe = DDPMNotesPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    calls, call = [], DDPMNotesPipeline.__call__
+
+    class Watched(DDPMNotesPipeline):  # seeds what the card samples
+        def __call__(self, **arguments):
+            calls.append(call(self, **arguments, generator=torch.Generator().manual_seed(0)))
+            return calls[-1]
+
+    watched = Watched(**pipe.components)
+    watched.set_progress_bar_config(disable=True)
+    names = {"pipe": watched, **{name: getattr(diffusers, name) for name in ("DDIMScheduler",)}}
+    _, _, lines = code.partition("trust_remote_code=True)\n")
+    exec(lines, names)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    steps = {"timesteps": path} if path else {"num_inference_steps": 5}
+    truth = pipe(batch_size=4, **steps, generator=torch.Generator().manual_seed(0), output_type="np").images
+    images = np.stack([np.asarray(image) for image in names["images"]])
+    assert (images == (truth * 255).round().astype(np.uint8).squeeze(-1)).all()
+    assert names["result"].total > 0 and watched.scheduler.variance_type == "fixed_small"
+    assert code.startswith(
+        f"from diffusers import {'DDIMScheduler, ' if kind is DDIMScheduler else ''}DiffusionPipeline\n"
+    )
+
+
+def test_what_the_model_lacks_is_not_shown_as_code(tmp_path):
+    evaluation = fewest(variance_type="optimal", timesteps=PATH, needs=["levels", "original_sample_mse"])
+    folder = make_folder(tmp_path / "model", evaluation=evaluation)
+    card = write_card(folder, "ada/digits")
+    assert "images = pipe(batch_size=4, num_inference_steps=50).images\nresult" in card and "timesteps = " not in card
+    levels = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.1}, "guess_blur": {}}
+    DDPMNotesScheduler(50, original_sample_mse=[0.1] * 50, levels=levels).save_pretrained(folder / "scheduler")
+    card = write_card(folder, "ada/digits")
+    assert "from_config(own.config, variance_type='optimal')\ntimesteps = [49, 30, 12, 4, 0]\n" in card
+    assert Evaluation.from_dict(evaluation).as_dict()["fewest_steps"] == evaluation["fewest_steps"]
 
 
 def bounds(*rows):

@@ -17,7 +17,7 @@ from ddpm_notes_pipeline.training.arguments import (
     as_config,
     warmup_steps,
 )
-from ddpm_notes_pipeline.training.parser import OF_TRAIN_UNCONDITIONAL, parse_arguments
+from ddpm_notes_pipeline.training.parser import OF_TRAIN_UNCONDITIONAL, parse_arguments, parse_evaluation_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = (DataArguments, ModelArguments, RunArguments)
@@ -75,6 +75,8 @@ def another(name: str, kind: object) -> object:
         return next(choice for choice in LISTED.get(name, typing.get_args(kind)) if choice != default)
     if kind in (list[int], list[float]):
         return [2, 1]
+    if kind == list[str]:
+        return ["no: 'täg' # 1e-3", "7", "a b"]
     if kind is bool:
         return not default
     if kind is str:
@@ -159,6 +161,7 @@ def test_the_line_wins_over_the_file(parse, name):
     other = default if is_choice else {list: [4, 8], str: "other", int: 1}.get(type(value), default)
     fitting = {"max_train_steps": 1000} if name in ("lr_warmup_steps", "streaming") else {"lr_warmup_steps": 1}
     fitting |= {"validation_split": "test"} if name == "metric_interval" else {}
+    fitting |= {"label_column": "label"} if name == "classes" else {}
     assert parse(*words, config=DIGITS | fitting | {name: other, "train_batch_size": 24})[name] == value
 
 
@@ -180,10 +183,12 @@ def test_a_folder_on_the_line_replaces_the_data_set_of_the_file(parse, flag, key
         "train_split": "all",
         "image_column": "a",
         "label_column": "b",
+        "classes": ["c", "d"],
     }
     found = parse(flag, "pngs", config=of_set | {"resolution": 32, "random_flip": True, "seed": 3})
     assert (found["train_data_dir"], found["dataset_name"], found["dataset_config_name"]) == ("pngs", None, None)
     assert (found["train_split"], found["image_column"], found["label_column"]) == ("train", None, None)
+    assert found["classes"] is None
     assert (found["resolution"], found["random_flip"], found["seed"]) == ([32], True, 3)
 
 
@@ -195,6 +200,21 @@ def test_a_data_set_on_the_line_replaces_the_folder_of_the_file(parse):
 def test_another_column_of_the_same_data_set_may_be_named_on_the_line(parse):
     found = parse("--label_column", "label", "--train_split", "test", config=DIGITS)
     assert (found["dataset_name"], found["train_split"], found["label_column"]) == ("digits", "test", "label")
+
+
+def test_other_classes_on_the_line_are_other_images(parse):
+    of_file = DIGITS | {"label_column": "label", "classes": ["3", "7"], "data_fingerprint": "abc"}
+    assert parse(config=of_file)["data_fingerprint"] == "abc"
+    found = parse("--classes", "1", "2", config=of_file)
+    assert (found["classes"], found["data_fingerprint"]) == (["1", "2"], None)
+
+
+def test_classes_need_a_label_column(refused, capsys):
+    says = "--classes is mon item without --label_column, which must say where they are (of a folder: label)"
+    assert refused("--train_data_dir", "tiles", "--classes", "mon", "item") == says
+    with pytest.raises(SystemExit):
+        parse_evaluation_arguments("--model a --train_data_dir tiles --classes mon item".split())
+    assert says in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------- how values are written

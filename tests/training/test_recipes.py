@@ -68,9 +68,25 @@ def make_folder(home: Path, random: np.random.Generator) -> None:
         path.write_bytes(content if i != 7 else content[: len(content) // 2])
 
 
-MAKE = {"cifar10": make_cifar10, "flowers": make_flowers, "folder": make_folder, "digits": None, "mnist": None}
+def make_tiles(home: Path, random: np.random.Generator) -> None:
+    """Files of every mode that the tiles have, in sub-folders, some of another size or class."""
+    for i in range(60):
+        mode, kind = ("P", "RGBA", "RGB", "L", "LA")[i % 5], ("mon", "item", "player", "dngn", "misc", "gui")[i % 6]
+        sides = (48, 40) if i % 7 == 0 else (32, 32)
+        image = PIL.Image.fromarray(random.integers(0, 256, (*sides, 4), dtype=np.uint8)).convert(mode)
+        if mode == "P":
+            image.info["transparency"] = 0
+        path = home / "tiles" / "releases" / "Nov-2015" / kind / "some" / f"training_{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+
+MAKE = {"cifar10": make_cifar10, "flowers": make_flowers, "folder": make_folder, "tiles": make_tiles}
+MAKE |= {"digits": None, "mnist": None}
 SIZES = {"cifar10": (3, 32), "flowers": (3, 64), "folder": (3, 64), "digits": (1, 8), "mnist": (1, 28)}
-TRAINED_ON = {"cifar10": 20, "flowers": 96, "folder": 10, "digits": 1438, "mnist": 4000}
+SIZES |= {"tiles": (4, 32)}
+TRAINED_ON = {"cifar10": 20, "flowers": 96, "folder": 10, "digits": 1438, "mnist": 4000, "tiles": 36}
+OF_FILES = {"folder": " of 11 files", "tiles": " of 60 files"}
 
 
 def test_every_recipe_is_tested():
@@ -84,7 +100,7 @@ def test_a_recipe_trains_on_images_like_those_it_names(train, tmp_path, name):
         MAKE[name](tmp_path, np.random.default_rng(0))
     result = train("--config", CONFIGS / f"{name}.yaml", *SMALL, cwd=tmp_path, timeout=400)
     channels, side = SIZES[name]
-    of_files = " of 11 files" if name == "folder" else ""
+    of_files = OF_FILES.get(name, "")
     assert f"{TRAINED_ON[name]} images{of_files} of {channels}x{side}x{side} from " in result.stdout
     assert ("1 left out" in result.stdout) == (name == "folder")
     if name == "folder":  # said in a line, without a line of our code
