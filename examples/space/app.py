@@ -516,7 +516,7 @@ class Demo:
             for _, frame in self.trajectory(seed, steps, images, label=label, **self.noise(variance, 0.0)):
                 pictures[i] = picture(frame, f"Images by {self.titles[i]}")
                 yield [*pictures, f"{self.titles[i]} ..."]
-        yield [*pictures, "All three are done."]
+        yield [*pictures, f"All three are done, seeds {int(seed)} to {int(seed) + int(images) - 1}."]
 
     def views(self, image: np.ndarray | None, t: int, seed: Any) -> tuple[str, str, str]:
         """The image as the model sees it, the image at timestep t, and the formula for that."""
