@@ -173,7 +173,7 @@ def test_the_record_of_a_run_keeps_its_keys(make, tmp_path):
     make().train()
     record = json.loads((tmp_path / "run" / "training_run.json").read_text())
     expected = """
-        data split images images_skipped hidden_colours classes dims fingerprint data_license hub_dataset base_model
+        data split images images_skipped dims fingerprint data_license hub_dataset base_model
         objective loss loss_steps steps train_batch_size seed weights mixed_precision processes hardware seconds
         steps_of_launch images_per_second date versions command
     """
