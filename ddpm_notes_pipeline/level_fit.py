@@ -19,7 +19,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .core.levels import HALF_PIXEL, LOGITS_AT_ONCE, NUM_LEVELS, LevelPosterior, Levels, to_model_range
+from .core.levels import (
+    HALF_PIXEL,
+    LOGITS_AT_ONCE,
+    NUM_LEVELS,
+    LevelPosterior,
+    Levels,
+    discretized_gaussian_log_likelihood,
+    to_model_range,
+)
 from .core.seeding import seeded_generator
 from .names import LEARNED_VARIANCES
 from .pipeline_ddpm_notes import DDPMNotesPipeline, is_ddpm
@@ -30,7 +38,10 @@ TIMESTEPS = 20
 PIXEL_VALUES = 2**14  # over all images and channels, that the fit looks at
 PULL = 1e-4  # of gamma towards 1, nats: decides where the guesses are so sure that gamma hardly counts
 GAMMAS = (0.1, 4.0)  # what gamma may be: 0 to a negative power is no weight
-SMALLEST_GAIN = 0.01  # of the squared error, and twice its standard error: less may not carry over
+# What has to be gained on the images of the fit, beside twice its standard error: the network may
+# know them by heart, and less does not carry over to other images.
+SMALLEST_GAIN = 0.01  # of the squared error of a guess
+SMALLEST_DECODER_GAIN = 0.02  # of the decoder's cost: photographs gain 1 % there and lose as much elsewhere
 SMALLEST_BLUR = 1e-7  # an exact guess would have none
 
 
@@ -39,7 +50,9 @@ class LevelFit:
     """Fitted levels, and how well they fit.
 
     Attributes:
-        levels: `DDPMNotesScheduler`'s setting of that name.
+        levels: `DDPMNotesScheduler`'s setting of that name; None where the decoder at t = 0 gains
+            too little by them.
+        own_cost: (nats/dim, its standard error over images) of the decoder at t = 0 without levels.
         gamma: the weights are the shares of the levels to this power.
         decoder_costs: {t: (nats/dim, its standard error over images)} for paths that end at t; at
             t = 0 with the network's own variance, if it outputs one.
@@ -48,7 +61,8 @@ class LevelFit:
         num_images, network_evaluations: in all.
     """
 
-    levels: dict[str, Any]
+    levels: dict[str, Any] | None
+    own_cost: tuple[float, float]
     gamma: float
     decoder_costs: dict[int, tuple[float, float]]
     guess_errors: dict[int, tuple[float, float, float]]
@@ -63,7 +77,7 @@ class Guesses:
     Attributes:
         t: the timestep.
         raw: x0_hat as the network says it. clipped: as the scheduler's config clips it.
-        variance: of the decoder p(x_0 | x_t) at t = 0, where the network outputs it; else None.
+        variance: of the scheduler's Gaussian decoder p(x_0 | x_t); None where it is to be fitted.
         weight: of the squared error in the bound's term, posterior variance / variance.
     """
 
@@ -104,8 +118,10 @@ def fit_levels(
 ) -> LevelFit:
     """Fit the levels' weights and blurs to the network's guesses of training images.
 
-    The guess is refined up to the last timestep at which that lowers the bound's own term clearly:
-    by more than 1 % of the squared error and two standard errors.
+    Levels are used where the decoder at t = 0 gains clearly: more than 2 % of its cost and two
+    standard errors. Few levels have to occur, or some much more often than others, for that. The
+    guess is refined up to the last timestep at which that lowers the bound's own term clearly: by
+    more than 1 % of the squared error and two standard errors.
 
     Args:
         pipeline: its scheduler must be a DDPM; levels that it has already are ignored.
@@ -131,9 +147,10 @@ def fit_levels(
     grid = np.unique(np.geomspace(1, len(scheduler), TIMESTEPS + 4).round().astype(int) - 1).tolist()
     x_0, guesses = _evaluate(pipeline, scheduler, batches, grid, batch_size, seed, accelerator)
 
+    learned = scheduler.variance_type in LEARNED_VARIANCES
     shares = (counts / counts.sum(1, keepdim=True)).double()
-    gamma, precision = most_likely(shares, x_0, guesses[0])
-    decoder_scale = None if guesses[0].variance is None else 1 / precision
+    gamma, precision = most_likely(shares, x_0, guesses[0] if learned else replace(guesses[0], variance=None))
+    decoder_scale = 1 / precision if learned else None
     weights = shares.pow(gamma)  # 0 stays 0
     weights /= weights.sum(1, keepdim=True)
     decoder_blur = {guess.t: 1 / most_likely(weights, x_0, replace(guess, variance=None), 1.0)[1] for guess in guesses}
@@ -144,18 +161,23 @@ def fit_levels(
         blur = torch.tensor(decoder_blur[guess.t], dtype=torch.float64)
         costs[guess.t] = _mean_and_error(-posterior.log_mass(x_0, guess.raw, blur))
     of_blurs = {t: cost for t, (cost, _) in costs.items()}
-    if guesses[0].variance is not None:
-        costs[0] = _mean_and_error(-posterior.log_mass(x_0, guesses[0].raw, guesses[0].variance / precision))
+    first = guesses[0]
+    assert first.variance is not None
+    tau = first.variance / precision if learned else torch.tensor(decoder_blur[0], dtype=torch.float64)
+    own_cost = -discretized_gaussian_log_likelihood(x_0, first.clipped, first.variance.log())
+    cost = -posterior.log_mass(x_0, first.raw, tau)
+    costs[0], own = _mean_and_error(cost), _mean_and_error(own_cost)
+    helps = _is_clear(own_cost - cost, SMALLEST_DECODER_GAIN * own[0])
     for guess in guesses[1:]:  # no step to s >= 0 starts at t = 0
         before = guess.weight * (guess.clipped - x_0) ** 2
         best_blur, after = least_squares_blur(posterior, x_0, guess, decoder_blur[guess.t])
-        gain, error = _mean_and_error(before - after)
-        errors[guess.t] = (float(before.mean()), float(after.mean()), error)
-        if not gain > max(2 * error, SMALLEST_GAIN * float(before.mean())):
+        errors[guess.t] = (float(before.mean()), float(after.mean()), _mean_and_error(before - after)[1])
+        if not _is_clear(before - after, SMALLEST_GAIN * float(before.mean())):
             break
         guess_blur[guess.t] = best_blur
     levels = Levels(weights.tolist(), decoder_blur, guess_blur, decoder_scale, of_blurs)
-    return LevelFit(levels.to_config(), gamma, costs, errors, len(x_0), len(x_0) * len(grid))
+    config = levels.to_config() if helps else None
+    return LevelFit(config, own, gamma, costs, errors, len(x_0), len(x_0) * len(grid))
 
 
 def most_likely(
@@ -258,7 +280,6 @@ def _evaluate(
     """Pixels x_0 (N, C, P) of the images, and the network's guesses of them at each timestep."""
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device, dtype = pipeline.execution_device, pipeline.sample_dtype
-    learned = scheduler.variance_type in LEARNED_VARIANCES
     x_0 = torch.cat([to_model_range(pixels) for pixels, _ in batches])
     known = [label for _, label in batches if label is not None]
     labels = torch.cat(known) if known else None
@@ -287,9 +308,14 @@ def _evaluate(
         found = accelerator.reduce(found.to(device), "sum").cpu()
     guesses = []
     for step, values in zip(grid, found.double().unflatten(1, (len(grid), N)).unbind(1), strict=True):
-        raw, clipped, own, weight = values
-        guesses.append(Guesses(step, raw, clipped, own if learned and step == 0 else None, weight))
+        guesses.append(Guesses(step, *values))
     return x_0.flatten(2)[:, :, kept].double(), guesses
+
+
+def _is_clear(gain: torch.Tensor, least: float) -> bool:
+    """Whether the mean gain is above both the least one that counts and two standard errors."""
+    mean, error = _mean_and_error(gain)
+    return mean > max(2 * error, least)
 
 
 def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:

@@ -34,12 +34,13 @@ def fit_image_levels(pipeline: DDPMNotesPipeline, images: ImageSet, **settings: 
 
 def fit_text(fit: LevelFit) -> str:
     """One sentence: what was fitted, and the decoder's bits on the images of the fit."""
-    refined, (cost, error) = fit.levels["guess_blur"], fit.decoder_costs[0]
+    cost, error, own_cost = (nats / math.log(2) for nats in (*fit.decoder_costs[0], fit.own_cost[0]))
+    decoder = f"the decoder at t = 0 takes {cost:.4f} ± {error:.4f} bits/dim there, and {own_cost:.4f} without levels"
+    if fit.levels is None:
+        return f"Levels: fitted on {fit.num_images} images and not used, as they gain too little: {decoder}."
+    refined = fit.levels["guess_blur"]
     where = f"at t = 0..{max(refined)}" if refined else "nowhere"
-    return (
-        f"Levels: fitted on {fit.num_images} images, gamma {fit.gamma:.3f}, x0_hat refined {where}; the decoder at t = 0 "
-        f"takes {cost / math.log(2):.4f} ± {error / math.log(2):.4f} bits/dim there."
-    )
+    return f"Levels: fitted on {fit.num_images} images, gamma {fit.gamma:.3f}, x0_hat refined {where}; {decoder}."
 
 
 def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
@@ -48,8 +49,10 @@ def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
     Warns if they differ by more than 0.01 bits/dim beyond two standard errors.
 
     Args:
+        fit: its levels are used.
         last_timestep: of the row's path, one that the fit has a cost of.
     """
+    assert fit.levels is not None
     cost, error = fit.decoder_costs[last_timestep]
     if row.variance not in LEARNED_VARIANCES:
         cost = fit.levels["decoder_costs"][last_timestep]

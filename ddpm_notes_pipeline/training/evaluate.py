@@ -51,7 +51,9 @@ TABLE_STEPS = [10, 25, 50, 100]
 SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "ddim": ("DDIM", DDIMScheduler, {}),  # clips x0_hat, but keeps the unclipped eps_hat
     "eta0": ("eta = 0", DDPMNotesScheduler, {"eta": 0.0}),  # DDIM with the eps_hat of the clipped x0_hat
-    "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {}),
+    # log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)) goes down to -5.06 with linear betas. The cosine schedule goes on to
+    # -10, where eps says nothing of x_0 and this sampler, which does not clip x0_hat, breaks down.
+    "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}),
 }
 # Settings that, with the images, decide which of them --validation_share holds out.
 DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name", "classes")
@@ -139,7 +141,7 @@ class EvaluationRun:
             if self.accelerator.is_main_process:
                 header = "" if len(self.rows) > 1 else text_header(TERMINAL_COLUMNS) + "\n"
                 print(header + text_line(TERMINAL_COLUMNS, row.record()), flush=True)
-                if self.fit is not None and len(self.rows) == 1:
+                if self.fit is not None and self.fit.levels is not None and len(self.rows) == 1:
                     self.notes.append(compare_with_fit(self.fit, row, path[-1]))
             if self.samples is not None and is_sampled(evaluation, row, len(own)):
                 names = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
