@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.sources import evenly_spaced
 from .features import import_eval
 
 MOST_FITTED = 20_000  # images, evenly spaced, that the classifier is fitted to
@@ -40,10 +41,9 @@ class ClassReader:
         classifier = import_eval("sklearn.pipeline").make_pipeline(
             scale.StandardScaler(), regression.LogisticRegression(max_iter=MOST_STEPS)
         )
-        n = min(len(labels), MOST_FITTED)
-        rows = np.arange(n) * len(labels) // n
+        rows = evenly_spaced(len(labels), MOST_FITTED)
         self.classifier = classifier.fit(features[rows].double().numpy(), labels[rows])
-        self.description = f"logistic regression (C = 1) on standardised features of {n} real images"
+        self.description = f"logistic regression (C = 1) on standardised features of {len(rows)} real images"
 
     def accuracy(self, features: torch.Tensor, labels: np.ndarray) -> float:
         """Share of features (N, d) that are read as their labels (N,).

@@ -5,6 +5,7 @@ named by a digest of all that decides its numbers. So a run with other settings 
 use it. Batch size and number of processes decide nothing and are not part of it.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -94,16 +95,16 @@ class Pieces:
         """Remove all parts of what these settings are of: another piece has taken their place."""
         if self.folder is not None and self.accelerator.is_main_process:
             for path in self.folder.glob(f"{self.prefix}-{digest(settings)}-*"):
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the pieces of this run, on the main process; those of other settings stay."""
-        if self.folder is None or not self.folder.is_dir() or not self.accelerator.is_main_process:
+        if self.folder is None or not self.accelerator.is_main_process:
             return
         for path in self.used:
             for file in self.folder.glob(f"{path.stem}.*"):  # what a kill left half-written, too
-                file.unlink()
-        if not any(self.folder.iterdir()):
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it still holds pieces, perhaps of a run beside this one
             self.folder.rmdir()
 
     def _read(self, path: Path, settings: Settings) -> Piece | None:

@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         variance: variance type. path: "even" or "best". steps: K.
-        decoder_variance, decoder_type: of `decoder_of` and `decoder_type_of`.
+        decoder_variance, decoder_type: of its end, as of `BoundRecord`.
         result: what was measured.
     """
 
@@ -37,9 +37,20 @@ class Row:
     result: BitsPerDimOutput
     decoder_type: str = "own"
 
+    @classmethod
+    def of(cls, scheduler: DDPMNotesScheduler, kind: str, path: list[int], result: BitsPerDimOutput) -> "Row":
+        """A result that this scheduler gave on a path of this kind."""
+        decoder_type, variance = decoder_of(scheduler, path)
+        return cls(scheduler.variance_type, kind, len(path), variance, result, decoder_type)
+
     @property
     def key(self) -> Key:
         return self.variance, self.path, self.steps
+
+    @property
+    def T(self) -> int:
+        """Timesteps of the model, of which the path has `steps`."""
+        return len(self.result.per_timestep)
 
     def record(self) -> BoundRecord:
         """What evaluation.json keeps of it."""
@@ -103,25 +114,20 @@ def measure_bits_per_dim(
     )
 
 
-def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float | None:
-    """Variance of a Gaussian p(x_0 | x_t) at the end of a path.
+def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> tuple[str, float | None]:
+    """Type of the decoder that ends a path, and the variance of a Gaussian that is not learned.
 
-    None: the network's own, or `levels` in the place of a Gaussian.
+    Both as of `BoundRecord`.
     """
-    if scheduler.levels is not None or scheduler.variance_type in LEARNED_VARIANCES:
-        return None
+    if scheduler.levels is not None:
+        return "levels", None
+    if scheduler.variance_type in LEARNED_VARIANCES:
+        return "own", None
     scheduler = DDPMNotesScheduler.from_config(scheduler.config)
     scheduler.set_timesteps(timesteps=path)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    return float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
-
-
-def decoder_type_of(scheduler: DDPMNotesScheduler, path: list[int]) -> str:
-    """Which decoder ends a path, as of `BoundRecord`: "own", "fitted" or "levels"."""
-    if scheduler.levels is not None:
-        return "levels"
-    fitted = scheduler.variance_type not in LEARNED_VARIANCES and path[-1] in (scheduler.decoder_variance or {})
-    return "fitted" if fitted else "own"
+    variance = float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
+    return "fitted" if path[-1] in (scheduler.decoder_variance or {}) else "own", variance
 
 
 def save_evaluation(
@@ -145,7 +151,7 @@ def save_evaluation(
         evaluations_per_image: None: every term of the bound.
         metrics: of samples. yardsticks: of the same images. fewest_steps: at equal quality.
     """
-    dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
+    dims = rows[0].result.dims
     record = Evaluation(
         data=images.name,
         split=images.split,
@@ -165,7 +171,7 @@ def save_evaluation(
     picture = folder / Evaluation.PICTURE
     for earlier in (picture, folder / Evaluation.MAP, folder / Evaluation.NEAREST):
         earlier.unlink(missing_ok=True)
-    whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
+    whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == row.T}
     if whole:
         save_bits_per_dim(picture, whole, f"{images.name} {images.split}: {len(images)} images of {dims} dims")
     return record

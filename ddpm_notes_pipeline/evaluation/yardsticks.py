@@ -56,11 +56,13 @@ def verdict(yardsticks: Mapping[str, float], bits: float, error: float = 0.0) ->
     """
     if not math.isfinite(error):  # of a single image
         error = 0.0
-    beaten = [name for name, other in yardsticks.items() if bits + 2 * error < other]
+    beaten: list[str] = []
     better: list[str] = []
     close: list[str] = []
     for name, other in yardsticks.items():
-        if name not in beaten:
+        if bits + 2 * error < other:
+            beaten.append(name)
+        else:
             (better if bits - 2 * error >= other else close).append(f"{name} ({other:.3f})")
     if len(beaten) == len(yardsticks):
         return f"Fewer bits than each of {len(beaten)} simple codes."

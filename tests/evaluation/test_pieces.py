@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ddpm_notes_pipeline.data import hold_out, load_images
 from ddpm_notes_pipeline.evaluation.pieces import Piece, Pieces, image_settings, int_keys
+from ddpm_notes_pipeline.evaluation.samples import SampleTable
 from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_model, save_network
 from tests.support.launching import ROOT, error_lines, launch
 
@@ -165,3 +166,14 @@ def test_images_differ_by_their_labels_where_these_are_used():
 
 def test_whole_numbers_come_back_as_keys():
     assert int_keys({"a": {"0": [1, {"12": 2}]}}) == {"a": {0: [1, {12: 2}]}}
+
+
+def test_figures_have_the_name_of_the_network_that_was_asked_for(accelerator, tmp_path):
+    """A copy of its folder under another name found the figures of the first."""
+    images = load_images("digits", split="test", show_progress=False)
+    real, held_out, pieces = images.part(range(300), "train"), images.part(range(300, 350), "test"), tmp_path / "pieces"
+    for name in ("one", "two"):
+        network = str(save_network(tmp_path / name))
+        settings = {"network": network, "images": 8, "batch_size": 8, "pieces": Pieces(accelerator, pieces)}
+        (row,) = SampleTable(accelerator, real, held_out, train=real, **settings, cache_dir=tmp_path).rows
+        assert row.metrics.protocol.network == name

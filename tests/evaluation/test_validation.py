@@ -13,7 +13,6 @@ from ddpm_notes_pipeline.evaluation.sampling import sample
 from ddpm_notes_pipeline.evaluation.validation import (
     Row,
     decoder_of,
-    decoder_type_of,
     measure_bits_per_dim,
     save_evaluation,
 )
@@ -108,8 +107,7 @@ LEVELS = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.01}, "guess_blur": {0:
 def test_a_row_says_which_decoder_it_was_measured_with(settings, path, kind, variance):
     """With levels it named the variance of a Gaussian that was not used."""
     scheduler = DDPMNotesScheduler(**settings)
-    assert decoder_type_of(scheduler, path) == kind
-    assert decoder_of(scheduler, path) == (None if variance is None else pytest.approx(variance, rel=1e-6))
+    assert decoder_of(scheduler, path) == (kind, None if variance is None else pytest.approx(variance, rel=1e-6))
 
 
 def test_the_record_keeps_decoder_and_yardsticks_and_reads_files_without_them(pipeline, images, tmp_path):
