@@ -3,7 +3,7 @@
 It is fitted to the features of real training images and reads samples: the idea of GAN-test
 (Shmelkov et al., arXiv 1807.09499). The classification accuracy score (Ravuri and Vinyals, arXiv
 1905.10887) goes the other way: it trains on samples, and so also sees what they lack. Here a model
-that only makes the most typical image of each class gets full marks: recall tells that.
+that only makes the most typical image of each class gets full marks: recall shows that.
 """
 
 from typing import Any

@@ -62,7 +62,7 @@ def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
     if abs(measured - fitted) > LARGEST_GAP + 2 * math.hypot(fitted_error, measured_error):
         warnings.warn(
             f"{text}: they differ by more than {LARGEST_GAP} beyond two standard errors. The measured images are of "
-            "another kind, or the network knows those of the fit by heart: fit on a split that it was not trained on "
+            "another kind, or the network has memorised those of the fit: fit on a split that it was not trained on "
             "(--variance_split)",
             stacklevel=2,
         )

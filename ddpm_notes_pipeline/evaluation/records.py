@@ -16,15 +16,6 @@ Key = tuple[str, str, int]  # what makes the samples, path, number of steps
 Estimate = tuple[float, float]  # value, standard error
 
 
-def none_for_nan(value: Any) -> Any:
-    """The same with None for each number that is not finite, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: none_for_nan(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [none_for_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def of_classes(classes: Sequence[str] | None) -> str:
     """Which classes images are of, as words after their name; empty for all."""
     return "" if classes is None else f", classes {', '.join(classes)}"
@@ -65,8 +56,7 @@ class JSONFile(Record):
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(none_for_nan(self.as_dict()), indent=2, allow_nan=False)
-        (folder / self.FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / self.FILE).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------ bits/dim
@@ -83,7 +73,7 @@ class BoundRecord(Record):
         decoder_variance: of a Gaussian p(x_0 | x_t) at the end of the path; None: the network's
             own, or no Gaussian.
         total, standard_error: the bound in bits/dim, and its standard error over the images; nan
-            for a single one, null in JSON.
+            for a single one.
         prior, diffusion, decoder, standard_errors: its parts, and their standard errors by name.
         network_evaluations: images that the network was evaluated on, in all.
     """
@@ -102,15 +92,6 @@ class BoundRecord(Record):
     network_evaluations: int | None = None
 
     OPTIONAL = ("decoder_type",)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        def number(value: float | None) -> float:
-            return math.nan if value is None else value
-
-        numbers = {name: number(values[name]) for name in ("total", "standard_error", "prior", "diffusion", "decoder")}
-        errors = {name: number(value) for name, value in values["standard_errors"].items()}
-        return super().from_dict({**values, **numbers, "standard_errors": errors})
 
     @property
     def key(self) -> Key:
@@ -409,9 +390,10 @@ class Evaluation(JSONFile):
 
     def as_dict(self) -> dict[str, Any]:
         values = super().as_dict()
-        return values | {
+        rows = {
             name: [row.as_dict() for row in getattr(self, name)] for name in ("results", "metrics") if name in values
         }
+        return values | rows
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -30,7 +30,7 @@ class SampleTable:
     """Samples of several pipelines, each compared with the same real images.
 
     The first row is that of held-out images, if there are any: what perfect samples would get. It
-    is measured at once, so that what is missing or does not fit is found before anything else runs.
+    is measured at once, so that whatever is missing or does not fit is found before sampling.
 
     Args:
         real: images that samples are compared with.

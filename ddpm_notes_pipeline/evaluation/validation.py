@@ -143,7 +143,7 @@ def save_evaluation(
 ) -> Evaluation:
     """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; the record.
 
-    Earlier pictures are removed, as they are of other numbers.
+    Earlier pictures are removed, as they show other numbers.
 
     Args:
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the

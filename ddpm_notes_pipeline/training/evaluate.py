@@ -20,7 +20,6 @@ from ..evaluation.pictures import save_bit_map
 from ..evaluation.pieces import (
     Piece,
     Pieces,
-    count_pieces,
     image_settings,
     int_keys,
     network_settings,
@@ -69,11 +68,11 @@ class EvaluationRun:
     Attributes:
         pipeline: its scheduler changes from row to row.
         own: the model's scheduler, with the levels that --decoder asks for.
-        mse: V_t of each timestep; None as long as it is unknown.
+        mse: V_t of each timestep; None while it is unknown.
         fit: of the levels; None if the model had them, or needs none.
-        images: what is measured on.
+        images: those that are measured on.
         rows: bits/dim, by variance and path. notes: lines below their table.
-        samples: with --metrics, how far samples are from images; its first row is that of `images`.
+        samples: with --metrics, how far samples are from images.
         pieces: what is finished, kept until the results are written.
     """
 
@@ -112,8 +111,8 @@ class EvaluationRun:
     def read(self, split: str, max_images: int | None = None) -> ImageSet:
         """A split, its images whole or cropped at the centre. Not collective.
 
-        With --validation_share, the training split is without the images that were held out, and
-        the split "held_out" is those.
+        With --validation_share, the training split lacks the held-out images, which are the split
+        "held_out".
         """
         data, share = self.data, self.data.validation_share
         if share is None and split == HELD_OUT:
@@ -130,8 +129,6 @@ class EvaluationRun:
         """Fill `rows` and `samples`, print and write them."""
         evaluation, pipeline = self.evaluation, self.pipeline
         main = self.accelerator.is_main_process
-        if main:
-            self.print_found()
         if evaluation.metrics:
             self.samples = self.sample_table()
         self.choose_levels()
@@ -162,15 +159,6 @@ class EvaluationRun:
                 print(f"Not measured again: {self.pieces.found} of {self.pieces.found + self.pieces.measured} pieces.")
             self.pieces.clear()
         self.accelerator.end_training()
-
-    def print_found(self) -> None:
-        """Say how many pieces an earlier run of this network has left."""
-        folder = results_folder(self.evaluation) / Pieces.FOLDER
-        found = count_pieces(folder, self.pieces.prefix)
-        if found:
-            print(
-                f"{folder} has {found} finished pieces of this network; those of equal settings are used.", flush=True
-            )
 
     def print_row(self, row: Row, path: list[int]) -> None:
         """Print the newest row; note how the levels fit on the images of the first."""
@@ -349,11 +337,18 @@ class EvaluationRun:
         evaluation, samples = self.evaluation, self.samples
         local, folder = local_folder(evaluation), results_folder(evaluation)
         weights = weights_digest(local) if local else None
-        each = None if evaluation.full else evaluation.evaluations_per_image
-        metrics = samples.as_list() if samples else None
         fewest = self.fewest_steps(samples) if samples else None
-        settings = (weights, evaluation.noise_seed, each, metrics, self.yardsticks(), fewest)
-        record = save_evaluation(folder, self.images, self.rows, *settings)
+        record = save_evaluation(
+            folder,
+            self.images,
+            self.rows,
+            weights,
+            seed=evaluation.noise_seed,
+            evaluations_per_image=None if evaluation.full else evaluation.evaluations_per_image,
+            metrics=samples.rows if samples else None,
+            yardsticks=self.yardsticks(),
+            fewest_steps=fewest,
+        )
         self.save_map(folder)
         if samples is not None and record.nearest_samples is not None:
             samples.save_nearest(folder / record.NEAREST, record.nearest_samples)
@@ -373,7 +368,7 @@ class EvaluationRun:
             lacks = fewest.missing(DDPMNotesScheduler.from_pretrained(folder / "scheduler")) if fewest else []
             if lacks:
                 print(
-                    f"Its code does not use the fewest steps: the scheduler lacks {', '.join(lacks)} (--save_variances)"
+                    f"The card's code does not use the fewest steps: the scheduler lacks {', '.join(lacks)} (--save_variances)"
                 )
             print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
 
@@ -432,12 +427,12 @@ def results_folder(evaluation: EvaluationArguments) -> Path:
 
 
 def kept_text(evaluation: EvaluationArguments) -> str:
-    """What a run that was stopped has left."""
+    """What a stopped run has kept."""
     folder = results_folder(evaluation) / Pieces.FOLDER
-    kept = count_pieces(folder)
-    return (
-        f"{folder} has {kept} finished pieces; the same command goes on from there" if kept else "Nothing is kept yet"
-    )
+    kept = len(list(folder.glob("*.safetensors")))
+    if not kept:
+        return "Nothing is kept yet"
+    return f"{folder} has {kept} finished pieces; the same command continues with them"
 
 
 # ------------------------------------------------------------ what is refused
@@ -459,8 +454,9 @@ def check_steps(evaluation: EvaluationArguments, T: int) -> None:
     """Refuse numbers of steps that have no path, or at which nothing would be sampled."""
     steps, sampled = evaluation.num_inference_steps or [], evaluation.metric_steps or []
     for name, numbers in (("num_inference_steps", steps), ("metric_steps", sampled)):
-        if max(numbers) > T:
-            raise ValueError(f"--{name} is {max(numbers)}; it must be at most the model's {T} timesteps")
+        most = max(numbers, default=1)
+        if most > T:
+            raise ValueError(f"--{name} is {most}; it must be at most the model's {T} timesteps")
     if 1 in steps and T > 1 and "best" in (evaluation.paths or []):
         raise ValueError("--num_inference_steps is 1 with --paths best; it must be at least 2")
     without_bound = sorted(set(sampled) - set(steps))

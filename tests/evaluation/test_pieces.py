@@ -68,8 +68,7 @@ def test_a_killed_run_goes_on_finds_the_same_numbers_and_evaluates_nothing_twice
     part.write_bytes(part.read_bytes()[:-100])
     (folder / "unfinished" / f"{part.stem}.0123.part").write_bytes(b"half")
     done = evaluate(train, folder)
-    assert f"unfinished has {KEPT - 3} finished pieces of this network; those of equal settings are used" in done.stdout
-    assert f"Not measured again: {KEPT - 4} of " in done.stdout and "is damaged: it is measured anew" in done.stderr
+    assert f"Not measured again: {KEPT - 4} of " in done.stdout and "is damaged and is measured again" in done.stderr
     bounds = sum(row["network_evaluations"] for row in results(folder)["results"][:2])
     variances = len(hold_out(load_images("digits", split="train", show_progress=False), 0.95, 0)[0]) * 32
     assert evaluated_on(done) == evaluated_on(unstopped[1]) - bounds - variances - SAMPLES * 5
@@ -82,7 +81,7 @@ def test_a_signal_says_what_is_kept_and_other_settings_leave_it(train, unstopped
     folder = tmp_path / "model"
     stopped = evaluate(train, folder, stop_at=(WRITE, KEPT + 1), by=signal.SIGTERM, expect=128 + signal.SIGTERM)
     said = f"stopped by SIGTERM while measuring. {folder}/unfinished has {KEPT - 3} finished pieces; "
-    assert said + "the same command goes on from there" in error_lines(stopped)[-1]
+    assert said + "the same command continues with them" in error_lines(stopped)[-1]
     other = evaluate(train, folder, "--noise_seed", 1)
     assert "Not measured again: 2 of " in other.stdout  # held-out images and V_t: no noise of its own
     assert results(folder)["results"][0]["total"] != results(unstopped[0])["results"][0]["total"]
@@ -135,7 +134,7 @@ def test_a_changed_piece_is_measured_anew(accelerator, tmp_path):
     content = path.read_bytes()
     for damaged in (content[:-1], content[:20], b"", content[:-1] + b"x", content.replace(b"1.0", b"2.0")):
         path.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="is damaged: it is measured anew"):
+        with pytest.warns(UserWarning, match="is damaged and is measured again"):
             assert value(Pieces(accelerator, tmp_path), {}, 3.0) == 3.0
         path.write_bytes(content)
     assert value(Pieces(accelerator, tmp_path), {}, 3.0) == 1.0
@@ -153,7 +152,7 @@ def test_a_stopped_piece_is_not_kept_and_pieces_of_others_stay(accelerator, tmp_
 
 def test_a_full_disk_costs_the_piece_and_not_the_measurement(accelerator, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="could not be written: a stop would lose this piece"):
+    with pytest.warns(UserWarning, match="could not be written; a stop would lose this piece"):
         assert value(Pieces(accelerator, tmp_path / "file" / "unfinished"), {}, 1) == 1
 
 
