@@ -23,8 +23,10 @@ def kernel_distances(samples: Iterable[SampleRecord]) -> dict[Key, Estimate]:
 
 def findings(rows: list[Row], kernels: dict[Key, Estimate]) -> list[str]:
     """A sentence for each relation, whether it holds and where not, and for the speed-up."""
-    table, T = {row.key: row for row in rows}, rows[0].T
-    fixed = [v for v in dict.fromkeys(row.variance for row in rows) if v not in ("optimal", *LEARNED_VARIANCES)]
+    table, T = {row.record.key: row for row in rows}, rows[0].T
+    fixed = [
+        v for v in dict.fromkeys(row.record.variance_type for row in rows) if v not in ("optimal", *LEARNED_VARIANCES)
+    ]
     claims = {
         "The optimal variance has the lowest bound of the fixed ones, at every K and path": [
             (("optimal", path, k), (v, path, k)) for name, path, k in table if name == "optimal" for v in fixed
@@ -111,7 +113,7 @@ def _verdict(claim: str, pairs: list[tuple[Row, Row]]) -> str:
     for a, b in pairs:
         if _is_higher(a, b):
             mean, error = _difference(a, b)
-            names = (f"{row.variance} {row.path} {row.steps}" for row in (a, b))
+            names = (" ".join(map(str, row.record.key)) for row in (a, b))
             against.append(f" is {mean:.4f} ± {error:.4f} above ".join(names))
     if not against:
         return f"{claim}: holds in {len(pairs)} of {len(pairs)} comparisons."

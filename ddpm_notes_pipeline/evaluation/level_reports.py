@@ -51,7 +51,7 @@ def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
         last_timestep: of the row's path, one that the fit has a cost of.
     """
     cost, error = fit.decoder_costs[last_timestep]
-    if row.variance not in LEARNED_VARIANCES:
+    if row.record.variance_type not in LEARNED_VARIANCES:
         cost = fit.levels["decoder_costs"][last_timestep]
     fitted, fitted_error = cost / math.log(2), error / math.log(2)
     measured, measured_error = row.result.decoder, row.result.standard_errors["decoder"]

@@ -15,48 +15,35 @@ from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipel
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .pictures import save_bits_per_dim
 from .pixel_batches import batches
-from .records import BoundRecord, Evaluation, FewestSteps, Key, SampleRecord
+from .records import BoundRecord, Evaluation, FewestSteps, SampleRecord
 from .sampling import Stop, with_progress_bar
 from .yardsticks import Yardsticks
 
 
 @dataclass
 class Row:
-    """bits/dim of one variance and path, image by image.
+    """bits/dim of one variance and path.
 
     Attributes:
-        variance: variance type. path: "even" or "best". steps: K.
-        decoder_variance, decoder_type: of its end, as of `BoundRecord`.
-        result: what was measured.
+        record: what evaluation.json keeps of it.
+        result: what was measured, image by image.
     """
 
-    variance: str
-    path: str
-    steps: int
-    decoder_variance: float | None
+    record: BoundRecord
     result: BitsPerDimOutput
-    decoder_type: str = "own"
 
     @classmethod
     def of(cls, scheduler: DDPMNotesScheduler, kind: str, path: list[int], result: BitsPerDimOutput) -> "Row":
         """A result that this scheduler gave on a path of this kind."""
+        names = {"variance_type": scheduler.variance_type, "path": kind, "num_inference_steps": len(path)}
         decoder_type, variance = decoder_of(scheduler, path)
-        return cls(scheduler.variance_type, kind, len(path), variance, result, decoder_type)
-
-    @property
-    def key(self) -> Key:
-        return self.variance, self.path, self.steps
+        decoder = {"decoder_type": decoder_type, "decoder_variance": variance}
+        return cls(BoundRecord.from_dict({**result, **names, **decoder}), result)
 
     @property
     def T(self) -> int:
-        """Timesteps of the model, of which the path has `steps`."""
+        """Timesteps of the model."""
         return len(self.result.per_timestep)
-
-    def record(self) -> BoundRecord:
-        """What evaluation.json keeps of it."""
-        settings = {"variance_type": self.variance, "path": self.path, "num_inference_steps": self.steps}
-        decoder = {"decoder_type": self.decoder_type, "decoder_variance": self.decoder_variance}
-        return BoundRecord.from_dict({**self.result, **settings, **decoder})
 
 
 def measure_bits_per_dim(
@@ -162,7 +149,7 @@ def save_evaluation(
         seed=seed,
         evaluations_per_image=evaluations_per_image or "all",
         weights=weights,
-        results=[row.record() for row in rows],
+        results=[row.record for row in rows],
         metrics=metrics or [],
         yardsticks=yardsticks.bits if yardsticks else None,
         fewest_steps=fewest_steps,
@@ -171,7 +158,8 @@ def save_evaluation(
     picture = folder / Evaluation.PICTURE
     for earlier in (picture, folder / Evaluation.MAP, folder / Evaluation.NEAREST):
         earlier.unlink(missing_ok=True)
-    whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == row.T}
+    whole = [row for row in rows if row.record.num_inference_steps == row.T]
     if whole:
-        save_bits_per_dim(picture, whole, f"{images.name} {images.split}: {len(images)} images of {dims} dims")
+        curves = {row.record.variance_type: row.result.per_timestep.numpy() for row in whole}
+        save_bits_per_dim(picture, curves, f"{images.name} {images.split}: {len(images)} images of {dims} dims")
     return record

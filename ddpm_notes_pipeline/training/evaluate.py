@@ -26,7 +26,7 @@ from ..evaluation.pieces import (
     scheduler_settings,
 )
 from ..evaluation.pixel_batches import batches
-from ..evaluation.records import Evaluation, FewestSteps
+from ..evaluation.records import BoundRecord, Evaluation, FewestSteps
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line, yardstick_text
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import with_progress_bar
@@ -146,7 +146,7 @@ class EvaluationRun:
             self.rows.append(row)
             if main:
                 self.print_row(row, path)
-            if self.samples is not None and is_sampled(evaluation, row):
+            if self.samples is not None and is_sampled(evaluation, row.record, row.T):
                 names = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
                 self.samples.add(pipeline, names, timesteps=path)
         if self.samples is not None:
@@ -164,7 +164,7 @@ class EvaluationRun:
         """Print the newest row; note how the levels fit on the images of the first."""
         first = len(self.rows) == 1
         header = text_header(TERMINAL_COLUMNS) + "\n" if first else ""
-        print(header + text_line(TERMINAL_COLUMNS, row.record()), flush=True)
+        print(header + text_line(TERMINAL_COLUMNS, row.record), flush=True)
         if first and self.fit is not None:
             self.notes.append(compare_with_fit(self.fit, row, path[-1]))
 
@@ -259,7 +259,7 @@ class EvaluationRun:
             return Piece.of(result)
 
         piece = self.pieces.get({"of": "bits/dim", **scheduler_settings(self.pipeline), **images, **settings}, measure)
-        return Row.of(scheduler, kind, path, BitsPerDimOutput(**piece.values, **piece.tensors))
+        return Row.of(scheduler, kind, path, BitsPerDimOutput(**{**piece.values, **piece.tensors}))
 
     def add_samplers(self, samples: SampleTable) -> None:
         """Add a row for each of --samplers and number of steps."""
@@ -532,9 +532,9 @@ def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
     return spaced.timesteps.tolist()
 
 
-def is_sampled(evaluation: EvaluationArguments, row: Row) -> bool:
+def is_sampled(evaluation: EvaluationArguments, record: BoundRecord, T: int) -> bool:
     """Whether samples are drawn for this bound: in a table, not all are worth their time."""
-    if evaluation.table and row.steps == row.T:
-        return row.variance == "fixed_large"
-    wanted = not evaluation.table or row.path == "even" or row.variance == "optimal"
-    return wanted and row.steps in (evaluation.metric_steps or [])
+    if evaluation.table and record.num_inference_steps == T:
+        return record.variance_type == "fixed_large"
+    wanted = not evaluation.table or record.path == "even" or record.variance_type == "optimal"
+    return wanted and record.num_inference_steps in (evaluation.metric_steps or [])
