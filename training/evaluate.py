@@ -16,7 +16,7 @@ path or a decoder (--decoder levels) needs to know of the data is measured on --
 not on the images that are reported on, unless it is the same split.
 
 Finished bounds and sets of samples are kept in unfinished/ below the results until these are
-written: the same command goes on where it was stopped.
+written: the same command continues where it was stopped.
 """
 
 import sys

@@ -3,7 +3,7 @@
 It is fitted to the features of real training images and reads samples: the idea of GAN-test
 (Shmelkov et al., arXiv 1807.09499). The classification accuracy score (Ravuri and Vinyals, arXiv
 1905.10887) goes the other way: it trains on samples, and so also sees what they lack. Here a model
-that only makes the most typical image of each class gets full marks: recall tells that.
+that only makes the most typical image of each class gets full marks: recall shows that.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.sources import evenly_spaced
 from .features import import_eval
 
 MOST_FITTED = 20_000  # images, evenly spaced, that the classifier is fitted to
@@ -40,10 +41,9 @@ class ClassReader:
         classifier = import_eval("sklearn.pipeline").make_pipeline(
             scale.StandardScaler(), regression.LogisticRegression(max_iter=MOST_STEPS)
         )
-        n = min(len(labels), MOST_FITTED)
-        rows = np.arange(n) * len(labels) // n
+        rows = evenly_spaced(len(labels), MOST_FITTED)
         self.classifier = classifier.fit(features[rows].double().numpy(), labels[rows])
-        self.description = f"logistic regression (C = 1) on standardised features of {n} real images"
+        self.description = f"logistic regression (C = 1) on standardised features of {len(rows)} real images"
 
     def accuracy(self, features: torch.Tensor, labels: np.ndarray) -> float:
         """Share of features (N, d) that are read as their labels (N,).

@@ -32,7 +32,7 @@ class FeatureNetwork(nn.Module):
     """Images to features: uint8 (N, 1, 3 or 4, H, W) -> float32 (N, num_features).
 
     Whole images are resized to the network's size, antialiased and clamped to 0..255, never
-    cropped; grey ones are repeated to RGB, RGBA ones are composited on mid-grey before. Made by
+    cropped. Grey ones are repeated to RGB, RGBA ones are first composited on mid-grey. Made by
     `load_feature_network`. Also works as the `feature` module of torchmetrics' image metrics.
 
     Attributes:

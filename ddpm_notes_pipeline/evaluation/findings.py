@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from ..names import LEARNED_VARIANCES
 from .records import Estimate, Key, SampleRecord
+from .reports import kernel_text
 from .validation import Row
 
 SIGNIFICANT = 2.0  # standard errors
@@ -20,16 +21,12 @@ def kernel_distances(samples: Iterable[SampleRecord]) -> dict[Key, Estimate]:
     return {row.key: row.kernel for row in samples if row.is_sampled}
 
 
-def kernel_text(kernel: Estimate) -> str:
-    """A kernel distance x 1000 with its standard error."""
-    return f"{1000 * kernel[0]:.2f} ± {1000 * kernel[1]:.2f}"
-
-
 def findings(rows: list[Row], kernels: dict[Key, Estimate]) -> list[str]:
     """A sentence for each relation, whether it holds and where not, and for the speed-up."""
-    table = {row.key: row for row in rows}
-    T = max(row.steps for row in rows)
-    fixed = [v for v in dict.fromkeys(row.variance for row in rows) if v not in ("optimal", *LEARNED_VARIANCES)]
+    table, T = {row.record.key: row for row in rows}, rows[0].T
+    fixed = [
+        v for v in dict.fromkeys(row.record.variance_type for row in rows) if v not in ("optimal", *LEARNED_VARIANCES)
+    ]
     claims = {
         "The optimal variance has the lowest bound of the fixed ones, at every K and path": [
             (("optimal", path, k), (v, path, k)) for name, path, k in table if name == "optimal" for v in fixed
@@ -114,9 +111,9 @@ def _verdict(claim: str, pairs: list[tuple[Row, Row]]) -> str:
     """Whether in each pair the first bound is not above the second, and the pairs where it is."""
     against = []
     for a, b in pairs:
-        mean, error = _difference(a, b)
-        if mean > SIGNIFICANT * error:
-            names = (f"{row.variance} {row.path} {row.steps}" for row in (a, b))
+        if _is_higher(a, b):
+            mean, error = _difference(a, b)
+            names = (" ".join(map(str, row.record.key)) for row in (a, b))
             against.append(f" is {mean:.4f} ± {error:.4f} above ".join(names))
     if not against:
         return f"{claim}: holds in {len(pairs)} of {len(pairs)} comparisons."

@@ -54,7 +54,7 @@ def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
     """
     assert fit.levels is not None
     cost, error = fit.decoder_costs[last_timestep]
-    if row.variance not in LEARNED_VARIANCES:
+    if row.record.variance_type not in LEARNED_VARIANCES:
         cost = fit.levels["decoder_costs"][last_timestep]
     fitted, fitted_error = cost / math.log(2), error / math.log(2)
     measured, measured_error = row.result.decoder, row.result.standard_errors["decoder"]
@@ -65,7 +65,7 @@ def compare_with_fit(fit: LevelFit, row: Row, last_timestep: int) -> str:
     if abs(measured - fitted) > LARGEST_GAP + 2 * math.hypot(fitted_error, measured_error):
         warnings.warn(
             f"{text}: they differ by more than {LARGEST_GAP} beyond two standard errors. The measured images are of "
-            "another kind, or the network knows those of the fit by heart: fit on a split that it was not trained on "
+            "another kind, or the network has memorised those of the fit: fit on a split that it was not trained on "
             "(--variance_split)",
             stacklevel=2,
         )

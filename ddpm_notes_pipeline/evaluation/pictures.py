@@ -267,7 +267,9 @@ def _draw_bars(axis: Any, by_level: np.ndarray, log_snr: np.ndarray, bins: int =
 
     last = int(np.flatnonzero(by_level[:-1].sum(1))[0])  # the path's: the decoder's
     steps = np.delete(np.arange(len(log_snr)), last)
-    low, high = log_snr[steps[np.isfinite(log_snr[steps])]][[-1, 0]]
+    finite = log_snr[steps][np.isfinite(log_snr[steps])]
+    low, high = (finite[-1], finite[0]) if len(finite) else (0.0, 0.0)
+    high = max(high, low + 1)  # two timesteps have one bar
     position = np.clip((log_snr[steps] - low) / (high - low) * bins, 0, bins)  # -inf with the lowest
     sums = np.zeros((bins, 3))
     np.add.at(sums, position.astype(int).clip(max=bins - 1), by_level[steps])

@@ -1,10 +1,11 @@
-"""Finished pieces of a long measurement, which the same command finds after it was stopped.
+"""Finished pieces of a long measurement, for the same command when it is run again after a stop.
 
-A piece is a bound, a part of a set of samples, or what was fitted before them: a file of its own,
-named by a digest of all that decides its numbers. So a run with other settings or weights does not
-use it. Batch size and number of processes decide nothing and are not part of it.
+A piece is a bound, part of a set of samples, or something that was fitted before them. It is a file
+named by a digest of everything that its numbers depend on, so a run with other settings or weights
+does not use it. Batch size and number of processes change no number and are left out.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -49,17 +50,16 @@ class Pieces:
     Args:
         accelerator: its main process reads, writes and decides for all.
         folder: below that of the results; None keeps and finds nothing.
-        of_all: what decides every piece: the network, its precision.
+        of_all: what every piece depends on: the network, its precision.
 
     Attributes:
-        found, measured: pieces so far that were there, and that were not.
+        found, measured: numbers of pieces so far that were there, and that were not.
     """
 
     FOLDER: ClassVar[str] = "unfinished"
 
     def __init__(self, accelerator: Accelerator, folder: Path | None = None, of_all: Settings | None = None) -> None:
         self.accelerator, self.folder, self.of_all = accelerator, folder, dict(of_all or {})
-        self.prefix = digest(self.of_all)[:12]
         self.found = self.measured = 0
         self.used: set[Path] = set()
 
@@ -67,13 +67,13 @@ class Pieces:
         """The piece with these settings, found or measured. Collective: every rank must call it.
 
         Args:
-            settings: what decides it, beside `of_all`.
-            measure: collective; None if it was stopped, which is not kept.
-            part: the images that it has, if it is a part of what these settings are of.
+            settings: what it depends on, beside `of_all`.
+            measure: collective; returns None if it was stopped, and nothing is kept.
+            part: which images it has, if it is part of a set with these settings.
         """
         if self.folder is None:
             return measure()
-        name = f"{self.prefix}-{digest(settings)}"
+        name = self._name(settings)
         if part is not None:
             name = f"{name}-{part.start}-{part.stop}"
             settings = {**settings, "part": [part.start, part.stop]}
@@ -91,20 +91,23 @@ class Pieces:
         return measured
 
     def drop_parts(self, settings: Settings) -> None:
-        """Remove all parts of what these settings are of: another piece has taken their place."""
+        """Remove all parts of a set with these settings: another piece has taken their place."""
         if self.folder is not None and self.accelerator.is_main_process:
-            for path in self.folder.glob(f"{self.prefix}-{digest(settings)}-*"):
-                path.unlink()
+            for path in self.folder.glob(f"{self._name(settings)}-*"):
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the pieces of this run, on the main process; those of other settings stay."""
-        if self.folder is None or not self.folder.is_dir() or not self.accelerator.is_main_process:
+        if self.folder is None or not self.accelerator.is_main_process:
             return
         for path in self.used:
             for file in self.folder.glob(f"{path.stem}.*"):  # what a kill left half-written, too
-                file.unlink()
-        if not any(self.folder.iterdir()):
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it still holds pieces, perhaps of a run beside this one
             self.folder.rmdir()
+
+    def _name(self, settings: Settings) -> str:
+        return digest({**self.of_all, **settings})
 
     def _read(self, path: Path, settings: Settings) -> Piece | None:
         """None if it is not there, or damaged."""
@@ -114,7 +117,7 @@ class Pieces:
             # not views of the file, which may be removed
             return Piece(values, {name: tensor.clone() for name, tensor in tensors.items()})
         if path.exists():
-            warnings.warn(f"{path} is damaged: it is measured anew", stacklevel=4)
+            warnings.warn(f"{path} is damaged and is measured again", stacklevel=4)
         return None
 
     def _write(self, path: Path, settings: Settings, piece: Piece) -> None:
@@ -123,7 +126,7 @@ class Pieces:
         try:
             write_whole(path, piece.tensors, self._metadata(settings, json.dumps(piece.values), piece.tensors))
         except (OSError, SafetensorError) as fault:  # not worth the measurement
-            warnings.warn(f"{path} could not be written: a stop would lose this piece ({fault})", stacklevel=4)
+            warnings.warn(f"{path} could not be written; a stop would lose this piece ({fault})", stacklevel=4)
 
     def _metadata(self, settings: Settings, values: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         decided_by = json.dumps({**self.of_all, **settings}, sort_keys=True)
@@ -131,18 +134,13 @@ class Pieces:
         return {"settings": decided_by, "values": values, "contents": contents}
 
 
-def count_pieces(folder: Path, prefix: str = "") -> int:
-    """Whole pieces in a folder; with `prefix`, those of one network (`Pieces.prefix`)."""
-    return len(list(folder.glob(f"{prefix}*.safetensors")))
-
-
 def digest(settings: Settings) -> str:
-    """Of a dictionary for JSON, whatever the order of its entries."""
+    """Hex digest of a dictionary for JSON, whatever the order of its entries."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def int_keys(values: Any) -> Any:
-    """The same with whole numbers as keys where JSON, which has none, made text of them."""
+    """The same with integer keys, which JSON has turned into text."""
     if isinstance(values, list):
         return [int_keys(value) for value in values]
     if not isinstance(values, dict):
@@ -150,11 +148,11 @@ def int_keys(values: Any) -> Any:
     return {int(key) if str(key).isdigit() else key: int_keys(value) for key, value in values.items()}
 
 
-# ------------------------------------------------------------ what decides a piece
+# ------------------------------------------------------------ what a piece depends on
 
 
 def network_settings(pipeline: DDPMNotesPipeline, accelerator: Accelerator) -> dict[str, Any]:
-    """Of the network: its weights, its config and the precision of its arithmetic."""
+    """The network's weights, its config and the precision of its arithmetic."""
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -165,14 +163,14 @@ def network_settings(pipeline: DDPMNotesPipeline, accelerator: Accelerator) -> d
 
 
 def scheduler_settings(pipeline: DDPMNotesPipeline) -> dict[str, Any]:
-    """Of the pipeline's scheduler: its class and its config."""
+    """Class and config of the pipeline's scheduler."""
     config = json.loads(pipeline.scheduler.to_json_string())
     private = {name: value for name, value in config.items() if isinstance(value, dict)}  # of ours
     return {"scheduler": type(pipeline.scheduler).__name__, "config": public_entries(config) | private}
 
 
 def image_settings(images: ImageSet, labelled: bool) -> dict[str, Any]:
-    """Of an image set: its pixels, their number and the labels, where these are used."""
+    """Digest of an image set's pixels, number of images, and the labels where these are used."""
     labels = images.labels.tolist() if labelled and images.labels is not None else None
     return {"fingerprint": images.fingerprint, "images": len(images), "labels": labels and digest({"labels": labels})}
 

@@ -8,7 +8,7 @@ unknown keys are ignored, and missing ones take their default.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,7 +22,13 @@ def of_classes(classes: Sequence[str] | None) -> str:
 
 
 class Record:
-    """A dataclass as a dictionary for JSON, and back."""
+    """A dataclass as a dictionary for JSON, and back.
+
+    Attributes:
+        OPTIONAL: fields that the dictionary has only if they differ from their default.
+    """
+
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -30,7 +36,12 @@ class Record:
         return cls(**{name: value for name, value in values.items() if name in names})
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]
+        values = asdict(self)  # type: ignore[call-overload]
+        for f in fields(self):  # type: ignore[arg-type]
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name in self.OPTIONAL and values[f.name] == default:
+                del values[f.name]
+        return values
 
 
 class JSONFile(Record):
@@ -61,7 +72,8 @@ class BoundRecord(Record):
             the probability of each pixel's level (core/levels.py).
         decoder_variance: of a Gaussian p(x_0 | x_t) at the end of the path; None: the network's
             own, or no Gaussian.
-        total, standard_error: the bound in bits/dim, and its standard error over the images.
+        total, standard_error: the bound in bits/dim, and its standard error over the images; nan
+            for a single one.
         prior, diffusion, decoder, standard_errors: its parts, and their standard errors by name.
         network_evaluations: images that the network was evaluated on, in all.
     """
@@ -79,6 +91,8 @@ class BoundRecord(Record):
     standard_errors: dict[str, float]
     network_evaluations: int | None = None
 
+    OPTIONAL = ("decoder_type",)
+
     @property
     def key(self) -> Key:
         return self.variance_type, self.path, self.num_inference_steps
@@ -87,10 +101,6 @@ class BoundRecord(Record):
     def name(self) -> str:
         """Variance and path in words, "optimal, 10 best steps"."""
         return f"{self.variance_type}, {self.num_inference_steps} {self.path} steps"
-
-    def as_dict(self) -> dict[str, Any]:
-        values = super().as_dict()
-        return {name: value for name, value in values.items() if (name, value) != ("decoder_type", "own")}
 
 
 # ------------------------------------------------------------ samples
@@ -139,9 +149,7 @@ class MetricProtocol(Record):
     neighbors: int = 3
     kernel_subsets: int = 10
 
-    def as_dict(self) -> dict[str, Any]:
-        values = super().as_dict()
-        return {name: value for name, value in values.items() if name not in ("classes", "classifier") or value}
+    OPTIONAL = ("classes", "classifier")
 
 
 def figure(head: str | None = None, form: str = ".4f", over_features: bool = False) -> Any:
@@ -307,8 +315,6 @@ class FewestSteps(Record):
 
 # ------------------------------------------------------------ files
 
-OPTIONAL = ("classes", "metrics", "yardsticks", "fewest_steps")  # left out of evaluation.json where there are none
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(JSONFile):
@@ -345,6 +351,7 @@ class Evaluation(JSONFile):
     fewest_steps: FewestSteps | None = None
 
     FILE = "evaluation.json"
+    OPTIONAL = ("classes", "metrics", "yardsticks", "fewest_steps")
     PICTURE: ClassVar[str] = "bits_per_dim.png"  # beside it: where the bits are, timestep by timestep
     MAP: ClassVar[str] = "bits_map.png"  # pixel by pixel
     NEAREST: ClassVar[str] = "nearest.png"  # training images that are nearest to samples
@@ -383,8 +390,10 @@ class Evaluation(JSONFile):
 
     def as_dict(self) -> dict[str, Any]:
         values = super().as_dict()
-        values |= {name: [row.as_dict() for row in getattr(self, name)] for name in ("results", "metrics")}
-        return {name: value for name, value in values.items() if name not in OPTIONAL or value}
+        rows = {
+            name: [row.as_dict() for row in getattr(self, name)] for name in ("results", "metrics") if name in values
+        }
+        return values | rows
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -442,12 +451,9 @@ class TrainingRecord(JSONFile):
     command: str
 
     FILE = "training_run.json"
+    OPTIONAL = ("hidden_colours", "classes")
 
     @property
     def images_seen(self) -> int:
         """Images that training has seen, repetitions included."""
         return self.steps * self.train_batch_size
-
-    def as_dict(self) -> dict[str, Any]:
-        values = super().as_dict()
-        return {name: value for name, value in values.items() if name not in ("hidden_colours", "classes") or value}

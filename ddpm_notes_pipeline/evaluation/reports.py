@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from .records import BoundRecord, Evaluation, FewestSteps, SampleMetrics, SampleRecord, of_classes
+from .records import BoundRecord, Estimate, Evaluation, FewestSteps, SampleMetrics, SampleRecord, of_classes
 from .yardsticks import verdict
 
 
@@ -99,6 +99,11 @@ def yardstick_text(evaluation: Evaluation) -> str:
 # ------------------------------------------------------------ samples
 
 
+def kernel_text(kernel: Estimate) -> str:
+    """A kernel distance x 1000 with its standard error."""
+    return f"{1000 * kernel[0]:.2f} ± {1000 * kernel[1]:.2f}"
+
+
 def _figure_column(figure: Field) -> Column:
     def cell(row: SampleRecord) -> str:
         value = getattr(row.metrics, figure.name)
@@ -124,25 +129,29 @@ def sample_columns(records: Sequence[SampleRecord]) -> list[Column]:
 
 def sample_caption(records: Sequence[SampleRecord]) -> str:
     """What the table of samples shows, and how it was measured."""
-    protocol = records[-1].metrics.protocol
-    classes = (
-        f" Class acc is the share of images that a {protocol.classifier} reads as the class that they were asked for "
-        "(the idea of GAN-test, arXiv 1807.09499)."
-    )
-    return (
-        f"Distances from {protocol.num_real} images of {protocol.real}{of_classes(protocol.classes)}, split {protocol.split}, over "
-        f"{protocol.num_features} features of {protocol.network} (no Inception: no FID); {protocol.preprocessing}. "
-        "Perfect samples would get the row of held-out images. Kernel distances compare at any n, Frechet distances only "
-        "at equal n. The errors of each pixel's mean and variance, and the median distance to the nearest training image, "
-        "are root mean squares over pixels in [0, 1]: samples much nearer than held-out images are copies."
-        f"{classes if protocol.classifier else ''}"
-    )
+    metrics, held_out = records[-1].metrics, not records[0].is_sampled
+    protocol, nearest = metrics.protocol, metrics.nearest_train_distance is not None
+    distance = ", and the median distance to the nearest training image," if nearest else ""
+    copies = ": samples much nearer than held-out images are copies" if nearest and held_out else ""
+    sentences = [
+        f"Distances from {protocol.num_real} images of {protocol.real}{of_classes(protocol.classes)}, split {protocol.split}, "
+        f"over {protocol.num_features} features of {protocol.network} (no Inception: no FID); {protocol.preprocessing}.",
+        "Perfect samples would get the row of held-out images." if held_out else "",
+        "Kernel distances compare at any n, Frechet distances only at equal n.",
+        f"The errors of each pixel's mean and variance{distance} are root mean squares over pixels in [0, 1]{copies}.",
+    ]
+    if protocol.classifier:
+        sentences.append(
+            f"Class acc is the share of images that a {protocol.classifier} reads as the class that they were asked for "
+            "(the idea of GAN-test, arXiv 1807.09499)."
+        )
+    return " ".join(filter(None, sentences))
 
 
 def fewest_steps_text(fewest: FewestSteps) -> str:
     """One sentence: the fewest steps at equal quality."""
-    ours = f"{1000 * fewest.kernel_distance:.2f} ± {1000 * fewest.standard_error:.2f}"
-    theirs = f"{1000 * fewest.reference_kernel_distance:.2f} ± {1000 * fewest.reference_standard_error:.2f}"
+    ours = kernel_text((fewest.kernel_distance, fewest.standard_error))
+    theirs = kernel_text((fewest.reference_kernel_distance, fewest.reference_standard_error))
     return (
         f"The fewest steps at equal quality: {fewest.num_inference_steps} {fewest.path} steps of {fewest.name}, kernel "
         f"distance x 1000 {ours}, no worse than {fewest.reference_steps} steps of fixed_large, {theirs}, within two "

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data import ImageSet
+from ..data.sources import evenly_spaced
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from .class_reader import ClassReader
 from .features import load_feature_network
@@ -29,11 +30,12 @@ class SampleTable:
     """Samples of several pipelines, each compared with the same real images.
 
     The first row is that of held-out images, if there are any: what perfect samples would get. It
-    is measured at once, so that what is missing or does not fit is found before anything else runs.
+    is measured at once, so that whatever is missing or does not fit is found before sampling.
 
     Args:
-        real: what samples are compared with, and whose nearest image is looked for.
+        real: images that samples are compared with.
         held_out: images that were not trained on, if there are any.
+        train: training images, of which the nearest to each sample is found; None: it is not.
         network: name of the feature network (`load_feature_network`).
         images: samples in a set, at least 8.
         batch_size: images that a process samples at once.
@@ -41,9 +43,12 @@ class SampleTable:
         sets: if more than one, figures are means over the sets, and the standard error of the
             kernel distance is over them too.
         cache_dir: see `measure_samples`.
-        pieces: where finished sets, and the parts of the set in hand, are kept.
-        classes: whether the model has classes: that images show theirs is then measured, too, if
-            `real` has labels.
+        pieces: where finished sets, and the parts of an unfinished one, are kept.
+        classes: whether the model has classes. If `real` has labels, too, the table has the share
+            of images that show theirs.
+
+    Raises:
+        ValueError: too few images. And as of `load_feature_network` and `measure_samples`.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class SampleTable:
         accelerator: Accelerator,
         real: ImageSet,
         held_out: ImageSet | None,
+        train: ImageSet | None,
         network: str,
         images: int,
         batch_size: int,
@@ -62,27 +68,34 @@ class SampleTable:
     ) -> None:
         if images < FEWEST_IMAGES:
             raise ValueError(f"--metric_images is {images}; must be at least {FEWEST_IMAGES}")
-        self.accelerator, self.real = accelerator, real
-        self.images, self.batch_size, self.seed, self.sets = images, batch_size, seed, sets
         if held_out is not None and held_out.fingerprint == real.fingerprint:
             held_out = None
+        self.accelerator, self.real, self.held_out, self.train = accelerator, real, held_out, train
+        self.images, self.batch_size, self.seed, self.sets = images, batch_size, seed, sets
         with accelerator.local_main_process_first():
             features = load_feature_network(network).to(accelerator.device)
-        compared_with: dict[str, Any] = {"real": real, "train": real, "held_out": held_out}
-        settings: dict[str, Any] = {"network": features, "cache_dir": cache_dir, "accelerator": accelerator}
-        settings["class_reader"] = ClassReader()
-        self.measure = partial(measure_samples, **compared_with, **settings, show_progress=False)
+        self.measure = partial(
+            measure_samples,
+            real=real,
+            train=train,
+            held_out=None if train is None else held_out,
+            network=features,
+            cache_dir=cache_dir,
+            accelerator=accelerator,
+            show_progress=False,
+            class_reader=ClassReader(),
+        )
         self.pieces = pieces or Pieces(accelerator)
         # what figures of samples depend on besides the samples
-        self.compared_with = {"network": features.weights, "preprocessing": features.preprocessing} | {
-            name: images and image_settings(images, labelled=True) for name, images in compared_with.items()
-        }
-        self.held_out, self.rows = held_out, list[SampleRecord]()
+        self.compared_with: dict[str, Any] = {"network": [features.name, features.weights, features.preprocessing]}
+        for name, one in {"real": real, "train": train, "held_out": held_out}.items():
+            self.compared_with[name] = None if one is None else image_settings(one, labelled=True)
+        self.rows: list[SampleRecord] = []
         self.examples: dict[Key, torch.Tensor] = {}  # some images of each row of samples
         if held_out is not None:
             labels = held_out.labels if classes else None
             piece = self.pieces.get(
-                {"of": "held-out images", **self.compared_with},
+                {"of": "held-out images", "compared with": self.compared_with},
                 lambda: Piece(self.measure(generated=held_out, class_labels=labels).as_dict()),
             )
             self.rows.append(SampleRecord(f"held-out {held_out.split}", SampleMetrics.from_dict(piece.values)))
@@ -151,8 +164,9 @@ class SampleTable:
                 parts.append(part.tensors["images"])
             images = torch.cat(parts)
             metrics = self.measure(generated=images, sampling=sampling, class_labels=labels)
-            metrics = replace(metrics, held_out_class_accuracy=self.held_out_class_accuracy)
-            return Piece(metrics.as_dict(), {"examples": images[[i * n // EXAMPLES for i in range(EXAMPLES)]]})
+            if self.held_out is not None:
+                metrics = replace(metrics, held_out_class_accuracy=self.rows[0].metrics.class_accuracy)
+            return Piece(metrics.as_dict(), {"examples": images[evenly_spaced(n, EXAMPLES)]})
 
         piece = self.pieces.get(the_set | {"sampling": sampling, "compared with": self.compared_with}, measure)
         if piece is not None:
@@ -160,20 +174,20 @@ class SampleTable:
         return piece
 
     def save_nearest(self, path: Path, row: SampleRecord) -> None:
-        """Draw some samples of a row, and held-out images, above their nearest training images."""
+        """Draw some samples of a row, and held-out images, above their nearest training images.
+
+        Nothing, without training images.
+        """
+        if self.train is None:
+            return
         sets = {f"Samples of {row.name}, {row.num_inference_steps} {row.path} steps": self.examples[row.key]}
         if self.held_out is not None:
             few = self.held_out.at_most(EXAMPLES)
             sets[f"Held-out images, split {few.split}"] = few.take(range(len(few)))
-        nearest, distances = nearest_training_images(torch.cat(list(sets.values())), self.real)
+        nearest, distances = nearest_training_images(torch.cat(list(sets.values())), self.train)
         sizes = [len(images) for images in sets.values()]
         found = zip(sets.items(), nearest.split(sizes), distances.split(sizes))
         save_nearest(path, {name: (a.numpy(), b.numpy(), d.numpy()) for (name, a), b, d in found})
-
-    @property
-    def held_out_class_accuracy(self) -> float | None:
-        """Of the first row, if it is of held-out images with classes."""
-        return None if not self.rows or self.rows[0].is_sampled else self.rows[0].metrics.class_accuracy
 
     def as_list(self, last: bool = False) -> list[SampleRecord]:
         """The rows; with `last`, of those of samples only the newest."""

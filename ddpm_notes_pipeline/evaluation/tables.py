@@ -1,8 +1,8 @@
 """table.md, the results of `evaluate.py --table`: the bounds, their samples, and the findings."""
 
-from .findings import findings, kernel_distances, kernel_text
+from .findings import findings, kernel_distances
 from .records import BoundRecord, Evaluation
-from .reports import Column, bound_columns, markdown, yardstick_text
+from .reports import Column, bound_columns, kernel_text, markdown, yardstick_text
 from .validation import Row
 
 
@@ -28,10 +28,9 @@ def results_table(rows: list[Row], evaluation: Evaluation) -> str:
 
 def _kernel_caption(evaluation: Evaluation) -> str:
     protocol = evaluation.samples[0].metrics.protocol
-    held_out = [kernel_text(row.kernel) for row in evaluation.metrics if not row.is_sampled]
+    held_out = [f"; held-out images have {kernel_text(row.kernel)}" for row in evaluation.metrics if not row.is_sampled]
     return (
         f"Kernel distance x 1000: {protocol.sampling.get('sets', 1)} sets of {protocol.num_generated} samples against "
         f"{protocol.num_real} images of the split {protocol.split}, features of {protocol.network} "
-        f"({protocol.preprocessing}), ± standard error over the sets; held-out images have "
-        f"{held_out[0] if held_out else 'none here'}."
+        f"({protocol.preprocessing}), ± standard error over the sets{''.join(held_out)}."
     )

@@ -15,37 +15,35 @@ from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipel
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .pictures import save_bits_per_dim
 from .pixel_batches import batches
-from .records import BoundRecord, Evaluation, FewestSteps, Key, SampleRecord
+from .records import BoundRecord, Evaluation, FewestSteps, SampleRecord
 from .sampling import Stop, with_progress_bar
 from .yardsticks import Yardsticks
 
 
 @dataclass
 class Row:
-    """bits/dim of one variance and path, image by image.
+    """bits/dim of one variance and path.
 
     Attributes:
-        variance: variance type. path: "even" or "best". steps: K.
-        decoder_variance, decoder_type: of `decoder_of` and `decoder_type_of`.
-        result: what was measured.
+        record: what evaluation.json keeps of it.
+        result: what was measured, image by image.
     """
 
-    variance: str
-    path: str
-    steps: int
-    decoder_variance: float | None
+    record: BoundRecord
     result: BitsPerDimOutput
-    decoder_type: str = "own"
+
+    @classmethod
+    def of(cls, scheduler: DDPMNotesScheduler, kind: str, path: list[int], result: BitsPerDimOutput) -> "Row":
+        """A result that this scheduler gave on a path of this kind."""
+        names = {"variance_type": scheduler.variance_type, "path": kind, "num_inference_steps": len(path)}
+        decoder_type, variance = decoder_of(scheduler, path)
+        decoder = {"decoder_type": decoder_type, "decoder_variance": variance}
+        return cls(BoundRecord.from_dict({**result, **names, **decoder}), result)
 
     @property
-    def key(self) -> Key:
-        return self.variance, self.path, self.steps
-
-    def record(self) -> BoundRecord:
-        """What evaluation.json keeps of it."""
-        settings = {"variance_type": self.variance, "path": self.path, "num_inference_steps": self.steps}
-        decoder = {"decoder_type": self.decoder_type, "decoder_variance": self.decoder_variance}
-        return BoundRecord.from_dict({**self.result, **settings, **decoder})
+    def T(self) -> int:
+        """Timesteps of the model."""
+        return len(self.result.per_timestep)
 
 
 def measure_bits_per_dim(
@@ -103,25 +101,20 @@ def measure_bits_per_dim(
     )
 
 
-def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> float | None:
-    """Variance of a Gaussian p(x_0 | x_t) at the end of a path.
+def decoder_of(scheduler: DDPMNotesScheduler, path: list[int]) -> tuple[str, float | None]:
+    """Type of the decoder that ends a path, and the variance of a Gaussian that is not learned.
 
-    None: the network's own, or `levels` in the place of a Gaussian.
+    Both as of `BoundRecord`.
     """
-    if scheduler.levels is not None or scheduler.variance_type in LEARNED_VARIANCES:
-        return None
+    if scheduler.levels is not None:
+        return "levels", None
+    if scheduler.variance_type in LEARNED_VARIANCES:
+        return "own", None
     scheduler = DDPMNotesScheduler.from_config(scheduler.config)
     scheduler.set_timesteps(timesteps=path)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    return float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
-
-
-def decoder_type_of(scheduler: DDPMNotesScheduler, path: list[int]) -> str:
-    """Which decoder ends a path, as of `BoundRecord`: "own", "fitted" or "levels"."""
-    if scheduler.levels is not None:
-        return "levels"
-    fitted = scheduler.variance_type not in LEARNED_VARIANCES and path[-1] in (scheduler.decoder_variance or {})
-    return "fitted" if fitted else "own"
+    variance = float(scheduler.reverse_mean_variance(x, x, path[-1], -1)[1])
+    return "fitted" if path[-1] in (scheduler.decoder_variance or {}) else "own", variance
 
 
 def save_evaluation(
@@ -137,7 +130,7 @@ def save_evaluation(
 ) -> Evaluation:
     """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; the record.
 
-    Earlier pictures are removed, as they are of other numbers.
+    Earlier pictures are removed, as they show other numbers.
 
     Args:
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the
@@ -145,7 +138,7 @@ def save_evaluation(
         evaluations_per_image: None: every term of the bound.
         metrics: of samples. yardsticks: of the same images. fewest_steps: at equal quality.
     """
-    dims, T = rows[0].result.dims, len(rows[0].result.per_timestep)
+    dims = rows[0].result.dims
     record = Evaluation(
         data=images.name,
         split=images.split,
@@ -156,7 +149,7 @@ def save_evaluation(
         seed=seed,
         evaluations_per_image=evaluations_per_image or "all",
         weights=weights,
-        results=[row.record() for row in rows],
+        results=[row.record for row in rows],
         metrics=metrics or [],
         yardsticks=yardsticks.bits if yardsticks else None,
         fewest_steps=fewest_steps,
@@ -165,7 +158,8 @@ def save_evaluation(
     picture = folder / Evaluation.PICTURE
     for earlier in (picture, folder / Evaluation.MAP, folder / Evaluation.NEAREST):
         earlier.unlink(missing_ok=True)
-    whole = {row.variance: row.result.per_timestep.numpy() for row in rows if row.steps == T and row.path == "even"}
+    whole = [row for row in rows if row.record.num_inference_steps == row.T]
     if whole:
-        save_bits_per_dim(picture, whole, f"{images.name} {images.split}: {len(images)} images of {dims} dims")
+        curves = {row.record.variance_type: row.result.per_timestep.numpy() for row in whole}
+        save_bits_per_dim(picture, curves, f"{images.name} {images.split}: {len(images)} images of {dims} dims")
     return record

@@ -1,4 +1,4 @@
-"""Safetensors files that are whole or not there, even if the process is killed while it writes."""
+"""Safetensors files written atomically: whole or absent, even if the process is killed."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 
 def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file beside `path`, have the system put it on disk, and rename it.
+    """Write a file beside `path`, flush it to disk, and rename it.
 
     Raises:
         OSError, SafetensorError: no space, no permission. An earlier file of this name stays.

@@ -56,17 +56,17 @@ def verdict(yardsticks: Mapping[str, float], bits: float, error: float = 0.0) ->
     """
     if not math.isfinite(error):  # of a single image
         error = 0.0
-    beaten = [name for name, other in yardsticks.items() if bits + 2 * error < other]
-    better: list[str] = []
-    close: list[str] = []
+    groups: dict[str, list[str]] = {"fewer bits than": [], "not fewer than": [], "within two standard errors of": []}
+    beaten, better, close = groups.values()
     for name, other in yardsticks.items():
-        if name not in beaten:
+        if bits + 2 * error < other:
+            beaten.append(name)
+        else:
             (better if bits - 2 * error >= other else close).append(f"{name} ({other:.3f})")
     if len(beaten) == len(yardsticks):
         return f"Fewer bits than each of {len(beaten)} simple codes."
     if len(better) == len(yardsticks):
         return f"More bits than each of {len(better)} simple codes."
-    groups = {"fewer bits than": beaten, "not fewer than": better, "within two standard errors of": close}
     text = "; ".join(f"{words} {', '.join(names)}" for words, names in groups.items() if names)
     return f"{text[0].upper()}{text[1:]}."
 

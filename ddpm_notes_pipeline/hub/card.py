@@ -306,5 +306,5 @@ def _result(kind: str, what: str, estimate: Estimate, data: str, settings: dict[
         metric_type=kind,
         metric_value=value,
         metric_name=what,
-        metric_args={"standard_error": error, **settings},
+        metric_args=({} if math.isnan(error) else {"standard_error": error}) | settings,  # nan: of one image
     )

@@ -1,8 +1,9 @@
 """What training/evaluate.py does: bits/dim and samples of a DDPM, and the table of both."""
 
 import dataclasses
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,18 @@ from ..evaluation.pictures import save_bit_map
 from ..evaluation.pieces import (
     Piece,
     Pieces,
-    count_pieces,
     image_settings,
     int_keys,
     network_settings,
     scheduler_settings,
 )
 from ..evaluation.pixel_batches import batches
-from ..evaluation.records import Evaluation, FewestSteps
+from ..evaluation.records import BoundRecord, Evaluation, FewestSteps
 from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line, yardstick_text
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import with_progress_bar
 from ..evaluation.tables import results_table
-from ..evaluation.validation import Row, decoder_of, decoder_type_of, measure_bits_per_dim, save_evaluation
+from ..evaluation.validation import Row, measure_bits_per_dim, save_evaluation
 from ..evaluation.yardsticks import MOST_TRAINING_PIXELS, Yardsticks, image_yardsticks
 from ..hub.card import weights_digest, write_card
 from ..hub.push import push_command
@@ -70,11 +70,11 @@ class EvaluationRun:
     Attributes:
         pipeline: its scheduler changes from row to row.
         own: the model's scheduler, with the levels that --decoder asks for.
-        mse: V_t of each timestep; None as long as it is unknown.
+        mse: V_t of each timestep; None while it is unknown.
         fit: of the levels; None if the model had them, or needs none.
-        images: what is measured on.
+        images: those that are measured on.
         rows: bits/dim, by variance and path. notes: lines below their table.
-        samples: with --metrics, how far samples are from images; its first row is that of `images`.
+        samples: with --metrics, how far samples are from images.
         pieces: what is finished, kept until the results are written.
     """
 
@@ -86,15 +86,24 @@ class EvaluationRun:
         self.fit: LevelFit | None = None
         self.evaluation = evaluation = with_defaults(evaluation, self.own)
         check_variance_types(evaluation.variance_types or [], self.own)
+        check_steps(evaluation, len(self.own))
         self.images = self.load(evaluation.split, evaluation.max_images)
         check_images(self.pipeline, self.images)
+        check_labels(self.pipeline, self.images)
         if evaluation.split == HELD_OUT:
             check_held_out(data, evaluation, self.images)
+        if self.accelerator.is_main_process:
+            check_writable(results_folder(evaluation))
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.samples: SampleTable | None = None
         of_all = network_settings(self.pipeline, self.accelerator)
         self.pieces = Pieces(self.accelerator, results_folder(evaluation) / Pieces.FOLDER, of_all)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the model takes labels."""
+        return self.pipeline.num_classes is not None
 
     def load(self, split: str, max_images: int | None = None) -> ImageSet:
         """As `read`, decoded by one process per machine."""
@@ -104,8 +113,8 @@ class EvaluationRun:
     def read(self, split: str, max_images: int | None = None) -> ImageSet:
         """A split, its images whole or cropped at the centre. Not collective.
 
-        With --validation_share, the training split is without the images that were held out, and
-        the split "held_out" is those.
+        With --validation_share, the training split lacks the held-out images, which are the split
+        "held_out".
         """
         data, share = self.data, self.data.validation_share
         if share is None and split == HELD_OUT:
@@ -121,8 +130,7 @@ class EvaluationRun:
     def measure(self) -> None:
         """Fill `rows` and `samples`, print and write them."""
         evaluation, pipeline = self.evaluation, self.pipeline
-        if self.accelerator.is_main_process:
-            self.print_found()
+        main = self.accelerator.is_main_process
         if evaluation.metrics:
             self.samples = self.sample_table()
         self.choose_levels()
@@ -136,19 +144,16 @@ class EvaluationRun:
                 decoder_variance=decoder if fitted else None,
                 eta=None,
             )
-            row = self.measure_row(variance, kind, path)
+            row = self.measure_row(kind, path)
             self.rows.append(row)
-            if self.accelerator.is_main_process:
-                header = "" if len(self.rows) > 1 else text_header(TERMINAL_COLUMNS) + "\n"
-                print(header + text_line(TERMINAL_COLUMNS, row.record()), flush=True)
-                if self.fit is not None and self.fit.levels is not None and len(self.rows) == 1:
-                    self.notes.append(compare_with_fit(self.fit, row, path[-1]))
-            if self.samples is not None and is_sampled(evaluation, row, len(own)):
+            if main:
+                self.print_row(row, path)
+            if self.samples is not None and is_sampled(evaluation, row.record, row.T):
                 names = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
                 self.samples.add(pipeline, names, timesteps=path)
         if self.samples is not None:
             self.add_samplers(self.samples)
-        if self.accelerator.is_main_process:
+        if main:
             if evaluation.save_variances:  # only now: it changes what the same command measures
                 optimal_scheduler(own, self.mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
             self.write()
@@ -157,23 +162,30 @@ class EvaluationRun:
             self.pieces.clear()
         self.accelerator.end_training()
 
-    def print_found(self) -> None:
-        """Say how many pieces an earlier run of this network has left."""
-        folder = results_folder(self.evaluation) / Pieces.FOLDER
-        found = count_pieces(folder, self.pieces.prefix)
-        if found:
-            print(
-                f"{folder} has {found} finished pieces of this network; those of equal settings are used.", flush=True
-            )
+    def print_row(self, row: Row, path: list[int]) -> None:
+        """Print the newest row; note how the levels fit on the images of the first."""
+        first = len(self.rows) == 1
+        header = text_header(TERMINAL_COLUMNS) + "\n" if first else ""
+        print(header + text_line(TERMINAL_COLUMNS, row.record), flush=True)
+        if first and self.fit is not None:
+            self.notes.append(compare_with_fit(self.fit, row, path[-1]))
 
     def sample_table(self) -> SampleTable:
-        evaluation = self.evaluation
+        evaluation, data = self.evaluation, self.data
         real = self.load(evaluation.metric_split)
-        network, n, size = evaluation.metric_network, evaluation.metric_images, evaluation.batch_size
-        seed, sets = evaluation.noise_seed, evaluation.metric_sets
-        settings = (network, n, size, seed, sets, self.data.cache_dir, self.pieces)
         return SampleTable(
-            self.accelerator, real, self.images, *settings, classes=self.pipeline.num_classes is not None
+            self.accelerator,
+            real,
+            held_out=None if evaluation.split in (data.train_split, evaluation.metric_split) else self.images,
+            train=real if evaluation.metric_split == data.train_split else None,
+            network=evaluation.metric_network,
+            images=evaluation.metric_images,
+            batch_size=evaluation.batch_size,
+            seed=evaluation.noise_seed,
+            sets=evaluation.metric_sets,
+            cache_dir=data.cache_dir,
+            pieces=self.pieces,
+            classes=self.labelled,
         )
 
     def choose_levels(self) -> None:
@@ -181,56 +193,47 @@ class EvaluationRun:
 
         V_t is of x0_hat as the steps use it: with other levels it has to be measured anew.
         """
-        evaluation, own, pipeline = self.evaluation, self.own, self.pipeline
+        evaluation, own = self.evaluation, self.own
         if evaluation.decoder == "levels" and own.levels is None:
-            images = self.load(evaluation.variance_split)
-            self.fit = self.fit_levels(images)
+            size, accelerator = evaluation.batch_size, self.accelerator
+
+            def fit_levels(images: ImageSet) -> dict[str, Any]:
+                return vars(fit_image_levels(self.pipeline, images, batch_size=size, accelerator=accelerator))
+
+            self.fit = LevelFit(**int_keys(self.fitted("levels", fit_levels)))
         if self.fit is not None or (evaluation.decoder == "fitted" and own.levels is not None):
             self.own = DDPMNotesScheduler.from_config(own.config, levels=self.fit and self.fit.levels)
-            pipeline.scheduler, self.mse = self.own, None
+            self.pipeline.scheduler, self.mse = self.own, None
         if self.fit is not None and self.accelerator.is_main_process:
             print(f"{fit_text(self.fit)}\n", flush=True)
 
-    def fit_levels(self, images: ImageSet) -> LevelFit:
-        pipeline, size = self.pipeline, self.evaluation.batch_size
-        labelled = pipeline.num_classes is not None
-        piece = self.pieces.get(
-            {"of": "levels", **scheduler_settings(pipeline), **image_settings(images, labelled)},
-            lambda: Piece(vars(fit_image_levels(pipeline, images, batch_size=size, accelerator=self.accelerator))),
-        )
-        return LevelFit(**int_keys(piece.values))
-
     def measure_variances(self) -> dict[int, float]:
-        """Fill `mse`, and return decoder variances by last timestep, as far as they are needed.
-
-        Measured on --variance_split, unless the scheduler knows them.
-        """
-        evaluation, pipeline = self.evaluation, self.pipeline
+        """Fill `mse`, and return decoder variances by last timestep, as far as they are needed."""
+        evaluation, pipeline, size = self.evaluation, self.pipeline, self.evaluation.batch_size
         decoder = dict(self.own.decoder_variance or {})
         uses_mse = "optimal" in (*(evaluation.variance_types or []), self.own.variance_type)
         uses_mse = uses_mse or "best" in (evaluation.paths or []) or evaluation.save_variances
-        measures_mse = self.mse is None and uses_mse
-        fits_decoder = evaluation.decoder == "fitted" and 0 not in decoder
-        if measures_mse or fits_decoder:
-            known = self.load(evaluation.variance_split)
-            labelled, size = pipeline.num_classes is not None, evaluation.batch_size
-            decided_by = {**scheduler_settings(pipeline), **image_settings(known, labelled)}
-        if measures_mse:
+        if uses_mse and self.mse is None:
 
-            def measure_mse() -> Piece:
-                images = batches(known, labelled=labelled)
-                error = measure_original_sample_mse(pipeline, images, batch_size=size, accelerator=self.accelerator)
-                return Piece({"mse": error.original_sample_mse.tolist()})
+            def measure_mse(images: ImageSet) -> list[float]:
+                labelled = batches(images, labelled=self.labelled)
+                error = measure_original_sample_mse(pipeline, labelled, batch_size=size, accelerator=self.accelerator)
+                return error.original_sample_mse.tolist()
 
-            self.mse = self.pieces.get({"of": "variances", **decided_by}, measure_mse).values["mse"]
-        if fits_decoder:
+            self.mse = self.fitted("variances", measure_mse)
+        if evaluation.decoder == "fitted" and 0 not in decoder:
 
-            def fit_decoder() -> Piece:
-                images = batches(known, labelled=labelled)
-                return Piece({"variance": fit_decoder_variance(pipeline, images, batch_size=size)[0]})
+            def fit_decoder(images: ImageSet) -> float:
+                return fit_decoder_variance(pipeline, batches(images, labelled=self.labelled), batch_size=size)[0]
 
-            decoder[0] = self.pieces.get({"of": "decoder variance", **decided_by}, fit_decoder).values["variance"]
+            decoder[0] = self.fitted("decoder variance", fit_decoder)
         return decoder
+
+    def fitted(self, what: str, measure: Callable[[ImageSet], Any]) -> Any:
+        """What `measure` finds on --variance_split, or an earlier run found; for JSON."""
+        images = self.load(self.evaluation.variance_split)
+        settings = {"of": what, **scheduler_settings(self.pipeline), **image_settings(images, self.labelled)}
+        return self.pieces.get(settings, lambda: Piece({what: measure(images)})).values[what]
 
     def variances_and_paths(self) -> Iterator[tuple[str, str, list[int]]]:
         """Variance, kind of path and its timesteps, for each row of the table."""
@@ -244,12 +247,12 @@ class EvaluationRun:
         """Of a path of that kind, "even" or "best"."""
         return best_timesteps(self.own, steps, self.mse) if kind == "best" else even_timesteps(self.own, steps)
 
-    def measure_row(self, variance: str, kind: str, path: list[int]) -> Row:
-        """bits/dim with the pipeline's scheduler on a path."""
-        evaluation = self.evaluation
+    def measure_row(self, kind: str, path: list[int]) -> Row:
+        """bits/dim with the pipeline's scheduler on a path of this kind."""
+        evaluation, scheduler = self.evaluation, self.pipeline.scheduler
         settings: dict[str, Any] = {"evaluations_per_image": evaluation.evaluations_per_image, "full": evaluation.full}
         settings |= {"timesteps": path, "seed": evaluation.noise_seed}
-        images = image_settings(self.images, labelled=self.pipeline.num_classes is not None)
+        images = image_settings(self.images, self.labelled)
 
         def measure() -> Piece:
             size = evaluation.batch_size
@@ -258,10 +261,7 @@ class EvaluationRun:
             return Piece.of(result)
 
         piece = self.pieces.get({"of": "bits/dim", **scheduler_settings(self.pipeline), **images, **settings}, measure)
-        result = BitsPerDimOutput(**{**piece.values, **piece.tensors})
-        scheduler = self.pipeline.scheduler
-        decoder, decoder_type = decoder_of(scheduler, path), decoder_type_of(scheduler, path)
-        return Row(variance, kind, len(path), decoder, result, decoder_type)
+        return Row.of(scheduler, kind, path, BitsPerDimOutput(**{**piece.values, **piece.tensors}))
 
     def add_samplers(self, samples: SampleTable) -> None:
         """Add a row for each of --samplers and number of steps."""
@@ -320,11 +320,11 @@ class EvaluationRun:
     def save_map(self, folder: Path) -> None:
         """Write the picture of where some images' bits are, with the model's own settings."""
         evaluation, pipeline = self.evaluation, self.pipeline
-        some, labelled = self.images.at_most(MAP_IMAGES), pipeline.num_classes is not None  # evenly spaced
+        some = self.images.at_most(MAP_IMAGES)  # evenly spaced
         pipeline.scheduler = DDPMNotesScheduler.from_config(self.own.config, original_sample_mse=self.mse, eta=None)
         # batches do not say how many images they are
         result = with_progress_bar(pipeline, desc="map", total=len(some)).bits_per_dim(
-            batches(some, labelled=labelled),
+            batches(some, labelled=self.labelled),
             evaluations_per_image=MAP_PRECISION * evaluation.evaluations_per_image,
             full=evaluation.full,
             batch_size=evaluation.batch_size,
@@ -338,13 +338,19 @@ class EvaluationRun:
         """Write results, and the card of a local model; print the other tables and where all is."""
         evaluation, samples = self.evaluation, self.samples
         local, folder = local_folder(evaluation), results_folder(evaluation)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = weights_digest(local) if local else None
-        each = None if evaluation.full else evaluation.evaluations_per_image
-        metrics = samples.as_list() if samples else None
         fewest = self.fewest_steps(samples) if samples else None
-        settings = (weights, evaluation.noise_seed, each, metrics, self.yardsticks(), fewest)
-        record = save_evaluation(folder, self.images, self.rows, *settings)
+        record = save_evaluation(
+            folder,
+            self.images,
+            self.rows,
+            weights,
+            seed=evaluation.noise_seed,
+            evaluations_per_image=None if evaluation.full else evaluation.evaluations_per_image,
+            metrics=samples.rows if samples else None,
+            yardsticks=self.yardsticks(),
+            fewest_steps=fewest,
+        )
         self.save_map(folder)
         if samples is not None and record.nearest_samples is not None:
             samples.save_nearest(folder / record.NEAREST, record.nearest_samples)
@@ -364,7 +370,7 @@ class EvaluationRun:
             lacks = fewest.missing(DDPMNotesScheduler.from_pretrained(folder / "scheduler")) if fewest else []
             if lacks:
                 print(
-                    f"Its code does not use the fewest steps: the scheduler lacks {', '.join(lacks)} (--save_variances)"
+                    f"The card's code does not use the fewest steps: the scheduler lacks {', '.join(lacks)} (--save_variances)"
                 )
             print(f"The card {folder}/README.md has these numbers now. Publish: {push_command(folder, 'USER/NAME')}")
 
@@ -401,14 +407,15 @@ def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> E
     lists: dict[str, Any] = {
         "variance_types": every if table else [own.variance_type],
         "num_inference_steps": steps,
+        "paths": ["even", "best"] if table else ["even"],
         "metric_steps": short if table else steps,
         "samplers": ["ddim", "dpmsolver++"] if table else [],
     }
     filled = {name: getattr(evaluation, name) or default for name, default in lists.items()}
     if table:  # a spread needs two sets
-        filled |= {"metrics": True, "decoder": "levels", "metric_sets": max(evaluation.metric_sets, 2)}
-    paths = ["even", "best"] if table else evaluation.paths or ["even"]
-    return dataclasses.replace(evaluation, **filled, paths=paths)
+        filled |= {"metrics": True, "metric_sets": max(evaluation.metric_sets, 2)}
+        filled |= {"decoder": "levels" if evaluation.decoder == "own" else evaluation.decoder}
+    return dataclasses.replace(evaluation, **filled)
 
 
 def local_folder(evaluation: EvaluationArguments) -> Path | None:
@@ -422,12 +429,12 @@ def results_folder(evaluation: EvaluationArguments) -> Path:
 
 
 def kept_text(evaluation: EvaluationArguments) -> str:
-    """What a run that was stopped has left."""
+    """What a stopped run has kept."""
     folder = results_folder(evaluation) / Pieces.FOLDER
-    kept = count_pieces(folder)
-    return (
-        f"{folder} has {kept} finished pieces; the same command goes on from there" if kept else "Nothing is kept yet"
-    )
+    kept = len(list(folder.glob("*.safetensors")))
+    if not kept:
+        return "Nothing is kept yet"
+    return f"{folder} has {kept} finished pieces; the same command continues with them"
 
 
 # ------------------------------------------------------------ what is refused
@@ -445,6 +452,23 @@ def check_variance_types(variances: list[str], scheduler: DDPMNotesScheduler) ->
             )
 
 
+def check_steps(evaluation: EvaluationArguments, T: int) -> None:
+    """Refuse numbers of steps that have no path, or at which nothing would be sampled."""
+    steps, sampled = evaluation.num_inference_steps or [], evaluation.metric_steps or []
+    for name, numbers in (("num_inference_steps", steps), ("metric_steps", sampled)):
+        most = max(numbers, default=1)
+        if most > T:
+            raise ValueError(f"--{name} is {most}; it must be at most the model's {T} timesteps")
+    if 1 in steps and T > 1 and "best" in (evaluation.paths or []):
+        raise ValueError("--num_inference_steps is 1 with --paths best; it must be at least 2")
+    without_bound = sorted(set(sampled) - set(steps))
+    if evaluation.metrics and without_bound and not evaluation.samplers:
+        raise ValueError(
+            f"--metric_steps has {without_bound[0]} and --num_inference_steps has not; samples without a bound need "
+            "--samplers"
+        )
+
+
 def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
     """Refuse images of another size than the model's: many networks would take them."""
     channels, side = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
@@ -456,6 +480,29 @@ def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
             f"the images are {dims(images)} and the model's are {channels}x{height}x{width}; they must be the same "
             f"(--resolution {sides} --image_mode {mode})"
         )
+
+
+def check_labels(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
+    """Refuse images whose classes are not the model's."""
+    known, seen = pipeline.num_classes, images.num_classes
+    if known is None:
+        return
+    if seen is None and pipeline.null_label is None:
+        raise ValueError(
+            f"the model has {known} classes and the images have no labels; they must have some (--label_column)"
+        )
+    if seen is not None and seen > known:
+        raise ValueError(f"the images have {seen} classes and the model has {known}; they must be the same (--classes)")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that could not take the results."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as fault:
+        raise ValueError(f"{folder} must take the results and cannot be written to (--results_dir): {fault}") from fault
 
 
 def check_held_out(data: DataArguments, evaluation: EvaluationArguments, images: ImageSet) -> None:
@@ -487,9 +534,9 @@ def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
     return spaced.timesteps.tolist()
 
 
-def is_sampled(evaluation: EvaluationArguments, row: Row, T: int) -> bool:
+def is_sampled(evaluation: EvaluationArguments, record: BoundRecord, T: int) -> bool:
     """Whether samples are drawn for this bound: in a table, not all are worth their time."""
-    if evaluation.table and row.steps == T:
-        return row.variance == "fixed_large"
-    wanted = not evaluation.table or row.path == "even" or row.variance == "optimal"
-    return wanted and row.steps in (evaluation.metric_steps or [])
+    if evaluation.table and record.num_inference_steps == T:
+        return record.variance_type == "fixed_large"
+    wanted = not evaluation.table or record.path == "even" or record.variance_type == "optimal"
+    return wanted and record.num_inference_steps in (evaluation.metric_steps or [])

@@ -1,7 +1,5 @@
 """What the weights so far are worth: bits/dim, distances of samples from images, sample grids."""
 
-from typing import Any
-
 import numpy as np
 
 from ..evaluation.level_reports import fit_image_levels
@@ -31,12 +29,21 @@ class Measurements:
     def __init__(self, learner: Learner, images: TrainingImages, stops: Stops, cache_dir: str | None) -> None:
         self.learner, self.images, self.stops = learner, images, stops
         self.accelerator, run = learner.accelerator, learner.run
-        self.table = None
+        self.table: SampleTable | None = None
         self.yardsticks: Yardsticks | None = None
         if run.metric_interval is not None:
-            sampling = (run.metric_network, run.metric_images, run.eval_batch_size, run.seed)
-            more: dict[str, Any] = {"cache_dir": cache_dir, "classes": images.stored.num_classes is not None}
-            self.table = SampleTable(self.accelerator, images.stored, images.validation, *sampling, **more)
+            self.table = SampleTable(
+                self.accelerator,
+                images.stored,
+                images.validation,
+                train=images.stored,
+                network=run.metric_network,
+                images=run.metric_images,
+                batch_size=run.eval_batch_size,
+                seed=run.seed,
+                cache_dir=cache_dir,
+                classes=images.stored.num_classes is not None,
+            )
 
     def validate(self, step: int, logs: RunLogs) -> BitsPerDimOutput | None:
         """bits/dim of the averaged weights."""

@@ -27,7 +27,7 @@ from ..data.batches import StepBatches
 from ..data.streaming import StreamedBatches
 from ..evaluation.pictures import Trajectory, image_grid, save_losses, save_samples
 from ..evaluation.records import of_classes
-from ..evaluation.validation import Row, decoder_of, decoder_type_of, save_evaluation
+from ..evaluation.validation import Row, save_evaluation
 from ..hub.card import weights_digest, write_card
 from ..hub.push import BackgroundPushes
 from ..names import EVALUATIONS_PER_IMAGE
@@ -301,14 +301,11 @@ class TrainingRun:
         run, scheduler, table = self.settings.run, self.learner.scheduler, self.measurements.table
         save_model(self.output_dir, self.learner, self.images, self.settings, self.logs)
         if bits_per_dim is not None and self.images.validation is not None:
-            T = len(scheduler)
-            path = list(reversed(range(T)))
-            decoders = decoder_of(scheduler, path), bits_per_dim, decoder_type_of(scheduler, path)
-            row = Row(scheduler.variance_type, "even", T, *decoders)
+            every_timestep = list(reversed(range(len(scheduler))))
             save_evaluation(
                 self.output_dir,
                 self.images.validation,
-                [row],
+                [Row.of(scheduler, "even", every_timestep, bits_per_dim)],
                 weights_digest(self.output_dir),
                 evaluations_per_image=EVALUATIONS_PER_IMAGE,
                 metrics=table.as_list(last=True) if table else None,

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 from ddpm_notes_pipeline.data import hold_out, load_images
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
-from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main
+from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main, with_defaults
 from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
 from tests.support.launching import ROOT, describe, launch, once
 
@@ -23,7 +23,7 @@ SAMPLES = 20
 FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21 --variance_split test".split()
 
 
-def save_model(folder, **settings):
+def save_model(folder, classes=None, **settings):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -34,6 +34,7 @@ def save_model(folder, **settings):
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=classes,
     )
     DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4, **settings)).save_pretrained(folder)
 
@@ -68,9 +69,13 @@ def one(train):
     return evaluated("evaluate-1", train, *FLAGS, "--save_variances")
 
 
+def arguments(folder, *flags):
+    return parse_evaluation_arguments(["--model", str(folder), "--dataset_name", "digits", *map(str, flags)])
+
+
 def evaluate_here(folder, *flags):
     """The same in this process, without the launcher."""
-    main(*parse_evaluation_arguments(["--model", str(folder), "--dataset_name", "digits", *map(str, flags)]))
+    main(*arguments(folder, *flags))
 
 
 def results(folder):
@@ -442,3 +447,66 @@ def test_images_of_another_size_than_the_models_are_refused(train, tmp_path):
         "images are 3x16x16 and the model's are 1x8x8; they must be the same (--resolution 8 --image_mode L)"
         in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--num_inference_steps 5 41", "--num_inference_steps is 41; it must be at most the model's 40 timesteps"),
+        ("--metrics --num_inference_steps 5 --metric_steps 41", "--metric_steps is 41; it must be at most"),
+        ("--num_inference_steps 5 1 --paths even best", "--num_inference_steps is 1 with --paths best; it must be at"),
+        (
+            "--metrics --num_inference_steps 5 --metric_steps 10",
+            "--metric_steps has 10 and --num_inference_steps has not",
+        ),
+        ("--results_dir {file}/results", "/results must take the results and cannot be written to (--results_dir)"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_at_the_beginning(tmp_path, flags, says):
+    """Rows were measured first, and some commands could never finish."""
+    save_model(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    flags = flags.format(file=tmp_path / "file").split()
+    with pytest.raises(ValueError, match=re.escape(says)):
+        EvaluationRun(*arguments(tmp_path / "model", *flags))
+
+
+def test_images_whose_classes_are_not_the_models_are_refused(tmp_path):
+    save_model(tmp_path, classes=3)
+    with pytest.raises(ValueError, match=r"model has 3 classes and the images have no labels; .* \(--label_column\)"):
+        EvaluationRun(*arguments(tmp_path))
+    with pytest.raises(ValueError, match=r"the images have 10 classes and the model has 3; .* \(--classes\)"):
+        EvaluationRun(*arguments(tmp_path, "--label_column", "label"))
+    EvaluationRun(*arguments(tmp_path, "--label_column", "label", "--classes", 0, 1, 2))
+
+
+def test_only_images_that_were_not_trained_on_are_called_held_out(tmp_path, capsys):
+    """A part of the training split was, and its nearest training images were at a distance of 0."""
+    save_model(tmp_path / "model")
+    flags = ["--metrics", "--metric_images", 20, "--metric_network", save_network(tmp_path / "small-vit")]
+    flags += ["--max_images", 20, "--num_inference_steps", 2]
+
+    def table_of(*splits):
+        return EvaluationRun(*arguments(tmp_path / "model", *flags, *splits)).sample_table()
+
+    assert [row.name for row in table_of("--split", "test").rows] == ["held-out test"]
+    assert table_of("--split", "train").rows == []
+    evaluate_here(tmp_path / "model", *flags, "--split", "test", "--metric_split", "test")
+    (row,) = results(tmp_path / "model")["metrics"]
+    assert row["images"] == "samples" and row["protocol"]["split"] == "test"
+    assert not [name for name in row if "nearest" in name] and row["protocol"]["num_train"] is None
+    said = capsys.readouterr().out
+    assert "held-out" not in said and "nearest" not in said and not (tmp_path / "model" / "nearest.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "paths", "decoder"),
+    [
+        ([], ["even", "best"], "levels"),
+        (["--paths", "even", "--decoder", "fitted"], ["even"], "fitted"),
+    ],
+)
+def test_a_table_has_the_paths_and_the_decoder_that_were_asked_for(tmp_path, flags, paths, decoder):
+    _, evaluation = arguments(tmp_path, "--table", *flags)
+    filled = with_defaults(evaluation, DDPMNotesScheduler())
+    assert (filled.paths, filled.decoder) == (paths, decoder)

@@ -27,7 +27,7 @@ def measured(fit, images):
     pipeline = plain_sight(noisy_start(levels=fit.levels), size=8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the path's prior
-        return Row("fixed_small", "even", 1, None, pipeline.bits_per_dim(images, timesteps=[0]), "levels")
+        return Row.of(pipeline.scheduler, "even", [0], pipeline.bits_per_dim(images, timesteps=[0]))
 
 
 def test_images_like_those_of_the_fit_give_no_warning(fit):

@@ -68,6 +68,19 @@ def test_a_map_of_bits_is_drawn_for_any_number_of_images_channels_and_steps(tmp_
         assert (pixels == list(bytes.fromhex(colour))).all(-1).sum() > 500
 
 
+@pytest.mark.parametrize("log_snr", [[5.0], [5.0, -3.0], [5.0, -math.inf]])
+def test_a_model_of_one_or_two_timesteps_has_a_map(tmp_path, log_snr):
+    """It had no range of log SNR to divide: evaluate.py ended before its card."""
+    T = len(log_snr)
+    by_level, maps = torch.ones(T + 1, 3).double(), torch.rand((2, 1, 8, 8))
+    result = BitsPerDimOutput.from_parts(torch.ones(2, 3).double(), torch.zeros(T), 64, 1, maps, by_level)
+    save_bit_map(tmp_path / "map.png", (255 * maps).byte().numpy(), result, np.array(log_snr))
+    with PIL.Image.open(tmp_path / "map.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    bars = (pixels == list(bytes.fromhex("f4a261"))).all(-1).any(0)  # of the prior, a step and the decoder
+    assert np.diff(bars.astype(int)).clip(0).sum() >= T + 1
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 24)])
 @pytest.mark.parametrize("sets", [1, 2])
 def test_images_are_drawn_above_their_nearest_ones_with_distances(tmp_path, shape, sets):

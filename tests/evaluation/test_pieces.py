@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ddpm_notes_pipeline.data import hold_out, load_images
 from ddpm_notes_pipeline.evaluation.pieces import Piece, Pieces, image_settings, int_keys
+from ddpm_notes_pipeline.evaluation.samples import SampleTable
 from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_model, save_network
 from tests.support.launching import ROOT, error_lines, launch
 
@@ -67,8 +68,7 @@ def test_a_killed_run_goes_on_finds_the_same_numbers_and_evaluates_nothing_twice
     part.write_bytes(part.read_bytes()[:-100])
     (folder / "unfinished" / f"{part.stem}.0123.part").write_bytes(b"half")
     done = evaluate(train, folder)
-    assert f"unfinished has {KEPT - 3} finished pieces of this network; those of equal settings are used" in done.stdout
-    assert f"Not measured again: {KEPT - 4} of " in done.stdout and "is damaged: it is measured anew" in done.stderr
+    assert f"Not measured again: {KEPT - 4} of " in done.stdout and "is damaged and is measured again" in done.stderr
     bounds = sum(row["network_evaluations"] for row in results(folder)["results"][:2])
     variances = len(hold_out(load_images("digits", split="train", show_progress=False), 0.95, 0)[0]) * 32
     assert evaluated_on(done) == evaluated_on(unstopped[1]) - bounds - variances - SAMPLES * 5
@@ -81,7 +81,7 @@ def test_a_signal_says_what_is_kept_and_other_settings_leave_it(train, unstopped
     folder = tmp_path / "model"
     stopped = evaluate(train, folder, stop_at=(WRITE, KEPT + 1), by=signal.SIGTERM, expect=128 + signal.SIGTERM)
     said = f"stopped by SIGTERM while measuring. {folder}/unfinished has {KEPT - 3} finished pieces; "
-    assert said + "the same command goes on from there" in error_lines(stopped)[-1]
+    assert said + "the same command continues with them" in error_lines(stopped)[-1]
     other = evaluate(train, folder, "--noise_seed", 1)
     assert "Not measured again: 2 of " in other.stdout  # held-out images and V_t: no noise of its own
     assert results(folder)["results"][0]["total"] != results(unstopped[0])["results"][0]["total"]
@@ -134,7 +134,7 @@ def test_a_changed_piece_is_measured_anew(accelerator, tmp_path):
     content = path.read_bytes()
     for damaged in (content[:-1], content[:20], b"", content[:-1] + b"x", content.replace(b"1.0", b"2.0")):
         path.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="is damaged: it is measured anew"):
+        with pytest.warns(UserWarning, match="is damaged and is measured again"):
             assert value(Pieces(accelerator, tmp_path), {}, 3.0) == 3.0
         path.write_bytes(content)
     assert value(Pieces(accelerator, tmp_path), {}, 3.0) == 1.0
@@ -152,7 +152,7 @@ def test_a_stopped_piece_is_not_kept_and_pieces_of_others_stay(accelerator, tmp_
 
 def test_a_full_disk_costs_the_piece_and_not_the_measurement(accelerator, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="could not be written: a stop would lose this piece"):
+    with pytest.warns(UserWarning, match="could not be written; a stop would lose this piece"):
         assert value(Pieces(accelerator, tmp_path / "file" / "unfinished"), {}, 1) == 1
 
 
@@ -165,3 +165,14 @@ def test_images_differ_by_their_labels_where_these_are_used():
 
 def test_whole_numbers_come_back_as_keys():
     assert int_keys({"a": {"0": [1, {"12": 2}]}}) == {"a": {0: [1, {12: 2}]}}
+
+
+def test_figures_have_the_name_of_the_network_that_was_asked_for(accelerator, tmp_path):
+    """A copy of its folder under another name found the figures of the first."""
+    images = load_images("digits", split="test", show_progress=False)
+    real, held_out, pieces = images.part(range(300), "train"), images.part(range(300, 350), "test"), tmp_path / "pieces"
+    for name in ("one", "two"):
+        network = str(save_network(tmp_path / name))
+        settings = {"network": network, "images": 8, "batch_size": 8, "pieces": Pieces(accelerator, pieces)}
+        (row,) = SampleTable(accelerator, real, held_out, train=real, **settings, cache_dir=tmp_path).rows
+        assert row.metrics.protocol.network == name

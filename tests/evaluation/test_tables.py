@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ddpm_notes_pipeline.evaluation.findings import equal_quality, fewest_steps, findings, kernel_distances
-from ddpm_notes_pipeline.evaluation.records import Evaluation
+from ddpm_notes_pipeline.evaluation.records import BoundRecord, Evaluation, MetricProtocol, SampleMetrics, SampleRecord
+from ddpm_notes_pipeline.evaluation.tables import results_table
 from ddpm_notes_pipeline.evaluation.validation import Row
 from ddpm_notes_pipeline.pipeline_ddpm_notes import BitsPerDimOutput
 from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_model, save_network
@@ -13,11 +14,13 @@ from tests.support.launching import ROOT, launch, once
 SETS = 2
 
 
-def row(variance, path, steps, total, spread=0.1):
+def row(variance, path, steps, total, spread=0.1, T=100):
     """Four images whose bounds are `total` on average; images differ far more than rows."""
     own = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * spread / 100
     parts = torch.stack([torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 4.0]) - 2.5 + total + own, torch.zeros(4)], 1)
-    return Row(variance, path, steps, None, BitsPerDimOutput.from_parts(parts.double(), torch.zeros(steps), 64, 1))
+    result = BitsPerDimOutput.from_parts(parts.double(), torch.zeros(T), 64, 1)
+    names = {"variance_type": variance, "path": path, "num_inference_steps": steps}
+    return Row(BoundRecord.from_dict({**result, **names}), result)
 
 
 def test_relations_that_hold_and_that_do_not():
@@ -32,6 +35,25 @@ def test_relations_that_hold_and_that_do_not():
     assert "optimal variance" in optimal and "holds in 2 of 2" in optimal
     assert "does not hold in 1 of 1" in best and "optimal best 10 is 0.5000 ± 0.0000 above optimal even 10" in best
     assert "all 100 steps" in whole and "holds in 2 of 2" in whole
+
+
+def test_nothing_is_said_of_all_steps_where_they_were_not_measured():
+    """The largest K of the table was called "all 50 steps"."""
+    rows = [row("optimal", "even", 10, 9.0), row("optimal", "even", 50, 4.0), row("fixed_large", "even", 50, 5.0)]
+    kernels = {("fixed_large", "even", 50): (0.1, 0.01), ("optimal", "even", 10): (0.1, 0.01)}
+    assert not [text for text in findings(rows, kernels) if "steps have the lowest" in text or "No worse than" in text]
+
+
+def test_the_caption_says_nothing_of_held_out_images_where_there_are_none():
+    protocol = MetricProtocol(num_generated=8, num_real=9, image_shape=[1, 8, 8])
+    metrics = SampleMetrics(protocol, kernel_distance=0.1, kernel_distance_standard_error=0.01)
+    rows = [row("fixed_small", "even", 10, 4.0)]
+    settings = {"data": "digits", "split": "train", "images": 4, "dims": 64, "results": [rows[0].record]}
+    samples = [SampleRecord("samples", metrics, "fixed_small", path="even", num_inference_steps=10)]
+    held_out = SampleRecord("held-out test", metrics)
+    assert "held-out" not in results_table(rows, Evaluation(**settings, metrics=samples))
+    text = results_table(rows, Evaluation(**settings, metrics=[held_out, *samples]))
+    assert "over the sets; held-out images have 100.00 ± 10.00." in text
 
 
 def test_differences_within_two_standard_errors_do_not_count():
@@ -57,7 +79,7 @@ def test_equal_quality_wants_both_and_takes_the_fewest_steps():
         row("optimal", "best", 50, 3.9),
         row("optimal", "even", 100, 3.8),
     ]
-    table = {(r.variance, r.path, r.steps): r for r in rows}
+    table = {r.record.key: r for r in rows}
     kernels = {
         ("fixed_large", "even", 1000): (0.10, 0.01),
         ("optimal", "best", 25): (0.10, 0.01),  # good samples, but its bound is higher

@@ -8,12 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.evaluation.records import Evaluation
+from ddpm_notes_pipeline.evaluation.records import BoundRecord, Evaluation
 from ddpm_notes_pipeline.evaluation.sampling import sample
 from ddpm_notes_pipeline.evaluation.validation import (
     Row,
     decoder_of,
-    decoder_type_of,
     measure_bits_per_dim,
     save_evaluation,
 )
@@ -108,13 +107,13 @@ LEVELS = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.01}, "guess_blur": {0:
 def test_a_row_says_which_decoder_it_was_measured_with(settings, path, kind, variance):
     """With levels it named the variance of a Gaussian that was not used."""
     scheduler = DDPMNotesScheduler(**settings)
-    assert decoder_type_of(scheduler, path) == kind
-    assert decoder_of(scheduler, path) == (None if variance is None else pytest.approx(variance, rel=1e-6))
+    assert decoder_of(scheduler, path) == (kind, None if variance is None else pytest.approx(variance, rel=1e-6))
 
 
 def test_the_record_keeps_decoder_and_yardsticks_and_reads_files_without_them(pipeline, images, tmp_path):
     result = measure_bits_per_dim(Accelerator(), pipeline, images, evaluations_per_image=4)
-    row = Row("fixed_small", "even", 40, None, result, "levels")
+    names = {"variance_type": "fixed_small", "path": "even", "num_inference_steps": 40, "decoder_type": "levels"}
+    row = Row(BoundRecord.from_dict({**result, **names}), result)
     (tmp_path / Evaluation.MAP).write_bytes(b"of other numbers")
     save_evaluation(tmp_path, images, [row], None, yardsticks=Yardsticks({"xz": 2.5}, 21, 1438))
     record = Evaluation.read(tmp_path)

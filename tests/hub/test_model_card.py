@@ -1,6 +1,7 @@
 """The card: true to the folder's files, valid for the Hub, and it keeps what its owner wrote."""
 
 import json
+import math
 import re
 import shutil
 
@@ -157,6 +158,14 @@ def test_the_metadata_has_the_headline_figures_with_their_protocol(shelf):
             "decoder_type": "own",
             "evaluations_per_image": 38,
         }
+
+
+def test_the_metadata_has_no_standard_error_of_a_single_image(tmp_path):
+    """It was .nan, which is no number in JSON."""
+    rows = [row | {"standard_error": math.nan} for row in EVALUATION["results"]]
+    card = write_card(make_folder(tmp_path / "model", evaluation=EVALUATION | {"results": rows}), "ada/digits")
+    measured = ModelCard(card).data.eval_results
+    assert measured and all("standard_error" not in one.metric_args for one in measured)
 
 
 def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path):
