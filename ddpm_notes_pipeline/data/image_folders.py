@@ -130,7 +130,8 @@ def _files_below(root: Path) -> list[str]:
     found, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
         real, here = os.path.realpath(folder), Path(folder).relative_to(root)
-        below[:] = [name for name in below if not name.startswith(HIDDEN) and real not in seen]
+        # In order, or which of several links to a folder is followed would differ between machines.
+        below[:] = [name for name in sorted(below) if not name.startswith(HIDDEN) and real not in seen]
         found += [(here / name).as_posix() for name in names if not name.startswith(HIDDEN) and real not in seen]
         seen.add(real)
     return found

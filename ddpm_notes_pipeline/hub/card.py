@@ -41,6 +41,7 @@ from ..evaluation.reports import (
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
+from ..stock_config import PRIVATE_ENTRY
 from .owner_edits import merge, newest_card, repository_of
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
             "scheduler": pipeline.scheduler,
             "T": len(pipeline.scheduler),
             "num_labels": classes,
+            "class_names": (unet.get(PRIVATE_ENTRY) or {}).get("class_names"),
             "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(unet.in_channels, f"{unet.in_channels}-channel"),
             "pixels": f"{side}x{side}" if isinstance(side, int) else "{}x{}".format(*side),
             "parameters": f"{pipeline.unet.num_parameters() / 1e6:.2f} M weights",

@@ -127,9 +127,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: Checkpoin
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     saved = manifest["run"]
-    changed = [name for name, value in state.identity.items() if saved.get(name) != value]
+    # What an earlier version did not record is taken to be the same.
+    changed = [name for name, value in state.identity.items() if saved.get(name, value) != value]
     if changed:
-        differences = "; ".join(f"{name} was {saved.get(name)!r} and is {state.identity[name]!r}" for name in changed)
+        differences = "; ".join(f"{name} was {saved[name]!r} and is {state.identity[name]!r}" for name in changed)
         raise ValueError(
             f"{checkpoint} belongs to another run: {differences}. Resume with its settings, or train into another folder"
         )

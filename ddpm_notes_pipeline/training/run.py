@@ -263,7 +263,7 @@ class TrainingRun:
         )
 
     def _checkpoint_state(self) -> Any:
-        return self.learner.checkpoint_state(self.images.train.fingerprint)
+        return self.learner.checkpoint_state(self.images.train.fingerprint, self.images.train.class_names)
 
     def _save_checkpoint(self, done: int) -> None:
         limit = self.settings.run.checkpoints_total_limit

@@ -116,6 +116,15 @@ def test_hidden_files_are_ignored_and_linked_folders_followed_once(load, tmp_pat
     assert len(load(folder)) == 2
 
 
+def test_of_several_links_to_a_folder_the_first_by_name_is_its_class(load, tmp_path):
+    """The system lists them in an order of its own."""
+    (tmp_path / "f").mkdir()
+    elsewhere = write_images(tmp_path / "elsewhere", ["x.png"])
+    for name in ("dog", "bird", "fox", "cat", "elk", "ant", "gnu"):
+        (tmp_path / "f" / name).symlink_to(elsewhere)
+    assert load(tmp_path / "f", label_column="label").class_names == ["ant"]
+
+
 def test_fewer_images_than_files_is_an_error(load, tmp_path, monkeypatch):
     folder = write_images(tmp_path / "f", ["0.png", "1.png", "2.png"])
     whole = ImageFolder.load
