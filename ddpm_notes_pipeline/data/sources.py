@@ -108,8 +108,8 @@ class ImageSource:
         return f"data set {self.dataset_name!r}" if folder is None else f"train_data_dir {str(folder)!r}"
 
 
-def labels_of_classes(source: ImageSource, names: list[str] | None) -> np.ndarray | None:
-    """The labels that the chosen classes have in the data, int64; None where none are chosen.
+def labels_of_classes(source: ImageSource, names: list[str] | None) -> dict[int, int] | None:
+    """The new label of each chosen class by its label in the data; None where none are chosen.
 
     Args:
         names: of all classes of the label column; None where it has no names.
@@ -128,16 +128,14 @@ def labels_of_classes(source: ImageSource, names: list[str] | None) -> np.ndarra
     if unknown or repeated:
         fault = "which are not among those" if unknown else "more than once, and must have each once of those"
         raise ValueError(f"classes has {', '.join(unknown or repeated)}, {fault} of {source}: {', '.join(names)}")
-    return np.array([names.index(name) for name in chosen], dtype=np.int64)
+    return {names.index(name): label for label, name in enumerate(chosen)}
 
 
-def renumbered(labels: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
-    """Labels, (N,) int64, as positions in `chosen`, -1 for all others; as they are for None."""
-    if chosen is None:
+def renumbered(labels: np.ndarray, new_labels: dict[int, int] | None) -> np.ndarray:
+    """Labels, (N,) int64, by `labels_of_classes`: -1 for classes that are not chosen."""
+    if new_labels is None:
         return labels
-    position = np.full(int(max(labels.max(initial=0), chosen.max())) + 1, -1)
-    position[chosen] = np.arange(len(chosen))
-    return np.where(labels < 0, -1, position[labels])
+    return np.array([new_labels.get(label, -1) for label in labels.tolist()], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
     )
     pipeline, unet = facts.pipeline, facts.pipeline.unet.config
     classes, side, images = pipeline.num_classes or 0, unet.sample_size, facts.run and facts.run.images
+    labels = f", class_labels={[i % classes for i in range(4)]}" if classes else ""
     context = template.new_context(
         {
             **{function.__name__: function for function in TEXTS},
@@ -177,8 +178,8 @@ def _render(facts: CardFacts) -> dict[str, str]:
             "pixels": f"{side}x{side}" if isinstance(side, int) else "{}x{}".format(*side),
             "parameters": f"{pipeline.unet.num_parameters() / 1e6:.2f} M weights",
             "images": f"{images} images" if images else "a stream of images",
-            "labels": f", class_labels={[i % classes for i in range(4)]}" if classes else "",
-            "sampling": sampling_code(facts),
+            "labels": labels,
+            "sampling": sampling_code(facts, labels),
             "imported": sorted({"DiffusionPipeline", *stock_scheduler(facts)}),
             "learned_variance": pipeline.scheduler.config.variance_type in LEARNED_VARIANCES,
         }
@@ -192,16 +193,15 @@ def fewest_steps(facts: CardFacts) -> FewestSteps | None:
     return None if fewest is None or fewest.missing(facts.pipeline.scheduler) else fewest
 
 
-def sampling_code(facts: CardFacts) -> str:
+def sampling_code(facts: CardFacts, labels: str) -> str:
     """Lines that sample 4 images with `pipe`, and leave it its scheduler, which measures bits/dim.
 
-    With the fewest steps at equal quality where these are known; else with 100 steps.
+    With the fewest steps at equal quality where these are known; else with 100 steps. `labels` is
+    the argument of the 4 classes, or empty.
     """
-    pipeline, fewest = facts.pipeline, fewest_steps(facts)
-    classes, own = pipeline.num_classes or 0, pipeline.scheduler
-    labels = f", class_labels={[i % classes for i in range(4)]}" if classes else ""
+    own, fewest = facts.pipeline.scheduler, fewest_steps(facts)
     if fewest is None:
-        guidance = "" if pipeline.null_label is None else ", guidance_scale=2.0"
+        guidance = "" if facts.pipeline.null_label is None else ", guidance_scale=2.0"
         return f"images = pipe(batch_size=4, num_inference_steps={min(100, len(own))}{labels}{guidance}).images"
     K, changes = fewest.num_inference_steps, fewest.scheduler_settings
     lines, path = [], f"num_inference_steps={K}"

@@ -23,7 +23,7 @@ from ..names import (
     VARIANCE_TYPES,
     WEIGHTINGS,
 )
-from .commands import typed_flags
+from .commands import num_processes, typed_flags
 
 FEATURE_NETWORK_HELP = "Network whose features are compared: efficientnet-lite0, or a vision model of transformers."
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
@@ -263,10 +263,12 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
             )
     if data.streaming and run.max_train_steps is None:
         raise ValueError("--streaming needs --max_train_steps: the number of images is not known in advance")
-    batch, parts = run.train_batch_size, run.gradient_accumulation_steps
-    if batch % parts:
-        accumulation = f"--gradient_accumulation_steps {parts}"
-        raise ValueError(f"--train_batch_size is {batch} with {accumulation}; it must be a multiple of that")
+    batch, parts, processes = run.train_batch_size, run.gradient_accumulation_steps, num_processes()
+    if batch % (processes * parts):
+        raise ValueError(
+            f"--train_batch_size is {batch} with --gradient_accumulation_steps {parts} on {processes} process(es); it "
+            f"must be a multiple of {processes * parts}"
+        )
     K, T = run.ddpm_num_inference_steps or 0, model.ddpm_num_steps
     if K > T and model.pretrained_model_name_or_path is None:
         raise ValueError(f"--ddpm_num_inference_steps is {K}; it must be at most {T} (--ddpm_num_steps)")

@@ -31,7 +31,6 @@ from ddpm_notes_pipeline.evaluation.pictures import image_grid
 from ddpm_notes_pipeline.objectives import TimestepSampler
 from ddpm_notes_pipeline.training.images import check_validation
 from ddpm_notes_pipeline.training.parser import parse_arguments
-from ddpm_notes_pipeline.training.run import check_batch_size
 from tests.support.comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
 from tests.support.launching import (
     ROOT,
@@ -834,12 +833,6 @@ def test_a_launch_that_only_looks_distributed_is_refused(train, tmp_path):
     (line,) = error_lines(result)
     assert "WORLD_SIZE is 2 and accelerate runs 1 process(es)" in line and "ACCELERATE_USE_CPU=true" in line
     assert not (tmp_path / "run").exists()
-
-
-def test_a_batch_that_two_processes_cannot_share_is_refused():
-    _, _, run = parse_arguments([*TINY, "--train_batch_size", "9"])
-    with pytest.raises(ValueError, match=r"--train_batch_size is 9 on 2 process\(es\).*a multiple of 2"):
-        check_batch_size(run, num_processes=2)
 
 
 @pytest.mark.slow
