@@ -23,7 +23,7 @@ from .decoding import bad_image, check_size, crop, decode
 from .sources import MODES, ImageSource
 from .whole_file import replacing
 
-FORMAT = 2  # of the file and of how images are decoded: raise it, and every set is decoded anew
+FORMAT = 2  # of the file and of how images are decoded: raising it has every set decoded again
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class DecodedFile:
 
 
 def read_decoded(path: Path) -> DecodedFile | None:
-    """The decoded file at `path`; None where there is no whole one."""
+    """The decoded file at `path`; None if there is none, or it is cut short."""
     try:
         with open(path, "rb") as file:
             end = file.seek(-8, os.SEEK_END)

@@ -37,8 +37,8 @@ class ImageSource:
         split: "train", "test", ...; of folders and what `load_dataset` reads, "train[:10%]" too.
         image_column: optional where exactly one column holds images.
         label_column: a ClassLabel or integer column. None: no labels.
-        classes: names of classes of label_column, a ClassLabel. Only images of these are kept, and
-            labels count them in the order given here. None: all.
+        classes: names of classes of label_column, a ClassLabel. Only their images are kept, and
+            labels number the classes in the order given here. None: all.
         resolution: S or (H, W) in pixels. Images are resized (bilinear, antialiased) by the
             smallest factor that covers H x W, keeping their aspect, then cropped; an image of that
             size is left as it is. None: images keep their size, which must be the same for all.
@@ -46,7 +46,8 @@ class ImageSource:
             in each batch.
         image_mode: "L", "RGB" or "RGBA": all images are converted. None: the mode of the first
             image; an image of another mode is bad (palette and CMYK count as RGB, with transparency
-            as RGBA; 1-bit and 16-bit grey as L). Of RGBA, pixels with alpha 0 get colour 0.
+            as RGBA; 1-bit and 16-bit grey as L). Of RGBA, pixels with alpha 0 get colour 0; L and
+            RGB drop the alpha, so that colours it hid are seen.
         on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it
             out and warns.
 
@@ -123,11 +124,8 @@ def labels_of_classes(source: ImageSource, names: list[str] | None) -> dict[int,
     if names is None:
         column = f"label_column {source.label_column!r} of {source}"
         raise ValueError(f"classes is {chosen}, but {column} holds integers without names; it must be a ClassLabel")
-    unknown = [name for name in chosen if name not in names]
-    repeated = [name for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
-    if unknown or repeated:
-        fault = "which are not among those" if unknown else "more than once, and must have each once of those"
-        raise ValueError(f"classes has {', '.join(unknown or repeated)}, {fault} of {source}: {', '.join(names)}")
+    if not set(chosen) <= set(names) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"classes is {chosen}; it must hold classes of {source}, each once: {', '.join(names)}")
     return {names.index(name): label for label, name in enumerate(chosen)}
 
 

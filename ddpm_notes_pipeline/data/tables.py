@@ -63,7 +63,7 @@ def open_table(source: ImageSource, streaming: bool = False) -> Table:
     """
     rows, folder = _load(source, streaming)
     if rows.features is None:
-        raise ValueError(f"{source} does not state its columns, and a stream must know them before it is read")
+        raise ValueError(f"{source} does not state its columns; to be streamed, it must")
     if not streaming and len(rows) == 0:
         raise ValueError(f"{source} has 0 images in split {source.split!r}")
     image_column = _find_image_column(rows.features, source.image_column)
@@ -107,7 +107,7 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
 def _load(source: ImageSource, streaming: bool) -> tuple[Any, ImageFolder | None]:
     """One split as `datasets` has it, and the folder of image files that it comes from, if any.
 
-    With `streaming` the split may still be a `Dataset`, of files here.
+    Even with `streaming`, a split of local files may be a `Dataset`.
     """
     if source.dataset_name in EMBEDDED:
         raise ValueError(f"{source} is embedded in a package and cannot be streamed: leave out --streaming")

@@ -124,11 +124,13 @@ def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = 
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{folder} has no model_index.json; must be a folder that DDPMNotesPipeline.save_pretrained wrote"
+            f"{folder} has no model_index.json; it must be a folder that DDPMNotesPipeline.save_pretrained wrote"
         )
     evaluation = Evaluation.read(folder)
     if evaluation is not None and evaluation.weights != weights_digest(folder):
-        logger.warning("%s is about other weights than the folder's: not on the card", folder / Evaluation.FILE)
+        logger.warning(
+            "%s was measured on other weights than the folder's: left off the card", folder / Evaluation.FILE
+        )
         evaluation = None
     with torch.device("meta"):
         unet = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
@@ -188,13 +190,13 @@ def _render(facts: CardFacts) -> dict[str, str]:
 
 
 def fewest_steps(facts: CardFacts) -> FewestSteps | None:
-    """Of the evaluation, where the model in the folder has what they need."""
+    """Those of the evaluation; None if the model in the folder lacks what they need."""
     fewest = facts.evaluation.fewest_steps if facts.evaluation else None
     return None if fewest is None or fewest.missing(facts.pipeline.scheduler) else fewest
 
 
 def sampling_code(facts: CardFacts, labels: str) -> str:
-    """Lines that sample 4 images with `pipe`, and leave it its scheduler, which measures bits/dim.
+    """Lines that sample 4 images with `pipe`, and restore its scheduler, which bits/dim need.
 
     With the fewest steps at equal quality where these are known; else with 100 steps. `labels` is
     the argument of the 4 classes, or empty.
@@ -219,13 +221,13 @@ def sampling_code(facts: CardFacts, labels: str) -> str:
 
 
 def stock_scheduler(facts: CardFacts) -> list[str]:
-    """The class of diffusers that the lines need, if any."""
+    """The diffusers class that `sampling_code` needs, if any."""
     fewest = fewest_steps(facts)
     return [] if fewest is None or fewest.scheduler == DDPMNotesScheduler.__name__ else [fewest.scheduler]
 
 
 def own_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
-    """Those that the scheduler sets for a number of steps."""
+    """The timesteps that the scheduler itself sets for a number of steps."""
     same = DDPMNotesScheduler.from_config(scheduler.config)
     same.set_timesteps(steps)
     return same.timesteps.tolist()

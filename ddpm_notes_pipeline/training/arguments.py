@@ -59,7 +59,7 @@ class DataArguments:
     image_column: str | None = setting(None, "Column of the images. Default: the only one that holds images.")
     label_column: str | None = setting(None, "Column of class labels, to train with classes. Of a folder: 'label'.")
     classes: list[str] | None = setting(
-        None, "Of --label_column, keep these classes only; labels count them in this order. Default: all."
+        None, "Keep only these classes of --label_column; labels number them in this order. Default: all."
     )
     label_dropout: float = setting(0.1, "Share of labels dropped, for classifier-free guidance.", at_least=0, below=1)
     resolution: list[int] | None = setting(None, "Side, or height and width. Default: the images' own.", at_least=1)
@@ -72,12 +72,16 @@ class DataArguments:
         "buffer, and shards each epoch: a weaker shuffle. Resuming reads up to one epoch and a part of another again.",
     )
     shuffle_buffer_size: int = setting(1000, "Encoded rows in memory that --streaming shuffles.", at_least=1)
-    max_train_samples: int | None = setting(None, "Train on so many images, evenly spaced over the split.", at_least=1)
-    max_validation_images: int = setting(256, "Measure on at most so many held-out images, evenly spaced.", at_least=1)
+    max_train_samples: int | None = setting(
+        None, "Train on at most this many, evenly spaced over the split.", at_least=1
+    )
+    max_validation_images: int = setting(256, "Measure on at most this many of them, evenly spaced.", at_least=1)
     on_bad_image: Literal["error", "skip"] = setting("error", "What to do with an unreadable image.")
     cache_dir: str | None = setting(None, "Where decoded images are kept. Default: the Hugging Face cache.")
     dataloader_num_workers: int = setting(0, "Processes that prepare batches; 0: the training process.", at_least=0)
-    data_fingerprint: str | None = setting(None, "That the images must have; training_config.yaml states it.")
+    data_fingerprint: str | None = setting(
+        None, "Fingerprint that the images must have; training_config.yaml states it."
+    )
 
 
 @dataclass

@@ -176,7 +176,9 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         checkpoint = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
         fault = damage(checkpoint)
         if fault is not None:
-            raise ValueError(f"--resume_from_checkpoint is {wanted}, and {checkpoint} is no whole checkpoint: {fault}")
+            raise ValueError(
+                f"--resume_from_checkpoint is {wanted}, and {checkpoint} is not a whole checkpoint: {fault}"
+            )
         return checkpoint
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in checkpoints:

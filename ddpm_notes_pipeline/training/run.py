@@ -143,7 +143,7 @@ class TrainingRun:
             raise
 
     def close(self) -> None:
-        """Let go of progress bar and tracker: for a run that fails before `finish` has ended."""
+        """Close progress bar and tracker, of a run that fails before `finish` has ended."""
         self.progress.bar.close()
         self.logs.tracker.close()
 

@@ -1,7 +1,9 @@
 """Folders of image files: which splits and classes they have, and that no image is lost."""
 
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -113,6 +115,15 @@ def test_hidden_files_are_ignored_and_linked_folders_followed_once(load, tmp_pat
     (folder / "b").symlink_to(write_images(tmp_path / "elsewhere", ["x.png"]))
     (folder / "a" / "up").symlink_to(folder)  # a circle
     assert len(load(folder)) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_file_name_that_is_not_utf8_is_named(load, tmp_path):
+    folder = write_images(tmp_path / "f", ["ä ö/日本.png"])
+    assert load(folder, label_column="label").class_names == ["ä ö"]
+    write_images(folder, [os.fsdecode(b"b/caf\xe9.png")])
+    with pytest.raises(ValueError, match=r"f holds 'b/caf\\udce9.png'; names must be UTF-8: rename the file"):
+        load(folder)
 
 
 def test_of_several_links_to_a_folder_the_first_by_name_is_its_class(load, tmp_path):

@@ -141,8 +141,8 @@ def test_a_licence_is_asked_about_before_there_is_a_repository(hub, api):
         ("hf_user", "other/new", "needs the role `write`"),
         ("hf_user", "other/there", "needs the role `write`"),
         ("hf_wrong", "user/new", "missing, expired or wrong"),
-        (None, "new", "log in by `hf auth login`"),
-        (None, "user/new", "log in by `hf auth login`"),
+        (None, "new", "log in with `hf auth login`"),
+        (None, "user/new", "log in with `hf auth login`"),
     ],
 )
 def test_a_repository_that_cannot_be_written_to_is_told_at_once(hub, api, token, repo, reason):

@@ -258,7 +258,7 @@ FILES = ["model.safetensors", "ema.safetensors", "optimizer.bin", "timestep_samp
 def test_a_damaged_file_is_named(three, name, harm):
     harm(three.folder / "checkpoint-15" / name)
     assert damage(three.folder / "checkpoint-15").startswith(f"{name} ")
-    with pytest.raises(ValueError, match=rf"checkpoint-15 is no whole checkpoint: {name} "):
+    with pytest.raises(ValueError, match=rf"checkpoint-15 is not a whole checkpoint: {name} "):
         find_checkpoint(three.folder, "checkpoint-15")
 
 

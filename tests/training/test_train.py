@@ -873,7 +873,7 @@ REFUSED = {
     "simple, variance learned": ("--dataset_name digits --variance_type learned_range", "'simple'.*'learned_range'"),
     "zero SNR with epsilon": ("--dataset_name digits --rescale_betas_zero_snr", "'epsilon'.*v_prediction"),
     "the bound weighted": ("--dataset_name digits --objective vlb --loss_weighting min_snr", "'min_snr'.*'vlb'"),
-    "nothing to resume": ("--dataset_name digits --resume_from_checkpoint checkpoint-5", "no whole checkpoint"),
+    "nothing to resume": ("--dataset_name digits --resume_from_checkpoint checkpoint-5", "not a whole checkpoint"),
     "no model there": (
         "--dataset_name digits --pretrained_model_name_or_path ./nowhere",
         r"--pretrained_model_name_or_path is ./nowhere, and there is no such file or folder in .*$",
