@@ -34,8 +34,8 @@ class Table:
 
     @property
     def class_names(self) -> list[str] | None:
-        """The names of a ClassLabel column's classes, if some are chosen, of those."""
-        names = _class_names(self.rows.features, self.label_column)
+        """The names of a ClassLabel column's classes; of the chosen ones, if some are chosen."""
+        names = getattr(self.rows.features[self.label_column], "names", None) if self.label_column else None
         return names if names is None or self.new_labels is None else [names[i] for i in self.new_labels]
 
     @property
@@ -68,8 +68,8 @@ def open_table(source: ImageSource, streaming: bool = False) -> Table:
         raise ValueError(f"{source} has 0 images in split {source.split!r}")
     image_column = _find_image_column(rows.features, source.image_column)
     _check_label_column(rows.features, source.label_column, folder)
-    new_labels = labels_of_classes(source, _class_names(rows.features, source.label_column))
-    table = Table(rows, image_column, source.label_column, folder, new_labels)
+    table = Table(rows, image_column, source.label_column, folder)
+    table = replace(table, new_labels=labels_of_classes(source, table.class_names))
     if streaming and isinstance(rows, datasets.Dataset):
         return replace(table, rows=_as_stream(table, source))
     return table
@@ -215,10 +215,6 @@ def _rows_of_classes(table: Table, source: ImageSource) -> np.ndarray:
         names = ", ".join(source.classes or ())
         raise ValueError(f"{source} has 0 images of the classes {names} in split {source.split!r}")
     return kept
-
-
-def _class_names(features: dict[str, Any], label_column: str | None) -> list[str] | None:
-    return None if label_column is None else getattr(features[label_column], "names", None)
 
 
 def _labels(table: Table) -> np.ndarray | None:
