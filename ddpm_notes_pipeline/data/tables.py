@@ -46,7 +46,7 @@ class Table:
 
     def kept(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Of rows of a stream, those of the chosen classes, with their new labels."""
-        column, new_labels = self.label_column, self.new_labels
+        column, new_labels = str(self.label_column), self.new_labels
         for row in rows:
             if new_labels is None:
                 yield row
