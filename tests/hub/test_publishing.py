@@ -192,7 +192,7 @@ def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it
 
 
 def test_a_folder_that_is_no_space_is_told_before_anything_is_pushed(folder, tmp_path):
-    with pytest.raises(SystemExit, match=r"--space_dir .* has no app.py, README.md, requirements.txt; must be"):
+    with pytest.raises(SystemExit, match=r"--space_dir .* has no app.py, README.md, requirements.txt; it must be"):
         publishing.main([str(folder), "--space_id", "user/demo", "--space_dir", str(tmp_path)])
 
 
