@@ -10,7 +10,6 @@ folder of the model; its checkpoints are in `checkpoint-N/`.
 """
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -18,10 +17,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ddpm_notes_pipeline.training.arguments import Arguments, RunArguments
-from ddpm_notes_pipeline.training.commands import resume_command
+from ddpm_notes_pipeline.training.commands import num_processes, resume_command
 from ddpm_notes_pipeline.training.parser import one_line, parse_arguments
-
-DISTRIBUTED = int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def main() -> None:
@@ -51,7 +48,7 @@ def train(settings: Arguments) -> None:
         sys.exit(f"train.py: error: {fault}")
     except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
         text = describe(fault, settings.run, list_checkpoints(Path(settings.run.output_dir)))
-        if DISTRIBUTED:
+        if num_processes() > 1:
             exit_now(1, text, once=isinstance(fault, FloatingPointError))
         tqdm.write(text, file=sys.stderr)
         sys.exit(1)

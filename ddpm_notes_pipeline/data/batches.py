@@ -43,7 +43,7 @@ class StepBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         class_labels: int64 (b,), if the set has labels.
 
     Each epoch holds every image once, in an order of its own; a batch that an epoch cannot fill
-    goes on into the next.
+    continues into the next.
 
     Args:
         images: from `load_images`.

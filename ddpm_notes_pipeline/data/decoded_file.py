@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 import zipfile
 from array import array
 from collections import Counter
@@ -22,8 +21,9 @@ import numpy as np
 
 from .decoding import bad_image, check_size, crop, decode
 from .sources import MODES, ImageSource
+from .whole_file import replacing
 
-FORMAT = 2  # of the file and of how images are decoded: raise it, and every set is decoded anew
+FORMAT = 2  # of the file and of how images are decoded: raising it has every set decoded again
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class DecodedFile:
 
 
 def read_decoded(path: Path) -> DecodedFile | None:
-    """The decoded file at `path`; None where there is no whole one."""
+    """The decoded file at `path`; None if there is none, or it is cut short."""
     try:
         with open(path, "rb") as file:
             end = file.seek(-8, os.SEEK_END)
@@ -111,16 +111,8 @@ def write_decoded(path: Path, images: Iterable[tuple[str, Any]], source: ImageSo
             without a target.
         OSError: the file was not written whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written under a name of its own, then moved: neither an interruption nor another process that
-    # decodes the same set can leave half a file under the final name.
-    part = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with open(part, "xb") as out:
-            _write(out, images, source)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("xb") as out:
+        _write(out, images, source)
     decoded = read_decoded(path)
     if decoded is None:
         raise OSError(f"{path} was written but does not read back: a full disk or a faulty file system?")

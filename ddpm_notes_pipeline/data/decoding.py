@@ -21,7 +21,7 @@ def decode(raw: Any, source: ImageSource, mode: str | None) -> tuple[np.ndarray,
 
     Returns:
         The pixels, uint8 (C, H, W); their mode; and whether the image had 16 bits ("sixteen_bit"),
-        came from JPEG ("lossy"), was resized ("resized") and had colours where nobody sees them
+        came from JPEG ("lossy"), was resized ("resized") and had colours where its alpha is 0
         ("hidden_colours").
 
     Raises:
@@ -42,7 +42,7 @@ def decode(raw: Any, source: ImageSource, mode: str | None) -> tuple[np.ndarray,
     if mode not in (None, wanted):
         found = wanted + (" (from 16 bits)" if sixteen_bit else "")
         raise ValueError(
-            f"its mode is {found}, that of the first image is {mode}; image_mode (--image_mode) converts all to one"
+            f"its mode is {found}, that of the first image is {mode}; set image_mode (--image_mode) to convert all to one"
         )
     size = image.size
     if source.target is not None:
@@ -69,7 +69,7 @@ def open_image(raw: Any) -> tuple[PIL.Image.Image, bool]:
     try:
         file = PIL.Image.open(raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"]))
     except PIL.UnidentifiedImageError as error:  # its own message names an object in memory
-        raise ValueError("cannot identify its format as one of images") from error
+        raise ValueError("cannot identify its image format") from error
     with file:
         # `open` reads only the header; transposing reads the pixels.
         return PIL.ImageOps.exif_transpose(file), file.format in ("JPEG", "MPO")
@@ -92,7 +92,7 @@ def without_hidden_colours(image: PIL.Image.Image) -> tuple[PIL.Image.Image, boo
 
 
 def read_remote(value: Any) -> Any:
-    """An image that only names a file elsewhere or in an archive, with its bytes; others as is."""
+    """The image, with its bytes if it only names a file elsewhere or in an archive."""
     if isinstance(value, dict) and value.get("bytes", b"") is None and "://" in str(value.get("path")):
         with fsspec.open(value["path"], "rb") as file:
             return {"bytes": file.read(), "path": value["path"]}
@@ -102,8 +102,8 @@ def read_remote(value: Any) -> Any:
 def crop(pixels: np.ndarray, size: tuple[int, int], at: np.ndarray | None = None) -> np.ndarray:
     """The H x W part of `pixels` (C, h, w).
 
-    `at`, two numbers in [0, 1), places it, as fractions of the room (down, right) that it has; None
-    is the centre.
+    `at`, two numbers in [0, 1), places it: fractions of the free space (down, right). None is the
+    centre.
     """
     room = np.array(pixels.shape[1:]) - np.array(size)
     top, left = room // 2 if at is None else (at * (room + 1)).astype(np.int64)

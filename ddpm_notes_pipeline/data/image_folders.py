@@ -121,16 +121,19 @@ def read_image_folder(root: Path) -> ImageFolder:
         )
     splits: dict[str, list[str]] = {}
     for path in images:
+        if os.fsencode(path).decode(errors="replace") != path:
+            raise ValueError(f"{root} holds {path!r}; names must be UTF-8: rename the file")
         splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()] if split_folders else "train", []).append(path)
     return ImageFolder(root, splits, split_folders, metadata, archives, tables)
 
 
 def _files_below(root: Path) -> list[str]:
-    """Paths below `root`, parted by "/". Links to folders are followed, each folder once."""
+    """Paths below `root`, separated by "/". Links to folders are followed, each folder once."""
     found, seen = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
         real, here = os.path.realpath(folder), Path(folder).relative_to(root)
-        below[:] = [name for name in below if not name.startswith(HIDDEN) and real not in seen]
+        # In order, or which of several links to a folder is followed would differ between machines.
+        below[:] = [name for name in sorted(below) if not name.startswith(HIDDEN) and real not in seen]
         found += [(here / name).as_posix() for name in names if not name.startswith(HIDDEN) and real not in seen]
         seen.add(real)
     return found

@@ -28,8 +28,8 @@ class ImageSet:
         fingerprint: hex digest of the pixels and sizes, not of labels, file names or dates: the
             same images have the same fingerprint on every machine.
         labels: (N,) int64 in [0, num_classes); None without a label column.
-        class_names: the names of the classes, where the data set states them; `source.classes`, if
-            these were chosen.
+        class_names: the names of the classes, where the data set states them; of `source.classes`
+            alone, if some were chosen.
         license: of the images, where the data set states one.
         num_files: image files in the split, of all classes; None where the images are not from a
             folder of images.
@@ -37,7 +37,7 @@ class ImageSet:
         channels: C, 1 (grey), 3 (RGB) or 4 (RGBA).
         skipped, lossy, resized, hidden_colours: how many images of `file` were left out as bad,
             came from JPEG files, were resized, had colours where their alpha is 0. Distances
-            between sets see the second and the third.
+            between sets depend on the second and the third.
     """
 
     name: str
@@ -80,8 +80,8 @@ class ImageSet:
 
         Args:
             indices: n integers in [0, N): a sequence, array or tensor.
-            crop_at: (n, 2) in [0, 1), where larger images are cropped, as a fraction of the room
-                (down, right); None is the centre.
+            crop_at: (n, 2) in [0, 1), where larger images are cropped: fractions of the free space
+                (down, right). None is the centre.
 
         Raises:
             IndexError: an index outside [0, N).

@@ -47,8 +47,8 @@ def load_images(
         streaming: read only the first `max_samples` rows; nothing else is loaded or kept on disk.
 
     Raises:
-        ValueError, FileNotFoundError: what was asked for does not exist or cannot be; the message
-            says what does and can.
+        ValueError, FileNotFoundError: there are no such images, or the arguments do not fit them;
+            the message says what there is.
         ImportError: a package is missing; the message names the extra that brings it.
     """
     asked = ImageSource(dataset_name, dataset_config_name, **source)
@@ -87,5 +87,5 @@ def _warn_of_changes(name: str, file: DecodedFile) -> None:
     if file.sixteen_bit:
         warnings.warn(f"{name}: {file.sixteen_bit} 16-bit images scaled to 8 bits, v -> v/257", stacklevel=3)
     if file.hidden_colours:
-        hidden = f"{file.hidden_colours} images had colours in fully transparent pixels (alpha 0), which are 0 now"
+        hidden = f"{file.hidden_colours} images had colours in fully transparent pixels (alpha 0), which were set to 0"
         warnings.warn(f"{name}: {hidden}", stacklevel=3)

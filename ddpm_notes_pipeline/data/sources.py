@@ -37,8 +37,8 @@ class ImageSource:
         split: "train", "test", ...; of folders and what `load_dataset` reads, "train[:10%]" too.
         image_column: optional where exactly one column holds images.
         label_column: a ClassLabel or integer column. None: no labels.
-        classes: names of classes of label_column, a ClassLabel. Only images of these are kept, and
-            labels count them in the order given here. None: all.
+        classes: names of classes of label_column, a ClassLabel. Only their images are kept, and
+            labels number the classes in the order given here. None: all.
         resolution: S or (H, W) in pixels. Images are resized (bilinear, antialiased) by the
             smallest factor that covers H x W, keeping their aspect, then cropped; an image of that
             size is left as it is. None: images keep their size, which must be the same for all.
@@ -46,7 +46,8 @@ class ImageSource:
             in each batch.
         image_mode: "L", "RGB" or "RGBA": all images are converted. None: the mode of the first
             image; an image of another mode is bad (palette and CMYK count as RGB, with transparency
-            as RGBA; 1-bit and 16-bit grey as L). Of RGBA, pixels with alpha 0 get colour 0.
+            as RGBA; 1-bit and 16-bit grey as L). Of RGBA, pixels with alpha 0 get colour 0; L and
+            RGB drop the alpha, so that colours it hid are seen.
         on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it
             out and warns.
 
@@ -108,8 +109,8 @@ class ImageSource:
         return f"data set {self.dataset_name!r}" if folder is None else f"train_data_dir {str(folder)!r}"
 
 
-def labels_of_classes(source: ImageSource, names: list[str] | None) -> np.ndarray | None:
-    """The labels that the chosen classes have in the data, int64; None where none are chosen.
+def labels_of_classes(source: ImageSource, names: list[str] | None) -> dict[int, int] | None:
+    """The new label of each chosen class by its label in the data; None where none are chosen.
 
     Args:
         names: of all classes of the label column; None where it has no names.
@@ -123,21 +124,16 @@ def labels_of_classes(source: ImageSource, names: list[str] | None) -> np.ndarra
     if names is None:
         column = f"label_column {source.label_column!r} of {source}"
         raise ValueError(f"classes is {chosen}, but {column} holds integers without names; it must be a ClassLabel")
-    unknown = [name for name in chosen if name not in names]
-    repeated = [name for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
-    if unknown or repeated:
-        fault = "which are not among those" if unknown else "more than once, and must have each once of those"
-        raise ValueError(f"classes has {', '.join(unknown or repeated)}, {fault} of {source}: {', '.join(names)}")
-    return np.array([names.index(name) for name in chosen], dtype=np.int64)
+    if not set(chosen) <= set(names) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"classes is {chosen}; it must hold classes of {source}, each once: {', '.join(names)}")
+    return {names.index(name): label for label, name in enumerate(chosen)}
 
 
-def renumbered(labels: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
-    """Labels, (N,) int64, as positions in `chosen`, -1 for all others; as they are for None."""
-    if chosen is None:
+def renumbered(labels: np.ndarray, new_labels: dict[int, int] | None) -> np.ndarray:
+    """Labels, (N,) int64, by `labels_of_classes`: -1 for classes that are not chosen."""
+    if new_labels is None:
         return labels
-    position = np.full(int(max(labels.max(initial=0), chosen.max())) + 1, -1)
-    position[chosen] = np.arange(len(chosen))
-    return np.where(labels < 0, -1, position[labels])
+    return np.array([new_labels.get(label, -1) for label in labels.tolist()], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 2. A stream is a sequence of epochs. In each, its shards come in a new order and their rows go
    through a shuffle buffer, both drawn from (seed, stream, epoch). A shorter stream begins its next
    epoch sooner.
-3. Resuming at step n reads again, without decoding, the first epoch, which tells the length of the
+3. Resuming at step n reads again, without decoding, the first epoch, which has the length of the
    others, and the epoch that holds step n. So it is exact for any number of processes.
 """
 
@@ -101,8 +101,8 @@ def open_stream(
             rows are read.
         max_samples: read only the first rows.
         buffer_size: rows in the shuffle buffers, which stay encoded until they are used.
-        first_images: images that are decoded at once, into `cache_dir`: they tell channels and
-            size, and what is wrong with the arguments.
+        first_images: images that are decoded now, into `cache_dir`: they show channels and size,
+            and mistakes in the arguments.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as `load_images`.

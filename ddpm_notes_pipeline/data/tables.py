@@ -23,21 +23,20 @@ class Table:
         rows: a `datasets.Dataset`, or an `IterableDataset` if it is streamed.
         image_column, label_column: of `rows`.
         folder: the folder of image files that the rows come from, or None.
-        chosen: the labels in `rows` of the classes that are kept, in the order of their new labels;
-            None for all.
+        new_labels: of the classes that are kept, by their labels in `rows`; None: all are kept.
     """
 
     rows: Any
     image_column: str
     label_column: str | None
     folder: ImageFolder | None
-    chosen: np.ndarray | None = None
+    new_labels: dict[int, int] | None = None
 
     @property
     def class_names(self) -> list[str] | None:
-        """The names of a ClassLabel column's classes, if some are chosen, of those."""
-        names = _class_names(self.rows.features, self.label_column)
-        return names if names is None or self.chosen is None else [names[i] for i in self.chosen]
+        """The names of a ClassLabel column's classes; of the chosen ones, if some are chosen."""
+        names = getattr(self.rows.features[self.label_column], "names", None) if self.label_column else None
+        return names if names is None or self.new_labels is None else [names[i] for i in self.new_labels]
 
     @property
     def encoded(self) -> Any:
@@ -47,13 +46,12 @@ class Table:
 
     def kept(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Of rows of a stream, those of the chosen classes, with their new labels."""
-        if self.chosen is None:
-            yield from rows
-            return
-        column, new = str(self.label_column), {int(label): i for i, label in enumerate(self.chosen)}
+        column, new_labels = str(self.label_column), self.new_labels
         for row in rows:
-            if row[column] in new:
-                yield row | {column: new[row[column]]}
+            if new_labels is None:
+                yield row
+            elif row[column] in new_labels:
+                yield row | {column: new_labels[row[column]]}
 
 
 def open_table(source: ImageSource, streaming: bool = False) -> Table:
@@ -65,13 +63,13 @@ def open_table(source: ImageSource, streaming: bool = False) -> Table:
     """
     rows, folder = _load(source, streaming)
     if rows.features is None:
-        raise ValueError(f"{source} does not state its columns, and a stream must know them before it is read")
+        raise ValueError(f"{source} does not state its columns; to be streamed, it must")
     if not streaming and len(rows) == 0:
         raise ValueError(f"{source} has 0 images in split {source.split!r}")
     image_column = _find_image_column(rows.features, source.image_column)
     _check_label_column(rows.features, source.label_column, folder)
-    chosen = labels_of_classes(source, _class_names(rows.features, source.label_column))
-    table = Table(rows, image_column, source.label_column, folder, chosen)
+    table = Table(rows, image_column, source.label_column, folder)
+    table = replace(table, new_labels=labels_of_classes(source, table.class_names))
     if streaming and isinstance(rows, datasets.Dataset):
         return replace(table, rows=_as_stream(table, source))
     return table
@@ -81,15 +79,12 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
     """At most `max_samples` rows: evenly spaced over the split, or with `streaming` the first ones.
 
     Raises:
-        ValueError, FileNotFoundError: as `open_table`; also rows without a label, missing files.
+        ValueError, FileNotFoundError: as `open_table`; also rows without a label.
     """
     table = open_table(source, streaming)
-    license, folder, split = table.rows.info.license, table.folder, source.split
-    num_files = folder.files_in(split) if folder else None
+    license, folder = table.rows.info.license, table.folder
     if streaming:
-        table = _first_rows(table, split, max_samples)
-    elif folder and not folder.metadata and "[" not in split and (found := len(table.rows)) < (num_files or 0):
-        raise ValueError(f"{source} has {num_files} image files in split {split!r}, and {found} were found")
+        table = _first_rows(table, source.split, max_samples)
     # The fingerprint of all rows, for which `datasets` has no public name.
     fingerprint = table.rows._fingerprint  # noqa: SLF001
     kept = _rows_of_classes(table, source)
@@ -105,14 +100,14 @@ def read_table(source: ImageSource, max_samples: int | None, streaming: bool = F
         labels=_labels(table),
         class_names=table.class_names,
         license=license or None,
-        num_files=num_files,
+        num_files=folder.files_in(source.split) if folder else None,
     )
 
 
 def _load(source: ImageSource, streaming: bool) -> tuple[Any, ImageFolder | None]:
     """One split as `datasets` has it, and the folder of image files that it comes from, if any.
 
-    With `streaming` the split may still be a `Dataset`, of files here.
+    Even with `streaming`, a split of local files may be a `Dataset`.
     """
     if source.dataset_name in EMBEDDED:
         raise ValueError(f"{source} is embedded in a package and cannot be streamed: leave out --streaming")
@@ -195,35 +190,31 @@ def _first_rows(table: Table, split: str, count: int | None) -> Table:
     taken = itertools.islice(table.kept(stream), count)
     rows = [{name: read_remote(value) for name, value in row.items()} for row in taken]
     if not rows:
-        of_classes = "" if table.chosen is None else f" of the classes {', '.join(names or ())}"
+        of_classes = "" if table.new_labels is None else f" of the classes {', '.join(names or ())}"
         raise ValueError(f"the stream has 0 rows{of_classes} in split {split!r}")
     features = stream.features.copy()
-    if table.chosen is not None:
+    if table.new_labels is not None:
         features[str(table.label_column)] = datasets.ClassLabel(names=names)
     first = datasets.Dataset.from_list(rows, features=features)
-    return replace(table, rows=first.cast_column(table.image_column, datasets.Image()), chosen=None)
+    return replace(table, rows=first.cast_column(table.image_column, datasets.Image()), new_labels=None)
 
 
 def _as_stream(table: Table, source: ImageSource) -> datasets.IterableDataset:
     """The rows of a table as a stream, those of the chosen classes, so that no shard has none."""
     rows, shards = table.rows, STREAM_SHARDS if table.folder else len(table.rows.cache_files)
-    if table.chosen is not None:
+    if table.new_labels is not None:
         rows = rows.select(_rows_of_classes(table, source), keep_in_memory=True)
     return rows.to_iterable_dataset(num_shards=max(1, min(len(rows), shards)))
 
 
 def _rows_of_classes(table: Table, source: ImageSource) -> np.ndarray:
     """The rows of the chosen classes, int64 (n,), at least one; all rows if none are chosen."""
-    labels = None if table.chosen is None else _labels(table)
+    labels = None if table.new_labels is None else _labels(table)
     kept = np.arange(len(table.rows)) if labels is None else np.flatnonzero(labels >= 0)
     if not len(kept):
         names = ", ".join(source.classes or ())
         raise ValueError(f"{source} has 0 images of the classes {names} in split {source.split!r}")
     return kept
-
-
-def _class_names(features: dict[str, Any], label_column: str | None) -> list[str] | None:
-    return None if label_column is None else getattr(features[label_column], "names", None)
 
 
 def _labels(table: Table) -> np.ndarray | None:
@@ -232,9 +223,9 @@ def _labels(table: Table) -> np.ndarray | None:
         return None
     column = table.rows.select_columns([table.label_column]).with_format("arrow")[:].column(0)
     labels = column.cast("int64").fill_null(-1).to_numpy()
-    if table.chosen is None and labels.min() < 0:
+    if table.new_labels is None and labels.min() < 0:
         raise ValueError(f"label_column {table.label_column!r} has rows without a label (null or below 0)")
-    return renumbered(labels, table.chosen)
+    return renumbered(labels, table.new_labels)
 
 
 def image_name(place: str, image: dict[str, Any] | None) -> str:

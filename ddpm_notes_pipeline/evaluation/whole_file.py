@@ -1,8 +1,6 @@
 """Safetensors files written atomically: whole or absent, even if the process is killed."""
 
 import hashlib
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +9,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..data.whole_file import replacing
+
 
 def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file beside `path`, flush it to disk, and rename it.
+    """Write a file, whole or not at all.
 
     Raises:
         OSError, SafetensorError: no space, no permission. An earlier file of this name stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.part")
-    try:
+    with replacing(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:

@@ -41,6 +41,7 @@ from ..evaluation.reports import (
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
+from ..stock_config import PRIVATE_ENTRY
 from .owner_edits import merge, newest_card, repository_of
 
 logger = logging.getLogger(__name__)
@@ -123,11 +124,13 @@ def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = 
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{folder} has no model_index.json; must be a folder that DDPMNotesPipeline.save_pretrained wrote"
+            f"{folder} has no model_index.json; it must be a folder that DDPMNotesPipeline.save_pretrained wrote"
         )
     evaluation = Evaluation.read(folder)
     if evaluation is not None and evaluation.weights != weights_digest(folder):
-        logger.warning("%s is about other weights than the folder's: not on the card", folder / Evaluation.FILE)
+        logger.warning(
+            "%s was measured on other weights than the folder's: left off the card", folder / Evaluation.FILE
+        )
         evaluation = None
     with torch.device("meta"):
         unet = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
@@ -161,6 +164,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
     )
     pipeline, unet = facts.pipeline, facts.pipeline.unet.config
     classes, side, images = pipeline.num_classes or 0, unet.sample_size, facts.run and facts.run.images
+    labels = f", class_labels={[i % classes for i in range(4)]}" if classes else ""
     context = template.new_context(
         {
             **{function.__name__: function for function in TEXTS},
@@ -171,12 +175,13 @@ def _render(facts: CardFacts) -> dict[str, str]:
             "scheduler": pipeline.scheduler,
             "T": len(pipeline.scheduler),
             "num_labels": classes,
+            "class_names": (unet.get(PRIVATE_ENTRY) or {}).get("class_names"),
             "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(unet.in_channels, f"{unet.in_channels}-channel"),
             "pixels": f"{side}x{side}" if isinstance(side, int) else "{}x{}".format(*side),
             "parameters": f"{pipeline.unet.num_parameters() / 1e6:.2f} M weights",
             "images": f"{images} images" if images else "a stream of images",
-            "labels": f", class_labels={[i % classes for i in range(4)]}" if classes else "",
-            "sampling": sampling_code(facts),
+            "labels": labels,
+            "sampling": sampling_code(facts, labels),
             "imported": sorted({"DiffusionPipeline", *stock_scheduler(facts)}),
             "learned_variance": pipeline.scheduler.config.variance_type in LEARNED_VARIANCES,
         }
@@ -185,21 +190,20 @@ def _render(facts: CardFacts) -> dict[str, str]:
 
 
 def fewest_steps(facts: CardFacts) -> FewestSteps | None:
-    """Of the evaluation, where the model in the folder has what they need."""
+    """Those of the evaluation; None if the model in the folder lacks what they need."""
     fewest = facts.evaluation.fewest_steps if facts.evaluation else None
     return None if fewest is None or fewest.missing(facts.pipeline.scheduler) else fewest
 
 
-def sampling_code(facts: CardFacts) -> str:
-    """Lines that sample 4 images with `pipe`, and leave it its scheduler, which measures bits/dim.
+def sampling_code(facts: CardFacts, labels: str) -> str:
+    """Lines that sample 4 images with `pipe`, and restore its scheduler, which bits/dim need.
 
-    With the fewest steps at equal quality where these are known; else with 100 steps.
+    With the fewest steps at equal quality where these are known; else with 100 steps. `labels` is
+    the argument of the 4 classes, or empty.
     """
-    pipeline, fewest = facts.pipeline, fewest_steps(facts)
-    classes, own = pipeline.num_classes or 0, pipeline.scheduler
-    labels = f", class_labels={[i % classes for i in range(4)]}" if classes else ""
+    own, fewest = facts.pipeline.scheduler, fewest_steps(facts)
     if fewest is None:
-        guidance = "" if pipeline.null_label is None else ", guidance_scale=2.0"
+        guidance = "" if facts.pipeline.null_label is None else ", guidance_scale=2.0"
         return f"images = pipe(batch_size=4, num_inference_steps={min(100, len(own))}{labels}{guidance}).images"
     K, changes = fewest.num_inference_steps, fewest.scheduler_settings
     lines, path = [], f"num_inference_steps={K}"
@@ -217,13 +221,13 @@ def sampling_code(facts: CardFacts) -> str:
 
 
 def stock_scheduler(facts: CardFacts) -> list[str]:
-    """The class of diffusers that the lines need, if any."""
+    """The diffusers class that `sampling_code` needs, if any."""
     fewest = fewest_steps(facts)
     return [] if fewest is None or fewest.scheduler == DDPMNotesScheduler.__name__ else [fewest.scheduler]
 
 
 def own_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
-    """Those that the scheduler sets for a number of steps."""
+    """The timesteps that the scheduler itself sets for a number of steps."""
     same = DDPMNotesScheduler.from_config(scheduler.config)
     same.set_timesteps(steps)
     return same.timesteps.tolist()

@@ -63,7 +63,7 @@ def repository_of(card: str | None) -> str | None:
 
 
 def newest_card(local: str | None, published: str | None) -> tuple[str | None, bool]:
-    """Which of two copies to build on, and whether the edits of the local one get lost by that.
+    """Which of two copies to build on, and whether edits of the local one are lost.
 
     The published one, unless only the local one was edited.
     """

@@ -3,7 +3,7 @@
 Only the folder's own files are pushed (`HUB_FILES`): no checkpoints, optimizer states or logs. A
 push is one commit on top of the commit it has seen. If the Hub says that the repository has moved
 on, is busy or does not answer, the push looks at what is there and tries again: files that arrived
-are not committed a second time, and of two concurrent pushes all files of the later one win. Only
+are not committed a second time, and of two concurrent pushes the later one wins. Only
 the folder's card changes, so a failed push loses nothing: `push_command` finishes it.
 
 The demo is a Space: three files of a folder of their own (examples/space in a clone). They are not
@@ -167,7 +167,7 @@ def read_space(space_dir: Path | str) -> dict[str, bytes]:
     missing = [name for name in SPACE_FILES if not (Path(space_dir) / name).is_file()]
     if missing:
         raise ValueError(
-            f"--space_dir {space_dir} has no {', '.join(missing)}; must be a folder with {', '.join(SPACE_FILES)}, such as "
+            f"--space_dir {space_dir} has no {', '.join(missing)}; it must be a folder with {', '.join(SPACE_FILES)}, such as "
             "examples/space in a clone of the project"
         )
     return {name: (Path(space_dir) / name).read_bytes() for name in SPACE_FILES}
@@ -185,7 +185,7 @@ def export_folder(
     """
     folder, target = Path(folder), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not empty; must be a new folder, or an empty one")
+        raise ValueError(f"{target} is not empty; it must be a new folder, or an empty one")
     write_card(folder, repo_id, license)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = list(filter_repo_objects(names, allow_patterns=HUB_FILES))
@@ -275,8 +275,8 @@ def _with_retries(action: Callable[[], str], what: str, ended: threading.Event |
 
 
 ADVICE = {  # by status: what only the user can change
-    401: "the token is missing, expired or wrong; log in by `hf auth login` or set HF_TOKEN",
-    403: "the token may not write there; it needs the role `write`, and the name before the / has to be yours, or that of "
+    401: "the token is missing, expired or wrong; log in with `hf auth login` or set HF_TOKEN",
+    403: "the token may not write there; it needs the role `write`, and the name before the / must be yours, or that of "
     "an organisation of yours (`hf auth whoami` shows both)",
     404: "there is no such repository, or the token may not see it",
 }
@@ -286,7 +286,7 @@ TEMPORARY = (408, 409, 412, 423, 429)  # and all above 499
 def _diagnose(error: BaseException) -> tuple[str, float | None]:
     """Why an attempt failed, and the seconds to wait at least; None: another cannot help."""
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return "there is no token; log in by `hf auth login` or set HF_TOKEN", None
+        return "there is no token; log in with `hf auth login` or set HF_TOKEN", None
     cause: BaseException | None = error
     # HTTPError is the base of all network errors: httpx's in huggingface_hub 1.x, httpx2's in 2.x
     while cause is not None and not isinstance(cause, errors.HTTPError):

@@ -23,7 +23,7 @@ from ..names import (
     VARIANCE_TYPES,
     WEIGHTINGS,
 )
-from .commands import typed_flags
+from .commands import num_processes, typed_flags
 
 FEATURE_NETWORK_HELP = "Network whose features are compared: efficientnet-lite0, or a vision model of transformers."
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
@@ -59,7 +59,7 @@ class DataArguments:
     image_column: str | None = setting(None, "Column of the images. Default: the only one that holds images.")
     label_column: str | None = setting(None, "Column of class labels, to train with classes. Of a folder: 'label'.")
     classes: list[str] | None = setting(
-        None, "Of --label_column, keep these classes only; labels count them in this order. Default: all."
+        None, "Keep only these classes of --label_column; labels number them in this order. Default: all."
     )
     label_dropout: float = setting(0.1, "Share of labels dropped, for classifier-free guidance.", at_least=0, below=1)
     resolution: list[int] | None = setting(None, "Side, or height and width. Default: the images' own.", at_least=1)
@@ -72,12 +72,16 @@ class DataArguments:
         "buffer, and shards each epoch: a weaker shuffle. Resuming reads up to one epoch and a part of another again.",
     )
     shuffle_buffer_size: int = setting(1000, "Encoded rows in memory that --streaming shuffles.", at_least=1)
-    max_train_samples: int | None = setting(None, "Train on so many images, evenly spaced over the split.", at_least=1)
-    max_validation_images: int = setting(256, "Measure on at most so many held-out images, evenly spaced.", at_least=1)
+    max_train_samples: int | None = setting(
+        None, "Train on at most this many, evenly spaced over the split.", at_least=1
+    )
+    max_validation_images: int = setting(256, "Measure on at most this many of them, evenly spaced.", at_least=1)
     on_bad_image: Literal["error", "skip"] = setting("error", "What to do with an unreadable image.")
     cache_dir: str | None = setting(None, "Where decoded images are kept. Default: the Hugging Face cache.")
     dataloader_num_workers: int = setting(0, "Processes that prepare batches; 0: the training process.", at_least=0)
-    data_fingerprint: str | None = setting(None, "That the images must have; training_config.yaml states it.")
+    data_fingerprint: str | None = setting(
+        None, "Fingerprint that the images must have; training_config.yaml states it."
+    )
 
 
 @dataclass
@@ -263,10 +267,12 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
             )
     if data.streaming and run.max_train_steps is None:
         raise ValueError("--streaming needs --max_train_steps: the number of images is not known in advance")
-    batch, parts = run.train_batch_size, run.gradient_accumulation_steps
-    if batch % parts:
-        accumulation = f"--gradient_accumulation_steps {parts}"
-        raise ValueError(f"--train_batch_size is {batch} with {accumulation}; it must be a multiple of that")
+    batch, parts, processes = run.train_batch_size, run.gradient_accumulation_steps, num_processes()
+    if batch % (processes * parts):
+        raise ValueError(
+            f"--train_batch_size is {batch} with --gradient_accumulation_steps {parts} on {processes} process(es); it "
+            f"must be a multiple of {processes * parts}"
+        )
     K, T = run.ddpm_num_inference_steps or 0, model.ddpm_num_steps
     if K > T and model.pretrained_model_name_or_path is None:
         raise ValueError(f"--ddpm_num_inference_steps is {K}; it must be at most {T} (--ddpm_num_steps)")

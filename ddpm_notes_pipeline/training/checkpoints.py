@@ -127,9 +127,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: Checkpoin
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     saved = manifest["run"]
-    changed = [name for name, value in state.identity.items() if saved.get(name) != value]
+    # What an earlier version did not record is taken to be the same.
+    changed = [name for name, value in state.identity.items() if saved.get(name, value) != value]
     if changed:
-        differences = "; ".join(f"{name} was {saved.get(name)!r} and is {state.identity[name]!r}" for name in changed)
+        differences = "; ".join(f"{name} was {saved[name]!r} and is {state.identity[name]!r}" for name in changed)
         raise ValueError(
             f"{checkpoint} belongs to another run: {differences}. Resume with its settings, or train into another folder"
         )
@@ -175,7 +176,9 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         checkpoint = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
         fault = damage(checkpoint)
         if fault is not None:
-            raise ValueError(f"--resume_from_checkpoint is {wanted}, and {checkpoint} is no whole checkpoint: {fault}")
+            raise ValueError(
+                f"--resume_from_checkpoint is {wanted}, and {checkpoint} is not a whole checkpoint: {fault}"
+            )
         return checkpoint
     checkpoints = list_checkpoints(output_dir)
     for checkpoint in checkpoints:

@@ -50,9 +50,14 @@ def own_images_command(command: Sequence[str], folder: str, output_dir: str) -> 
     return f"{launcher()} {script} --train_data_dir {folder} --resolution 32 --output_dir {output_dir}"
 
 
+def num_processes() -> int:
+    """How many processes this launch has, by what the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def launcher() -> str:
     """What started this process, up to the script's name: `accelerate launch ...` or `python`."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = num_processes()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ and processes == 1:  # set by the launcher
         return "python"
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:

@@ -167,7 +167,7 @@ class EvaluationRun:
         first = len(self.rows) == 1
         header = text_header(TERMINAL_COLUMNS) + "\n" if first else ""
         print(header + text_line(TERMINAL_COLUMNS, row.record), flush=True)
-        if first and self.fit is not None:
+        if first and self.fit is not None and self.fit.levels is not None:
             self.notes.append(compare_with_fit(self.fit, row, path[-1]))
 
     def sample_table(self) -> SampleTable:

@@ -2,21 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 
 from ..data import ImageSet, hold_out, load_images
-from ..data.sources import evenly_spaced
+from ..data.sources import ImageSource, evenly_spaced
 from ..data.streaming import ImageStream, open_stream
 from .arguments import DataArguments
-
-# DataArguments that `load_images` and `open_stream` take by the same names.
-IMAGE_SETTINGS = (
-    "dataset_name dataset_config_name train_data_dir image_column label_column classes resolution image_mode cache_dir on_bad_image"
-).split()
 
 
 @dataclass
@@ -92,9 +87,9 @@ def load_split(
 
     Training images are kept larger than a batch holds, to be cropped anew each time.
     """
-    settings: dict[str, Any] = {name: getattr(data, name) for name in IMAGE_SETTINGS}
-    settings |= {"split": split, "max_samples": max_samples, "show_progress": accelerator.is_local_main_process}
-    settings["center_crop"] = data.center_crop or not training
+    settings = {f.name: getattr(data, f.name) for f in fields(ImageSource) if hasattr(data, f.name)}
+    settings |= {"split": split, "center_crop": data.center_crop or not training, "max_samples": max_samples}
+    settings |= {"cache_dir": data.cache_dir, "show_progress": accelerator.is_local_main_process}
     if data.streaming and training:
         return open_stream(**settings, buffer_size=data.shuffle_buffer_size)
     return load_images(**settings, streaming=data.streaming)

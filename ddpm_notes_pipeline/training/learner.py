@@ -58,12 +58,13 @@ class Learner:
         self.lr_scheduler: Any = None  # by `schedule`
         self._last_loss: torch.Tensor | None = None
 
-    def checkpoint_state(self, fingerprint: str) -> CheckpointState:
-        """What a checkpoint holds of this, for a run on the images of `fingerprint`."""
+    def checkpoint_state(self, fingerprint: str, class_names: list[str] | None = None) -> CheckpointState:
+        """What a checkpoint holds of this, for a run on images of a fingerprint and classes."""
         identity = {
             "seed": self.run.seed,
             "train_batch_size": self.run.train_batch_size,
             "images": fingerprint,
+            "classes": class_names,  # of labels 0, 1, ...: the fingerprint is of pixels alone
             "use_ema": self.run.use_ema,
         }
         for owner, config in (("unet", self.unet.config), ("scheduler", self.scheduler.config)):

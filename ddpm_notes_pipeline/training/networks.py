@@ -11,7 +11,8 @@ from ..data import ImageSet
 from ..data.streaming import ImageStream
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from ..scheduling_ddpm_notes import PRIVATE_ENTRY, DDPMNotesScheduler
+from ..scheduling_ddpm_notes import DDPMNotesScheduler
+from ..stock_config import PRIVATE_ENTRY
 from .arguments import ModelArguments, is_local
 
 
@@ -61,7 +62,22 @@ def load_pretrained(model: ModelArguments, images: ImageSet | ImageStream) -> tu
             "there must be an embedding for each class, or neither (see --label_column)"
         )
     unet.register_to_config(sample_size=list(images.size))
+    if images.class_names is not None:
+        rename_classes(unet, images.class_names, name)
     return unet.float(), without_measured_variances(scheduler)
+
+
+def rename_classes(unet: UNet2DModel, names: list[str], model: str) -> None:
+    """Give the first labels of `model`'s UNet the classes of the images, and warn if they differ.
+
+    Labels that the images do not have keep their embeddings and their names.
+    """
+    private = unet.config.get(PRIVATE_ENTRY) or {}
+    before = private.get("class_names") or []
+    changed = [f"label {i} was {old} and is {new}" for i, (old, new) in enumerate(zip(before, names)) if old != new]
+    if changed:
+        warnings.warn(f"the images' classes are not those of {model}: {', '.join(changed)}", stacklevel=3)
+    unet.register_to_config(**{PRIVATE_ENTRY: {**private, "class_names": [*names, *before[len(names) :]]}})
 
 
 def new_unet(model: ModelArguments, images: ImageSet | ImageStream) -> UNet2DModel:

@@ -29,7 +29,7 @@ from .learner import Learner
 from .logs import RunLogs
 from .stops import failing_together
 
-# Settings of one machine or one owner, which whoever repeats the run has his own of.
+# Settings of one machine or one owner: whoever repeats the run has others.
 OWN_SETTINGS = ("output_dir", "cache_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "license")
 PATH_SETTINGS = ("dataset_name", "train_data_dir", "pretrained_model_name_or_path", "model_config_name_or_path")
 PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface_hub")
@@ -154,7 +154,7 @@ def summary(
 
 
 def validation_words(images: TrainingImages, logs: RunLogs) -> str:
-    """The newest bits/dim in words, or how to measure some."""
+    """The newest bits/dim in words, or how to have them measured."""
     if images.validation is None:
         return "nothing was held out (--validation_share 0.04 measures bits/dim on images not trained on); "
     row = logs.validation.rows[-1] if logs.validation.rows else {"bits_per_dim": None}
@@ -167,7 +167,7 @@ def validation_words(images: TrainingImages, logs: RunLogs) -> str:
 def open_repo(accelerator: Accelerator, run: RunArguments) -> str | None:
     """The full name of the repository to push to, found or made; None without --push_to_hub.
 
-    Collective, and None but on the main process.
+    Collective; None on all ranks but the main one.
 
     Raises:
         PublishingError: the repository cannot be written to.

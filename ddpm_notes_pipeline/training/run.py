@@ -7,7 +7,6 @@ It works from a script, a notebook or pytest: it takes no signals and never ends
 """
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from ..names import EVALUATIONS_PER_IMAGE
 from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, check_arguments, warmup_steps
 from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from .commands import resume_command
+from .commands import num_processes, resume_command
 from .images import count_of, dims, load_training_images
 from .learner import Learner
 from .logs import LOGS, RunLogs, warning_once
@@ -98,7 +97,6 @@ class TrainingRun:
         self.settings = Arguments(data, model, run)
         self.stops = stops or Stops()
         self.accelerator = start_accelerate(run)
-        check_batch_size(run, self.accelerator.num_processes)
         self.output_dir = Path(run.output_dir)
         set_seed(run.seed)
         prepare_output_dir(self.accelerator, self.output_dir, run)
@@ -145,7 +143,7 @@ class TrainingRun:
             raise
 
     def close(self) -> None:
-        """Let go of progress bar and tracker: for a run that fails before `finish` has ended."""
+        """Close progress bar and tracker, of a run that fails before `finish` has ended."""
         self.progress.bar.close()
         self.logs.tracker.close()
 
@@ -213,7 +211,8 @@ class TrainingRun:
                 self._write_model(bits_per_dim)
         self._write_samples()
         try:
-            self.accelerator.print(self._summary(), flush=True)
+            skipped, yardsticks = self.learner.guard.skipped, self.measurements.yardsticks
+            self.accelerator.print(summary(self.settings, self.images, logs, skipped, yardsticks), flush=True)
             if self.repo_id is not None:
                 publish(self.output_dir, self.repo_id, run, self.pushes)
         finally:
@@ -263,7 +262,7 @@ class TrainingRun:
         )
 
     def _checkpoint_state(self) -> Any:
-        return self.learner.checkpoint_state(self.images.train.fingerprint)
+        return self.learner.checkpoint_state(self.images.train.fingerprint, self.images.train.class_names)
 
     def _save_checkpoint(self, done: int) -> None:
         limit = self.settings.run.checkpoints_total_limit
@@ -356,11 +355,6 @@ class TrainingRun:
         save_samples(self.output_dir / name, real, samples, title, labels, images.train.class_names)
         self.logs.tracker.log_image(step, "samples", image_grid(samples))
 
-    def _summary(self) -> str:
-        """The last lines."""
-        skipped, yardsticks = self.learner.guard.skipped, self.measurements.yardsticks
-        return summary(self.settings, self.images, self.logs, skipped, yardsticks)
-
     def _description(self) -> str:
         """The first line: images, network, steps, batch, processes."""
         run, unet, images, progress = self.settings.run, self.learner.unet, self.images.train, self.progress
@@ -393,10 +387,9 @@ def start_accelerate(run: RunArguments) -> Accelerator:
     tracker = find_tracker(run.report_to)
     reset_accelerate()
     accelerator = Accelerator(mixed_precision=run.mixed_precision, log_with=tracker, project_dir=run.output_dir)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size != accelerator.num_processes:
+    if num_processes() != accelerator.num_processes:
         raise ValueError(
-            f"WORLD_SIZE is {world_size} and accelerate runs {accelerator.num_processes} process(es). On CPUs, start "
+            f"WORLD_SIZE is {num_processes()} and accelerate runs {accelerator.num_processes} process(es). On CPUs, start "
             "several processes by: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N "
             "training/train.py ..."
         )
@@ -433,13 +426,3 @@ def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArgument
         for folder in (*old, *(path for name in LEFTOVERS for path in output_dir.glob(name))):
             shutil.rmtree(folder)
     accelerator.wait_for_everyone()
-
-
-def check_batch_size(run: RunArguments, num_processes: int) -> None:
-    """Raise ValueError unless the batch splits evenly over processes and accumulation steps."""
-    parts = num_processes * run.gradient_accumulation_steps
-    if run.train_batch_size % parts:
-        raise ValueError(
-            f"--train_batch_size is {run.train_batch_size} on {num_processes} process(es) with "
-            f"--gradient_accumulation_steps {run.gradient_accumulation_steps}; it must be a multiple of {parts}"
-        )

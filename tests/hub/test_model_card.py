@@ -125,6 +125,9 @@ def test_a_card_says_which_classes_were_chosen_and_which_colours_became_zero(tmp
     assert f"| data | {data}; {hidden} |\n" in card
     assert "It takes class labels 0 to 2 (mon, item, dngn)." in card
     assert "359 images of digits, classes mon, item, dngn, split test, 64 dims each" in card
+    assert r"of a\|b, classes c\|d, split" in write_card(
+        make_folder(tmp_path / "named", run=RUN | {"data": "a|b", "classes": ["c|d"]}), "ada/named"
+    )
     plain = write_card(make_folder(tmp_path / "plain"), "ada/digits")
     assert "| data | 1438 images of digits, split train, fingerprint `9dd2c141` |\n" in plain
     assert "classes" not in plain and "transparent" not in plain

@@ -141,8 +141,8 @@ def test_a_licence_is_asked_about_before_there_is_a_repository(hub, api):
         ("hf_user", "other/new", "needs the role `write`"),
         ("hf_user", "other/there", "needs the role `write`"),
         ("hf_wrong", "user/new", "missing, expired or wrong"),
-        (None, "new", "log in by `hf auth login`"),
-        (None, "user/new", "log in by `hf auth login`"),
+        (None, "new", "log in with `hf auth login`"),
+        (None, "user/new", "log in with `hf auth login`"),
     ],
 )
 def test_a_repository_that_cannot_be_written_to_is_told_at_once(hub, api, token, repo, reason):
@@ -192,7 +192,7 @@ def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it
 
 
 def test_a_folder_that_is_no_space_is_told_before_anything_is_pushed(folder, tmp_path):
-    with pytest.raises(SystemExit, match=r"--space_dir .* has no app.py, README.md, requirements.txt; must be"):
+    with pytest.raises(SystemExit, match=r"--space_dir .* has no app.py, README.md, requirements.txt; it must be"):
         publishing.main([str(folder), "--space_id", "user/demo", "--space_dir", str(tmp_path)])
 
 

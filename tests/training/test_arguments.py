@@ -429,6 +429,14 @@ def test_settings_that_contradict_each_other_are_refused(refused, settings, name
     assert re.search(named, refused(config=DIGITS | settings))
 
 
+def test_a_batch_that_the_processes_of_the_launch_cannot_share_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert re.search(
+        r"--train_batch_size is 9 .*on 2 process\(es\); .*a multiple of 2",
+        refused("--train_batch_size=9", config=DIGITS),
+    )
+
+
 def test_a_typed_warm_up_longer_than_the_run_is_refused(refused):
     line = ("--max_train_steps", 100, "--lr_warmup_steps", 101)
     assert re.search("--lr_warmup_steps is 101.*100", refused(*line, config=DIGITS))

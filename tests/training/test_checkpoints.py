@@ -161,6 +161,12 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(run, n
     assert_same(run.state(), before)
 
 
+def test_a_checkpoint_of_an_earlier_version_that_recorded_less_is_resumed(run):
+    checkpoint = run.step(5).save()
+    again = Run(run.folder, seed=1).load(checkpoint, IDENTITY | {"classes": ["cat"]})
+    assert_same(again.state(), run.state())
+
+
 # -------------------------------------------------------------------- which one
 
 
@@ -252,7 +258,7 @@ FILES = ["model.safetensors", "ema.safetensors", "optimizer.bin", "timestep_samp
 def test_a_damaged_file_is_named(three, name, harm):
     harm(three.folder / "checkpoint-15" / name)
     assert damage(three.folder / "checkpoint-15").startswith(f"{name} ")
-    with pytest.raises(ValueError, match=rf"checkpoint-15 is no whole checkpoint: {name} "):
+    with pytest.raises(ValueError, match=rf"checkpoint-15 is not a whole checkpoint: {name} "):
         find_checkpoint(three.folder, "checkpoint-15")
 
 
@@ -398,5 +404,6 @@ def test_a_run_resumes_by_the_name_of_its_schedule_as_checkpoints_of_earlier_ver
     """And not by what stands in its place for stock schedulers."""
     scheduler = DDPMNotesScheduler(10, beta_schedule=schedule)
     learner = Learner(Accelerator(cpu=True), CoinDenoiser.from_scheduler(scheduler), scheduler, RunArguments("run"))
-    identity = learner.checkpoint_state("images").identity
+    identity = learner.checkpoint_state("images", ["a", "b"]).identity
+    assert (identity["images"], identity["classes"]) == ("images", ["a", "b"])
     assert (identity["scheduler.beta_schedule"], identity["scheduler.trained_betas"]) == (schedule, None)

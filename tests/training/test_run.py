@@ -24,15 +24,22 @@ FOLDER |= {"model_index.json", "pipeline.py", "training_config.yaml", "training_
 @pytest.fixture
 def make(tmp_path) -> Callable[..., TrainingRun]:
     """A run of two steps on 8 digits by a network of 0.02 M weights; keywords change its
-    RunArguments.
+    RunArguments, `data` and `model` its other arguments.
     """
 
-    def make(name: str = "run", stops: Stops | None = None, **changes: object) -> TrainingRun:
-        data = DataArguments(dataset_name="digits", max_train_samples=8, cache_dir=str(tmp_path / "cache"))
-        model = ModelArguments(block_out_channels=[8, 8], layers_per_block=1, ddpm_num_steps=10)
+    def make(
+        name: str = "run",
+        stops: Stops | None = None,
+        data: dict | None = None,
+        model: dict | None = None,
+        **changes: object,
+    ) -> TrainingRun:
+        images = DataArguments(dataset_name="digits", max_train_samples=8, cache_dir=str(tmp_path / "cache"))
+        network = ModelArguments(block_out_channels=[8, 8], layers_per_block=1, ddpm_num_steps=10)
         run = RunArguments(output_dir=str(tmp_path / name), max_train_steps=2, train_batch_size=4, report_to="none")
-        run = dataclasses.replace(run, num_samples=2, ddpm_num_inference_steps=2, **changes)
-        return TrainingRun(data, model, run, stops)
+        short = {"num_samples": 2, "ddpm_num_inference_steps": 2, **changes}
+        parts = ((images, data), (network, model), (run, short))
+        return TrainingRun(*(dataclasses.replace(part, **(changed or {})) for part, changed in parts), stops=stops)
 
     return make
 
@@ -156,6 +163,30 @@ def test_a_stop_from_python_saves_a_checkpoint_and_the_run_resumes_bit_for_bit(m
     make("run", resume_from_checkpoint="latest").train()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert_same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+
+
+def test_a_run_does_not_resume_with_its_classes_in_another_order(make, tmp_path):
+    """The images are the same: nothing else would tell."""
+    of_classes = {"label_column": "label", "max_train_samples": None}
+    make(data=of_classes | {"classes": ["0", "1"]}).train()
+    again = {"resume_from_checkpoint": "latest", "max_train_steps": 3}
+    with pytest.raises(ValueError, match=r"another run: classes was \['0', '1'\] and is \['1', '0'\]"):
+        make(data=of_classes | {"classes": ["1", "0"]}, **again)
+    make(data=of_classes | {"classes": ["0", "1"]}, **again).train()
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_a_model_that_learns_other_classes_is_named_by_these(make, tmp_path):
+    base = {"label_column": "label", "max_train_samples": None}
+    make("base", data=base | {"classes": ["4", "7", "9"]}).train()
+    model = {"pretrained_model_name_or_path": str(tmp_path / "base")}
+    with pytest.warns(UserWarning, match=r"not those of .*base: label 0 was 4 and is 9, label 1 was 7 and is 4$"):
+        make(data=base | {"classes": ["9", "4"]}, model=model).train()
+    config = json.loads((tmp_path / "run" / "unet" / "config.json").read_text())
+    assert config["_ddpm_notes"] == {"null_label": 3, "class_names": ["9", "4", "9"]}
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "It takes class labels 0 to 2 (9, 4, 9)." in card
+    assert ", classes 9, 4, split train" in card
 
 
 def test_settings_from_python_are_checked_like_flags(make, tmp_path):
