@@ -445,7 +445,8 @@ class Demo:
         affordable = int(model.evaluations / 2 / self.steps / rows)  # in half of MAX_SECONDS
         self.images = max(1, min(MAX_IMAGES // 2 if rows > 1 else MAX_IMAGES, affordable))
         self.compared = [*model.variances[:3], ETA][:3]
-        self.compare_steps, self.compare_images = min(25, self.steps_limit), min(4, self.images)
+        self.compare_steps = max(1, min(25, self.steps_limit // 3))
+        self.compare_images = min(4, self.images)
         self.timestep = model.T // 4
         self.evaluations_limit = max(2 * NOISES, min(400, NOISES * model.T, model.evaluations // 2))
         self.evaluations = min(5 * NOISES, self.evaluations_limit)
@@ -527,8 +528,8 @@ class Demo:
                 pictures[i] = picture(frame, f"Images by {variance}")
                 yield [*pictures, f"{variance}: step {done} of {steps}"]
             complete = complete and done == steps
-        if complete:
-            yield [*pictures, f"All three are done, {seeds_text(seed, images)}."]
+        end = "All three are done" if complete else "Out of time before the last step"
+        yield [*pictures, f"{end}, {seeds_text(seed, images)}."]
 
     def views(self, image: np.ndarray | None, t: int, seed: int | None) -> tuple[str, str, str]:
         """The image as the model sees it, the image at timestep t, and the formula for that."""
@@ -643,7 +644,7 @@ AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 def run_on_click(start: gr.Button, stop: gr.Button, run: Any, inputs: list, outputs: list, opening: Any) -> None:
     """A button runs a generator, another one stops it. The last output says how far it is."""
     progress = outputs[-1]
-    waiting = start.click(lambda: "Waiting for other visitors ...", None, progress, cancels=opening, **AT_ONCE)
+    waiting = start.click(lambda: "Waiting for the first step ...", None, progress, cancels=opening, **AT_ONCE)
     running = waiting.then(run, inputs, outputs, show_progress="hidden", **NETWORK)
     running.failure(lambda: "Stopped.", None, progress, **AT_ONCE)
     stop.click(lambda: "Stopped.", None, progress, cancels=[opening, running], **AT_ONCE)
@@ -768,7 +769,7 @@ def noise_views(demo: Demo) -> tuple[gr.Slider, list[gr.components.Component]]:
             gr.Markdown("**As the model sees it**")
             seen = gr.HTML(demo.noise_picture(), elem_id="seen")
         with gr.Column(min_width=120):
-            gr.Markdown("**With the noise of t**")
+            gr.Markdown("**With noise, at timestep t**")
             noised = gr.HTML(demo.noise_picture(), elem_id="noised")
     t = slider(0, demo.model.T - 1, demo.timestep, "Timestep t")
     return t, [seen, noised, gr.Markdown(elem_classes="status")]
@@ -781,8 +782,7 @@ def bar_plot(demo: Demo) -> gr.BarPlot:
         color="part",
         color_map=COLOURS,
         sort=list(bars(np.zeros(demo.model.T), 0.0)["timesteps"]),
-        label="Where the bits are",
-        caption="An estimate: with few network evaluations, some bars are empty or too high.",
+        label="Where the bits are: an estimate, better with more network evaluations",
         colors_in_legend=[],
         x_title="timesteps of a bar",
         x_label_angle=-45,

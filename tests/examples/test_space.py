@@ -272,6 +272,15 @@ def close(shown, expected):
     return np.abs(shown - expected).max() <= 1  # rounding of half levels may differ
 
 
+WATCH_PROGRESS = """
+    window.progress_seen = [];
+    new MutationObserver(() => {
+        const text = document.querySelector('#progress p')?.innerText;
+        if (text && window.progress_seen.at(-1) !== text) window.progress_seen.push(text);
+    }).observe(document.querySelector('#progress'), {subtree: true, childList: true, characterData: true});
+"""
+
+
 def value(page, label):
     """Of a slider of the open tab."""
     return int(page.get_by_label(f"number input for {label}", exact=True).locator("visible=true").input_value())
@@ -400,6 +409,20 @@ def test_stop_ends_a_run_and_the_next_one_begins(visit):
     page.wait_for_timeout(1500)
     expect(page.locator("#progress")).to_have_text("Stopped.")
     generate(page, 0)
+
+
+def test_a_visitor_who_waits_for_another_is_told(visit):
+    first, second = visit("plain"), visit("plain")
+    for page, steps, images in ((first, T, 8), (second, 5, 1)):
+        put(page, "number input for Steps", steps)
+        put(page, "number input for Images", images)
+    second.evaluate(f"() => {{ {WATCH_PROGRESS} }}")
+    press(first, "Generate")
+    first.get_by_text(re.compile(rf"Step \d+ of {T}, seeds 0 to 7,")).wait_for()
+    press(second, "Generate")
+    second.get_by_text("Step 5 of 5, seed 0,").wait_for()
+    assert second.evaluate("window.progress_seen")[0] == "Waiting for the first step ..."
+    first.get_by_text(f"Step {T} of {T}, seeds 0 to 7,").wait_for()
 
 
 def test_an_empty_or_negative_field_is_reported(visit):
@@ -707,8 +730,18 @@ def test_closing_a_trajectory_ends_the_sampling(app_module):
 
 def test_a_run_ends_after_max_seconds(app_module, monkeypatch):
     model = app_module.Model(str(publish("plain")[0] / "hub"))
-    monkeypatch.setattr(app_module, "MAX_SECONDS", 0)
-    assert [step for step, _ in model.trajectory([0], T)] == [1]
+    demo = app_module.Demo(model)
+    demo.comparison.result()
+    with monkeypatch.context() as patched:
+        patched.setattr(app_module, "MAX_SECONDS", 0)
+        assert [step for step, _ in model.trajectory([0], T)] == [1]
+        *_, (*_, text) = demo.compare(0, T, 1)
+        assert text == "Out of time before the last step, seed 0."
+    model.pipe.unet.register_forward_hook(lambda *_: time.sleep(0.02))  # T steps would take 2 s
+    monkeypatch.setattr(app_module, "MAX_SECONDS", 1.5)
+    started = time.monotonic()
+    *_, (*pictures, text) = demo.compare(0, T, 1)  # all three within the time of a click
+    assert time.monotonic() - started < 3 and text.startswith("Out of time") and len(set(pictures)) == 3
 
 
 def test_colours_that_nobody_sees_become_0_and_an_opaque_image_gets_its_alpha(app_module, tmp_path):
