@@ -198,7 +198,8 @@ def put(page, label, value):
 def choose(page, label, value):
     """An entry of a menu: its name may go on after a colon."""
     page.get_by_label(label, exact=True).locator("visible=true").click()
-    page.get_by_role("option", name=re.compile(f"^{re.escape(value)}(:|$)")).click()
+    exactly = page.get_by_role("option", name=value, exact=True)
+    exactly.or_(page.get_by_role("option", name=f"{value}: ")).click()
 
 
 def press(page, name):
