@@ -712,7 +712,7 @@ def test_a_model_of_rgba_images_is_sampled_shown_and_measured(app_module, tmp_pa
     assert np.abs(shown[..., :3] - on_checkerboard(images[0], len(shown))).max() <= 2
     text, *_ = app_module.Demo(model).measure(images[0], 0, 10 * NOISES)
     expected = pipe.bits_per_dim(images.repeat(NOISES, 0), seed=0, evaluations_per_image=10, pilot_images=images)
-    assert text.startswith(f"### {expected.total:.3f} ± ") and f"{8 * 256} bits uncompressed" in text
+    assert text.startswith(f"### {expected.total:.3f} ± ") and f"Uncompressed it takes {8 * 256}: " in text
 
 
 def test_closing_a_trajectory_ends_the_sampling(app_module):
@@ -729,19 +729,20 @@ def test_closing_a_trajectory_ends_the_sampling(app_module):
     assert len(evaluations) == ended
 
 
-def test_a_run_ends_after_max_seconds(app_module, monkeypatch):
-    model = app_module.Model(str(publish("plain")[0] / "hub"))
+def test_a_run_ends_after_max_seconds(app_module, monkeypatch, tmp_path):
+    transparent().save_pretrained(tmp_path)
+    model = app_module.Model(str(tmp_path))
     demo = app_module.Demo(model)
     demo.comparison.result()
     with monkeypatch.context() as patched:
         patched.setattr(app_module, "MAX_SECONDS", 0)
-        assert [step for step, _ in model.trajectory([0], T)] == [1]
-        *_, (*_, text) = demo.compare(0, T, 1)
+        assert [step for step, _ in model.trajectory([0], T, label="0")] == [1]
+        *_, (*_, text) = demo.compare(0, T, 1, "0")
         assert text == "Out of time before the last step, seed 0."
     model.pipe.unet.register_forward_hook(lambda *_: time.sleep(0.02))  # T steps would take 2 s
     monkeypatch.setattr(app_module, "MAX_SECONDS", 1.5)
     started = time.monotonic()
-    *_, (*pictures, text) = demo.compare(0, T, 1)  # all three within the time of a click
+    *_, (*pictures, text) = demo.compare(0, T, 1, "0")  # all three within the time of a click
     assert time.monotonic() - started < 3 and text.startswith("Out of time") and len(set(pictures)) == 3
 
 
