@@ -51,8 +51,8 @@ TABLE_STEPS = [10, 25, 50, 100]
 SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "ddim": ("DDIM", DDIMScheduler, {}),  # clips x0_hat, but keeps the unclipped eps_hat
     "eta0": ("eta = 0", DDPMNotesScheduler, {"eta": 0.0}),  # DDIM with the eps_hat of the clipped x0_hat
-    # log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)) goes down to -5.06 with linear betas. The cosine schedule goes on to
-    # -10, where eps says nothing of x_0 and this sampler, which does not clip x0_hat, breaks down.
+    # Half the log SNR ends at -5.06 with linear betas. The cosine schedule goes on to -10, where eps
+    # says nothing of x_0: this sampler, which does not clip x0_hat, breaks down there.
     "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}),
 }
 # Settings that, with the images, decide which of them --validation_share holds out.

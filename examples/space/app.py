@@ -5,8 +5,9 @@
     MODEL_ID=user/one,user/two python examples/space/app.py   # several: a menu switches
 
 On the Hub the models are those that the metadata of the Space's README.md name. They are loaded as
-anybody would load them: by diffusers, with the code in the model's own repository. Every
-computation stops after MAX_SECONDS (an environment variable, 60 by default).
+anybody would load them: by diffusers, with the code in the model's own repository. Sampling stops
+after MAX_SECONDS (an environment variable, 60 by default), and the controls end where this machine
+would need longer.
 """
 
 import os
@@ -25,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from huggingface_hub import RepoCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", 60))  # per click
-STEPS, IMAGES = 50, 8  # unless the model's evaluation or this machine's speed says otherwise
+STEPS = 50  # unless the model's evaluation or this machine's speed says otherwise
 MAX_IMAGES = 8
 MAX_ROWS = 12  # classes shown in rows
 MAX_FILE_SIZE = "10mb"
@@ -48,11 +49,20 @@ MAX_PIXELS = 40_000_000  # of an upload
 FRAMES = 24  # shown per trajectory
 PICTURE_SIZE = 512  # pixels that a picture is enlarged to, by whole factors
 SQUARE = 8  # pixels of a checkerboard's square
-BARS = 16  # ranges of timesteps
+BARS = 10  # ranges of timesteps
 NOISES = 8  # draws of noise that an image is measured with: their spread is the error
+MAX_SEED = 2**31
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MODE_NAMES = {1: "grey", 3: "RGB", 4: "RGBA"}
 ETA, FEWEST = "eta (DDIM)", "fewest steps at equal quality"
+VARIANCES = {  # what the variance of a step is, in words
+    "fixed_small": "right if all images were the same",
+    "fixed_large": "right if images were noise",
+    "learned": "predicted for each pixel",
+    "learned_range": "predicted for each pixel",
+    "optimal": "measured for this network",
+    ETA: "0 adds no noise",
+}
 ROWS, IN_TURN, NO_LABEL = "a row of each", "each in turn", "no label"
 NO_IMAGE = "Upload an image, or take a sample."
 COLOURS = {"decoder": "#e07b39", "KL of the steps": "#3b78b5", "prior": "#7a7a7a"}
@@ -103,6 +113,7 @@ class Model:
         channels, height, width: of its images.
         T: number of training timesteps.
         evaluation: what its evaluation.json says; may be empty.
+        held_out: the row of its results for the model as it is in all T steps, if there is one.
         fewest: how to sample with the fewest steps at equal quality, of the evaluation; None if
             that is not known, or needs what the scheduler does not have.
         class_names: of a class-conditional model; else empty.
@@ -124,6 +135,9 @@ class Model:
         self.T = len(scheduler)
         self.name = short_name(model) if Path(model).is_dir() else f"[{model}](https://huggingface.co/{model})"
         self.evaluation = read_evaluation(model)
+        as_it_is = {"variance_type": scheduler.variance_type, "num_inference_steps": self.T}
+        results = self.evaluation.get("results") or []
+        self.held_out = next((row for row in results if as_it_is.items() <= row.items()), None)
         fewest = self.evaluation.get("fewest_steps")
         lacking = [name for name in (fewest or {}).get("needs", []) if getattr(scheduler, name, None) is None]
         self.fewest = None if lacking else fewest
@@ -143,12 +157,14 @@ class Model:
         """The pipeline with a separate scheduler, so that concurrent runs do not interfere.
 
         Args:
-            variance: of Algorithm 2; None: as published. FEWEST: the scheduler of `fewest`.
+            variance: one of `variances`; FEWEST: the scheduler of `fewest`; else as published.
         """
-        kind, settings = type(self.pipe.scheduler), {} if variance is None else {"variance_type": variance}
+        kind, settings = type(self.pipe.scheduler), {}
         if variance == FEWEST:
             settings = self.fewest["scheduler_settings"]
             kind = getattr(diffusers, self.fewest["scheduler"], kind)  # ours is not in diffusers
+        elif variance in self.variances:
+            settings = {"variance_type": variance}
         pipe = type(self.pipe)(self.pipe.unet, kind.from_config(self.pipe.scheduler.config, **settings))
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -163,18 +179,19 @@ class Model:
         seeds: list[int],
         steps: int,
         variance: str | None = None,
-        eta: float | None = None,
+        eta: float = 0.0,
         label: str | None = None,
         guidance: float = 1.0,
+        share: float = 1.0,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (steps done, images) about FRAMES times; images are uint8 (N, H, W, C).
 
-        The last frame is the finished one, or the current one after MAX_SECONDS. Closing the
-        generator, as gradio does on Stop and when the page is left, ends the sampling after the
+        The last frame is the finished one, or the current one after a share of MAX_SECONDS. Closing
+        the generator, as gradio does on Stop and when the page is left, ends the sampling after the
         current step.
         """
         frames: queue.SimpleQueue = queue.SimpleQueue()
-        closed, end = threading.Event(), time.monotonic() + MAX_SECONDS
+        closed, end = threading.Event(), time.monotonic() + share * MAX_SECONDS
         shown = {math.ceil(steps * (i + 1) / FRAMES) for i in range(FRAMES)}
         labels = self.labels(label, len(seeds))
 
@@ -187,30 +204,31 @@ class Model:
             return {}
 
         def run() -> None:
+            ended: Exception | None = None
             try:
                 self.with_variance(variance)(
                     batch_size=len(seeds),
                     **self.path(variance, steps),
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    eta=eta,
+                    eta=eta if variance == ETA else None,
                     class_labels=labels,
                     guidance_scale=guidance if labels is not None else 1.0,
                     callback_on_step_end=after_step,
                     output_type="latent",
                 )
-                frames.put(None)
             except Interrupted:
-                frames.put(None)
-            except Exception as error:  # raised in the thread that waits
-                frames.put(error)
+                pass
+            except Exception as error:  # raised below, in the thread that waits
+                ended = error
+            frames.put(ended)
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:
-            while (frame := frames.get()) is not None:
-                if isinstance(frame, Exception):
-                    raise frame
+            while isinstance(frame := frames.get(), tuple):
                 yield frame
+            if frame is not None:
+                raise frame
         finally:
             closed.set()
             thread.join()
@@ -298,24 +316,24 @@ def bits_map(image: np.ndarray, bits: np.ndarray) -> str:
     )
 
 
-def beside(image_bits: float, error: float, evaluation: dict[str, Any]) -> str:
-    """Bars of bits/dim: an image's, and the model's and simple codes' of its evaluation."""
-    others = {name: (value, f"{value:.3f}") for name, value in (evaluation.get("yardsticks") or {}).items()}
-    if results := evaluation.get("results"):
-        best = min(results, key=lambda row: row["total"])
-        others["held-out images, this model"] = best["total"], f"{best['total']:.3f} ± {best['standard_error']:.3f}"
-    if not others:
+def yardstick_table(result: Any, model: Model) -> str:
+    """Bars of bits/dim: the image's, and the model's and simple codes' for held-out images."""
+    entries = {name: (bits, 0.0) for name, bits in (model.evaluation.get("yardsticks") or {}).items()}
+    if model.held_out:
+        entries["held-out images, this model"] = model.held_out["total"], model.held_out["standard_error"]
+    if not entries:
         return ""
     own = "this image, this model"
-    entries = {own: (image_bits, f"{image_bits:.3f} ± {error:.3f}"), **others}
-    longest = max(value for value, _ in entries.values())
+    entries[own] = result.total, result.standard_error
+    longest = max(bits for bits, _ in entries.values())
     rows = [
-        f'<tr class="{"own" if name == own else ""}"><th>{html.escape(name)}</th><td>{text}</td>'
-        f'<td><div class="bar" style="width: {100 * value / longest:.1f}%"></div></td></tr>'
-        for name, (value, text) in sorted(entries.items(), key=lambda entry: entry[1][0])
+        f'<tr class="{"own" if name == own else ""}"><th>{html.escape(name)}</th>'
+        f"<td>{bits:.3f}{f' ± {error:.3f}' if error else ''}</td>"
+        f'<td><div class="bar" style="width: {100 * bits / longest:.1f}%"></div></td></tr>'
+        for name, (bits, error) in sorted(entries.items(), key=lambda entry: entry[1])
     ]
-    held_out = "{images} held-out images of {data}, split {split}".format(**evaluation)
-    caption = f"bits/dim. Every row but this image's is a mean over {held_out}."
+    images = "{images} held-out images of {data}, split {split}".format(**model.evaluation)
+    caption = f"bits/dim: lower is better. Every row but this image's is a mean over {images}."
     return f"<table><caption>{html.escape(caption)}</caption>{''.join(rows)}</table>"
 
 
@@ -384,49 +402,69 @@ def bars(per_timestep: np.ndarray, prior: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["timesteps", "bits/dim", "part"])
 
 
-# --- the page
+# --- what the controls do
 
 
-def checked(value: Any, name: str, lowest: int, highest: int) -> int:
-    """The whole number in a field, which may be empty or out of range."""
-    if value is None or not lowest <= value <= highest:
-        raise gr.Error(f"{name} must be a whole number from {lowest} to {highest}.", print_exception=False)
-    return int(value)
+def checked(seed: int | None, name: str = "Seed") -> int:
+    """A seed's field may be empty, or out of range."""
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise gr.Error(f"{name} must be a whole number from 0 to {MAX_SEED}.", print_exception=False)
+    return int(seed)
+
+
+def seeds_text(seed: int, images: int) -> str:
+    return f"seed {seed}" if images == 1 else f"seeds {seed} to {seed + images - 1}"
+
+
+def last(frames: Iterator[Any]) -> Any:
+    *_, frame = frames
+    return frame
 
 
 class Demo:
     """What the controls of the page do, for one model.
 
     Attributes:
-        steps, compare_steps, images, timestep, default_variance: the defaults of the controls.
+        steps_limit, evaluations_limit: what this machine can do in time.
+        steps, variance, images, compare_steps, compare_images, timestep, evaluations: the defaults
+            of the controls.
+        compared: the variances of the Compare tab.
         samples, measured, comparison: what the tabs open with, made once in the background: a
-            future each, of what `open_samples`, `open_measured` and `open_comparison` return.
+            future each, of what the tab's button returns with the defaults of the controls.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.steps_limit = min(model.T, model.evaluations)
         self.steps = min(model.fewest["num_inference_steps"] if model.fewest else STEPS, self.steps_limit)
-        self.compare_steps, self.timestep = min(25, self.steps_limit), model.T // 4
-        self.variances = [*([FEWEST] if model.fewest else []), *model.variances, ETA]
-        self.default_variance = FEWEST if model.fewest else model.default_variance
+        self.variance = FEWEST if model.fewest else model.default_variance
         self.generate_labels = model.label_choices(ROWS)
-        self.compare_labels = model.label_choices(IN_TURN)
         self.measure_labels = model.label_choices()
+        self.compare_labels = model.label_choices(IN_TURN)
         rows = model.rows(first_value(self.generate_labels))
         affordable = int(model.evaluations / 2 / self.steps / rows)  # in half of MAX_SECONDS
-        self.images = max(1, min(IMAGES // 2 if rows > 1 else IMAGES, affordable))
+        self.images = max(1, min(MAX_IMAGES // 2 if rows > 1 else MAX_IMAGES, affordable))
+        self.compared = [*model.variances[:3], ETA][:3]
+        self.compare_steps = max(1, min(25, self.steps_limit // 3))
+        self.compare_images = min(4, self.images)
+        self.timestep = model.T // 4
         self.evaluations_limit = max(2 * NOISES, min(400, NOISES * model.T, model.evaluations // 2))
         self.evaluations = min(5 * NOISES, self.evaluations_limit)
-        self.compared = [*model.variances[:3], ETA][:3]
-        self.titles = ["mean only (eta = 0)" if name == ETA else name for name in self.compared]
-        background = ThreadPoolExecutor(max_workers=1)
-        self.samples = background.submit(self.open_samples)
-        self.measured = background.submit(self.open_measured)
-        self.comparison = background.submit(self.open_comparison)
-        background.shutdown(wait=False)  # ends with the last
+        self.samples, self.measured, self.comparison = Future(), Future(), Future()
+        threading.Thread(target=self.open_tabs, daemon=True).start()  # not an executor's: ctrl-C would wait for it
 
     # -- what the tabs open with
+
+    def open_tabs(self) -> None:
+        for opening, make in (
+            (self.samples, self.open_samples),
+            (self.measured, self.open_measured),
+            (self.comparison, self.open_comparison),
+        ):
+            try:
+                opening.set_result(make())
+            except Exception as error:  # raised where a page opens
+                opening.set_exception(error)
 
     def noise_picture(self) -> str:
         """x_T of the first seeds: what is shown until `samples` is there."""
@@ -434,98 +472,73 @@ class Demo:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(self.images)]
         return picture(to_uint8(torch.cat(noise)), "Noise, from which images form")
 
-    def open_samples(self) -> tuple[np.ndarray, tuple[str, str]]:
-        """Samples, their picture and the progress: those of a click with the controls' defaults."""
-        label, started = first_value(self.generate_labels), time.monotonic()
-        *_, (done, frame) = self.trajectory(0, self.steps, self.images, variance=self.default_variance, label=label)
-        return frame, self.shown(frame, label, 0, self.images, done, self.steps, started)
+    def open_samples(self) -> tuple[str, str]:
+        label = first_value(self.generate_labels)
+        return last(self.generate(0, self.steps, self.images, self.variance, 0.0, label))
 
     def open_measured(self) -> tuple:
-        """The image of the Measure tab, its message, its `views`, and what `measure` says of it."""
-        samples, _ = self.samples.result()
-        image = without_hidden_colours(samples[0])
-        named = f", {self.model.class_names[0]}" if self.model.class_names else ""
-        measured = self.measure(image, 0, self.evaluations, first_value(self.measure_labels))
-        return image, f"A sample of the model, seed 0{named}.", *self.views(image, self.timestep, 0), *measured
+        """A sample, its message, its `views`, and what `measure` says of it."""
+        label = first_value(self.measure_labels)
+        image, message = self.sample(0, label)
+        return image, message, *self.views(image, self.timestep, 0), *self.measure(image, 0, self.evaluations, label)
 
-    def open_comparison(self) -> list:
-        """The last of `comparisons`."""
-        *_, last = self.comparisons(0, self.compare_steps, min(4, self.images), first_value(self.compare_labels))
-        return last
+    def open_comparison(self) -> list[str]:
+        return last(self.compare(0, self.compare_steps, self.compare_images, first_value(self.compare_labels)))
 
-    # -- what the controls do
+    # -- what the buttons do
 
-    def trajectory(self, seed: Any, steps: Any, images: Any, **settings: Any) -> Iterator[tuple[int, np.ndarray]]:
-        """`Model.trajectory` for checked inputs; errors are shown to the user.
-
-        `images` are made for each row of the label's.
-        """
-        first = checked(seed, "Seed", 0, 2**31)
-        seeds = [first + i for i in range(checked(images, "Images", 1, MAX_IMAGES))]
-        seeds *= self.model.rows(settings.get("label"))
-        done, steps = 0, checked(steps, "Steps", 1, self.steps_limit)
+    def trajectory(
+        self, seed: int | None, steps: int, images: int, label: str | None, **settings: Any
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """`Model.trajectory` of images for each row; its errors are shown to the user."""
+        first, done = checked(seed), 0
+        seeds = [first + i for i in range(images)] * self.model.rows(label)
         try:
-            for done, frame in self.model.trajectory(seeds, steps, **settings):
+            for done, frame in self.model.trajectory(seeds, steps, label=label, **settings):
                 yield done, frame
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         if done < steps:
-            gr.Warning(f"Stopped at step {done} of {steps}, after {MAX_SECONDS:.0f} s. Ask for fewer steps or images.")
-
-    @staticmethod
-    def noise(variance: str, eta: float) -> dict[str, Any]:
-        return {"eta": eta} if variance == ETA else {"variance": variance}
+            gr.Warning(f"Out of time at step {done} of {steps}. Ask for fewer steps or images.")
 
     def generate(
         self,
-        seed: Any,
-        steps: Any,
-        images: Any,
+        seed: int | None,
+        steps: int,
+        images: int,
         variance: str,
         eta: float,
         label: str | None = None,
         guidance: float = 1.0,
     ) -> Iterator[tuple[str, str]]:
-        """Yields (picture, progress)."""
-        wait([self.samples])  # else they could come to the page later, and stay
-        started = time.monotonic()
-        settings = {"label": label, "guidance": guidance, **self.noise(variance, eta)}
-        for done, frame in self.trajectory(seed, steps, images, **settings):
-            yield self.shown(frame, label, seed, images, done, steps, started)
+        """Yields (picture, progress); the picture in rows if the label asks for them."""
+        started, names = time.monotonic(), self.model.class_names[: self.model.rows(label)]
+        settings = {"variance": variance, "eta": eta, "guidance": guidance}
+        for done, frame in self.trajectory(seed, steps, images, label, **settings):
+            shown = class_rows(frame, names) if label == ROWS else picture(frame, "Images of the model")
+            seconds = time.monotonic() - started
+            yield shown, f"Step {done} of {steps}, {seeds_text(seed, images)}, {seconds:.1f} s"
 
-    def shown(
-        self, frame: np.ndarray, label: str | None, seed: int, images: int, done: int, steps: int, started: float
-    ) -> tuple[str, str]:
-        """The picture of a frame, in rows if the label asks for them, and the progress."""
-        progress = f"Step {done} of {steps}, seeds {seed} to {seed + images - 1}, {time.monotonic() - started:.1f} s"
-        if label != ROWS:
-            return picture(frame, "Images of the model"), progress
-        rows, names = self.model.rows(label), self.model.class_names
-        some = f", the first {rows} of {len(names)} classes" if len(names) > rows else ""
-        return class_rows(frame, names[:rows]), f"{progress}{some}"
-
-    def compare(self, *settings: Any) -> Iterator[list]:
-        """`comparisons`."""
-        wait([self.comparison])
-        yield from self.comparisons(*settings)
-
-    def comparisons(self, seed: Any, steps: Any, images: Any, label: str | None = None) -> Iterator[list]:
+    def compare(self, seed: int | None, steps: int, images: int, label: str | None = None) -> Iterator[list[str]]:
         """Yields three pictures and the progress."""
-        pictures = [self.noise_picture()] * 3
+        pictures, complete = [self.noise_picture()] * len(self.compared), True
         for i, variance in enumerate(self.compared):
-            for _, frame in self.trajectory(seed, steps, images, label=label, **self.noise(variance, 0.0)):
-                pictures[i] = picture(frame, f"Images by {self.titles[i]}")
-                yield [*pictures, f"{self.titles[i]} ..."]
-        yield [*pictures, f"All three are done, seeds {int(seed)} to {int(seed) + int(images) - 1}."]
+            settings = {"variance": variance, "share": 1 / len(self.compared)}
+            for done, frame in self.trajectory(seed, steps, images, label, **settings):
+                pictures[i] = picture(frame, f"Images by {variance}")
+                yield [*pictures, f"{variance}: step {done} of {steps}"]
+            complete = complete and done == steps
+        end = "All three are done" if complete else "Out of time before the last step"
+        yield [*pictures, f"{end}, {seeds_text(seed, images)}."]
 
-    def views(self, image: np.ndarray | None, t: int, seed: Any) -> tuple[str, str, str]:
+    def views(self, image: np.ndarray | None, t: int, seed: int | None) -> tuple[str, str, str]:
         """The image as the model sees it, the image at timestep t, and the formula for that."""
         if image is None:
             return EMPTY, EMPTY, ""
-        scheduler, t = self.model.pipe.scheduler, int(t)
+        scheduler = self.model.pipe.scheduler
         x_0 = torch.from_numpy(image.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
         mean, variance = scheduler.forward_mean_variance(x_0, t)
-        generator = torch.Generator().manual_seed(checked(seed, "Noise seed", 0, 2**31))
+        generator = torch.Generator().manual_seed(checked(seed, "Noise seed"))
         x_t = mean + variance.sqrt() * torch.randn(x_0.shape, generator=generator)
         alpha_bar = float(scheduler.alphas_cumprod[t])
         formula = f"x_t = {math.sqrt(alpha_bar):.3f} · image + {math.sqrt(1 - alpha_bar):.3f} · noise"
@@ -534,7 +547,6 @@ class Demo:
 
     def upload(self, path: str | None) -> tuple[np.ndarray | None, str]:
         """The image of a file, or None, and a message."""
-        wait([self.measured])
         if path is None:
             return None, NO_IMAGE
         try:
@@ -543,53 +555,52 @@ class Demo:
             return None, f"⚠️ **This file is not used.** {error}"
         return image, f"Your image, {done}."
 
-    def sample(self, seed: Any, label: str | None = None) -> tuple[np.ndarray, str]:
-        """One sample of the model, and a message."""
-        wait([self.measured])
-        *_, (_, images) = self.trajectory(seed, min(self.steps_limit, 100), 1, label=label)
-        return without_hidden_colours(images[0]), f"A sample of the model, seed {int(seed)}."
+    def sample(self, seed: int | None, label: str | None = None) -> tuple[np.ndarray, str]:
+        """One sample of the model, as the Generate tab makes it by default, and a message."""
+        _, images = last(self.trajectory(seed, self.steps, 1, label, variance=self.variance))
+        return without_hidden_colours(images[0]), f"A sample of the model, {seeds_text(seed, 1)}."
 
     def measure(
-        self, image: np.ndarray | None, seed: Any, evaluations: int, label: str | None = None
-    ) -> tuple[str, str, str, pd.DataFrame]:
+        self, image: np.ndarray | None, seed: int | None, evaluations: int, label: str | None = None
+    ) -> tuple[str, str, str, pd.DataFrame | None]:
         """The image's bits/dim as Markdown, the yardsticks beside them, its map, the plot's bars.
 
         It is measured as NOISES images, each with noise of its own: so the mean has an error.
         """
         if image is None:
-            raise gr.Error("There is no image yet: upload one, or take a sample.", print_exception=False)
+            return NO_IMAGE, "", "", None
         try:
             result = self.model.with_variance(None).bits_per_dim(
                 np.repeat(image[None], NOISES, axis=0),
                 class_labels=self.model.labels(label, 1),
-                seed=checked(seed, "Noise seed", 0, 2**31),
-                evaluations_per_image=max(2, int(evaluations) // NOISES),
+                seed=checked(seed, "Noise seed"),
+                evaluations_per_image=evaluations // NOISES,
                 pilot_images=image[None],
-                batch_size=8,
+                batch_size=NOISES,
                 return_map=True,
             )
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         text = (
             f"### {result.total:.3f} ± {result.standard_error:.3f} bits/dim\n\n"
+            f"{result.total * result.dims:.0f} bits are enough to store this image. Uncompressed it takes "
+            f"{8 * result.dims}: {result.dims} values of 8 bits. (An upper bound: the model may need fewer. ± is the "
+            f"standard error over {NOISES} draws of noise.)\n\n"
             f"| decoder | KL of the steps | prior |\n|---|---|---|\n"
             f"| {result.decoder:.3f} | {result.diffusion:.3f} | {result.prior:.3f} |\n\n"
-            f"An upper bound: at most {result.total * result.dims:.0f} bits for {result.dims} values, which take "
-            f"{8 * result.dims} bits uncompressed. ± is the standard error over {NOISES} draws of noise; how far the "
-            "bound is above the image's true cost is not known."
+            "The prior is the cost of the noise that sampling starts from, the KL divergences are that of its steps, "
+            "and the decoder is that of the pixels after the last one."
         )
-        yardsticks = beside(result.total, result.standard_error, self.model.evaluation)
         pixels = bits_map(image, result.maps.sum(1).mean(0).numpy())
-        return text, yardsticks, pixels, bars(result.per_timestep.numpy(), result.prior)
-
-    def measure_new(self, image: np.ndarray | None, *settings: Any) -> tuple:
-        """`measure`, or nothing where there is no image: the old figures are of another one."""
-        return ("", "", "", None) if image is None else self.measure(image, *settings)
+        return text, yardstick_table(result, self.model), pixels, bars(result.per_timestep.numpy(), result.prior)
 
 
 def first_value(choices: list[tuple[str, str]]) -> str | None:
     """The default of a label menu."""
     return choices[0][1] if choices else None
+
+
+# --- the page
 
 
 LOADING = threading.Lock()
@@ -604,10 +615,6 @@ def load(model: str) -> Demo:
         return DEMOS[model]
 
 
-NETWORK: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1}  # one user at a time computes
-OPENING: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}  # visitors wait for the same results
-
-
 def build(models: list[str]) -> gr.Blocks:
     """The page; with a menu if there are several models."""
     with gr.Blocks(title="A DDPM, measured", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -616,35 +623,43 @@ def build(models: list[str]) -> gr.Blocks:
             model_tabs(page, load(models[0]))
             return page
         menu = gr.Dropdown([(short_name(model), model) for model in models], value=models[0], label="Model")
-        for model in models:
-            show_if_chosen(page, menu, model)
+
+        @gr.render(inputs=menu)
+        def show(model: str) -> None:
+            try:
+                demo = load(model)
+            except (OSError, ValueError) as error:
+                gr.Markdown(f"⚠️ {cannot_load(model, error)}")
+            else:
+                model_tabs(page, demo)
+
     return page
 
 
-def show_if_chosen(page: gr.Blocks, menu: gr.Dropdown, model: str) -> None:
-    """A part of the page that is empty unless the menu says `model`."""
+NETWORK: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1}  # one visitor at a time computes
+OPENING: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}  # visitors wait for the same results
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
-    @gr.render(inputs=menu)
-    def show(chosen: str) -> None:
-        if chosen != model:
-            return
-        try:
-            demo = load(model)
-        except (OSError, ValueError) as error:
-            gr.Markdown(f"⚠️ {cannot_load(model, error)}")
-        else:
-            model_tabs(page, demo)
+
+def run_on_click(start: gr.Button, stop: gr.Button, run: Any, inputs: list, outputs: list, opening: Any) -> None:
+    """A button runs a generator, another one stops it. The last output says how far it is."""
+    progress = outputs[-1]
+    waiting = start.click(lambda: "Waiting for the first step ...", None, progress, cancels=opening, **AT_ONCE)
+    running = waiting.then(run, inputs, outputs, show_progress="hidden", **NETWORK)
+    running.failure(lambda: "Stopped.", None, progress, **AT_ONCE)
+    stop.click(lambda: "Stopped.", None, progress, cancels=[opening, running], **AT_ONCE)
 
 
 def model_tabs(page: gr.Blocks, demo: Demo) -> None:
     """The page of one model. Controls are said to be interactive: `gr.render` does not see it."""
     model, steps = demo.model, demo.steps
     classes = f" of {len(model.class_names)} classes" if model.class_names else ""
-    transparent = " Transparency is shown over a checkerboard." if model.channels == 4 else ""
+    transparent = " Transparency is shown as a checkerboard." if model.channels == 4 else ""
     gr.Markdown(
-        f"The model {model.name} makes {model.height} x {model.width} {MODE_NAMES[model.channels]} images{classes} in "
-        f"{model.T} timesteps. It runs on {str(model.pipe.device).upper()} here: one image in {steps} steps takes about "
-        f"{steps * model.seconds:.2g} s.{transparent}"
+        f"A denoising diffusion model makes images from noise, step by step. {model.name} makes {model.height} x "
+        f"{model.width} {MODE_NAMES[model.channels]} images{classes} and was trained with {model.T} timesteps. On this "
+        f"{str(model.pipe.device).upper()} one image in {steps} steps takes about {steps * model.seconds:.2g} s."
+        + transparent
     )
     with gr.Tab("Generate"), gr.Row():
         generate_tab(page, demo)
@@ -654,53 +669,60 @@ def model_tabs(page: gr.Blocks, demo: Demo) -> None:
         compare_tab(page, demo)
 
 
-def sampling_controls(demo: Demo, steps: int, images: int, labels: list[tuple[str, str]]) -> list:
-    """Seed, steps, images and, for class-conditional models, the label."""
+def seed_field(label: str = "Seed") -> gr.Number:
+    return gr.Number(0, label=label, precision=0, step=1, interactive=True)
+
+
+def slider(low: int, high: int, value: int, label: str, step: int = 1, info: str | None = None) -> gr.Slider:
+    """A slider of whole numbers."""
+    return gr.Slider(low, high, value, step=step, precision=0, label=label, info=info, interactive=True)
+
+
+def sampling_controls(demo: Demo, steps: int, images: int) -> list[gr.components.Component]:
     return [
-        gr.Number(0, label="Seed", precision=0, step=1, interactive=True),
-        gr.Slider(1, demo.steps_limit, steps, step=1, label="Steps", interactive=True),
-        gr.Slider(1, MAX_IMAGES, images, step=1, label="Images", interactive=True),
-        *label_menu(labels),
+        seed_field(),
+        slider(1, demo.steps_limit, steps, "Steps"),
+        slider(1, MAX_IMAGES, images, "Images"),
     ]
 
 
 def label_menu(choices: list[tuple[str, str]]) -> list[gr.components.Component]:
-    return [gr.Dropdown(choices, value=choices[0][1], label="Class label", interactive=True)] if choices else []
+    return [gr.Dropdown(choices, label="Class label", interactive=True)] if choices else []
 
 
 def generate_tab(page: gr.Blocks, demo: Demo) -> None:
+    model = demo.model
     with gr.Column(scale=2, min_width=280):  # first: a phone shows it above the controls
-        samples = gr.HTML(demo.noise_picture(), padding=False, elem_id="samples")
+        samples = gr.HTML(demo.noise_picture(), elem_id="samples")
         progress = gr.Markdown("The first images are being made ...", elem_id="progress", elem_classes="status")
     with gr.Column(scale=1, min_width=280):
-        inputs = sampling_controls(demo, demo.steps, demo.images, demo.generate_labels)
+        inputs = sampling_controls(demo, demo.steps, demo.images)
         variance = gr.Dropdown(
-            demo.variances,
-            value=demo.default_variance,
+            [*([FEWEST] if model.fewest else []), *((f"{v}: {VARIANCES[v]}", v) for v in [*model.variances, ETA])],
+            value=demo.variance,
             label="Variance of each step",
-            info="eta replaces it by DDIM's" + fewest_text(demo.model.fewest),
+            info=fewest_text(model.fewest),
             interactive=True,
         )
-        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info="0: no noise is added", visible=False, interactive=True)
-        inputs[3:3] = [variance, eta]
-        if demo.model.pipe.null_label is not None:
+        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info="1: fixed_small", visible=False, interactive=True)
+        inputs += [variance, eta, *label_menu(demo.generate_labels)]
+        if model.pipe.null_label is not None:
             inputs.append(
                 gr.Slider(1, 5, 1, step=0.5, label="Guidance", info="1: off. Needs a label", interactive=True)
             )
         with gr.Row():
             start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
-    variance.change(lambda name: gr.Slider(visible=name == ETA), variance, eta, show_progress="hidden", queue=False)
-    page.load(lambda: demo.samples.result()[1], None, [samples, progress], **OPENING)
-    running = start.click(demo.generate, inputs, [samples, progress], show_progress="hidden", **NETWORK)
-    stop.click(None, cancels=running)
+    variance.change(lambda name: gr.Slider(visible=name == ETA), variance, eta, **AT_ONCE)
+    opening = page.load(demo.samples.result, None, [samples, progress], **OPENING)
+    run_on_click(start, stop, demo.generate, inputs, [samples, progress], opening)
 
 
-def fewest_text(fewest: dict[str, Any] | None) -> str:
+def fewest_text(fewest: dict[str, Any] | None) -> str | None:
     """What `FEWEST` stands for."""
     if fewest is None:
-        return ""
+        return None
     return (
-        ". Fewest steps: {num_inference_steps} {path} steps of {name} are no worse than {reference_steps} of fixed_large, "
+        "Fewest steps: {num_inference_steps} {path} steps of {name} are no worse than {reference_steps} of fixed_large, "
         "by kernel distance"
     ).format(**fewest)
 
@@ -712,33 +734,31 @@ def measure_tab(page: gr.Blocks, demo: Demo) -> None:
             t, views = noise_views(demo)
         with gr.Column(scale=1, min_width=280):
             file = gr.File(label="Your image", type="filepath", height=140, interactive=True)
-            sample_seed = gr.Number(0, label="Seed of a sample", precision=0, step=1, interactive=True)
+            sample_seed = seed_field("Seed of a sample")
             label = label_menu(demo.measure_labels)
             take_sample = gr.Button("Take a sample of the model")
             message = gr.Markdown(NO_IMAGE, elem_id="told", elem_classes="status")
-            seed = gr.Number(0, label="Noise seed", precision=0, step=1, interactive=True)
-            low, high, value = 2 * NOISES, demo.evaluations_limit, demo.evaluations
-            info = "more: less noise in the number"
-            evaluations = gr.Slider(
-                low, high, value, step=NOISES, label="Network evaluations", info=info, interactive=True
-            )
+            seed = seed_field("Noise seed")
+            low, high, info = 2 * NOISES, demo.evaluations_limit, "more: a smaller error, a longer wait"
+            evaluations = slider(low, high, demo.evaluations, "Network evaluations", NOISES, info)
             start = gr.Button("Measure bits/dim", variant="primary")
     with gr.Row():
         with gr.Column(min_width=280):
             number = gr.Markdown("The first image is being measured ...", elem_id="bits")
-            pixels = gr.HTML(padding=False, elem_id="map")
+            pixels = gr.HTML(elem_id="map")
         with gr.Column(min_width=280):
-            yardsticks = gr.HTML(padding=False, elem_id="yardsticks")
+            yardsticks = gr.HTML(elem_id="yardsticks")
             plot = bar_plot(demo)
     settings, figures = [image, seed, evaluations, *label], [number, yardsticks, pixels, plot]
-    show_views = {"fn": demo.views, "inputs": [image, t, seed], "outputs": views}
-    show_views |= {"show_progress": "hidden", "trigger_mode": "always_last", "queue": False}
-    page.load(demo.measured.result, None, [image, message, *views, *figures], **OPENING)
-    new = file.change(demo.upload, file, [image, message], show_progress="hidden")
-    new.then(**show_views).then(demo.measure_new, settings, figures, **NETWORK)
-    new = take_sample.click(demo.sample, [sample_seed, *label], [image, message], **NETWORK)
-    new.then(**show_views).then(demo.measure_new, settings, figures, **NETWORK)
-    gr.on([t.change, seed.change], **show_views)  # one event: responses stay in order
+    show_views = {"fn": demo.views, "inputs": [image, t, seed], "outputs": views, "trigger_mode": "always_last"}
+    opening = page.load(demo.measured.result, None, [image, message, *views, *figures], **OPENING)
+    uploaded = file.change(demo.upload, file, [image, message], cancels=opening, show_progress="hidden")
+    waiting = take_sample.click(lambda: "A sample is on its way ...", None, message, cancels=opening, **AT_ONCE)
+    sampled = waiting.then(demo.sample, [sample_seed, *label], [image, message], show_progress="hidden", **NETWORK)
+    sampled.failure(lambda: "There is no sample.", None, message, **AT_ONCE)
+    for new in (uploaded, sampled):
+        new.success(**show_views, **AT_ONCE).then(demo.measure, settings, figures, **NETWORK)
+    gr.on([t.change, seed.change], **show_views, **AT_ONCE)  # one event: responses stay in order
     start.click(demo.measure, settings, figures, **NETWORK)
 
 
@@ -747,11 +767,11 @@ def noise_views(demo: Demo) -> tuple[gr.Slider, list[gr.components.Component]]:
     with gr.Row():
         with gr.Column(min_width=120):
             gr.Markdown("**As the model sees it**")
-            seen = gr.HTML(demo.noise_picture(), padding=False, elem_id="seen")
+            seen = gr.HTML(demo.noise_picture(), elem_id="seen")
         with gr.Column(min_width=120):
-            gr.Markdown("**With noise: q(x_t | x_0)**")
-            noised = gr.HTML(demo.noise_picture(), padding=False, elem_id="noised")
-    t = gr.Slider(0, demo.model.T - 1, demo.timestep, step=1, label="Timestep t", interactive=True)
+            gr.Markdown("**With noise, at timestep t**")
+            noised = gr.HTML(demo.noise_picture(), elem_id="noised")
+    t = slider(0, demo.model.T - 1, demo.timestep, "Timestep t")
     return t, [seen, noised, gr.Markdown(elem_classes="status")]
 
 
@@ -762,7 +782,7 @@ def bar_plot(demo: Demo) -> gr.BarPlot:
         color="part",
         color_map=COLOURS,
         sort=list(bars(np.zeros(demo.model.T), 0.0)["timesteps"]),
-        label="Where the bits are",
+        label="Where the bits are: an estimate, better with more network evaluations",
         colors_in_legend=[],
         x_title="timesteps of a bar",
         x_label_angle=-45,
@@ -778,21 +798,21 @@ def compare_tab(page: gr.Blocks, demo: Demo) -> None:
     )
     panels = []
     with gr.Row():
-        for i, title in enumerate(demo.titles):
+        for i, variance in enumerate(demo.compared):
             with gr.Column(min_width=220):
-                gr.Markdown(f"**{title}**")
-                panels.append(gr.HTML(demo.noise_picture(), padding=False, elem_id=f"panel-{i}"))
-    progress = gr.Markdown(elem_classes="status")
+                gr.Markdown(f"**{variance}**: {VARIANCES[variance]}")
+                panels.append(gr.HTML(demo.noise_picture(), elem_id=f"panel-{i}"))
+    progress = gr.Markdown("The first comparison is being made ...", elem_id="compared", elem_classes="status")
     with gr.Row():
-        inputs = sampling_controls(demo, demo.compare_steps, min(4, demo.images), demo.compare_labels)
+        inputs = sampling_controls(demo, demo.compare_steps, demo.compare_images) + label_menu(demo.compare_labels)
     with gr.Row():
         start, stop = gr.Button("Compare", variant="primary"), gr.Button("Stop")
-    page.load(demo.comparison.result, None, [*panels, progress], **OPENING)
-    running = start.click(demo.compare, inputs, [*panels, progress], show_progress="hidden", **NETWORK)
-    stop.click(None, cancels=running)
+    opening = page.load(demo.comparison.result, None, [*panels, progress], **OPENING)
+    run_on_click(start, stop, demo.compare, inputs, [*panels, progress], opening)
 
 
 CSS = """
+.gradio-container .block .html-container { padding: 0 }
 .picture { display: block; width: 100%; max-width: 512px; image-rendering: pixelated }
 .picture.empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary) }
 .status { min-height: 1.6em }

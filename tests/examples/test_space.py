@@ -41,7 +41,11 @@ EVALUATION = {
     "data": "digits",
     "split": "test",
     "images": 359,
-    "results": [{"total": 2.5, "standard_error": 0.01}, {"total": 2.25, "standard_error": 0.02}],
+    "results": [
+        {"variance_type": "fixed_small", "num_inference_steps": 10, "total": 2.5, "standard_error": 0.01},
+        {"variance_type": "optimal", "num_inference_steps": T, "total": 2.125, "standard_error": 0.01},
+        {"variance_type": "fixed_small", "num_inference_steps": T, "total": 2.25, "standard_error": 0.02},
+    ],
     "yardsticks": {"one histogram": 3.125, "PNG": 6.5},
     "fewest_steps": {
         "name": "optimal",
@@ -192,8 +196,10 @@ def put(page, label, value):
 
 
 def choose(page, label, value):
+    """An entry of a menu: its name may go on after a colon."""
     page.get_by_label(label, exact=True).locator("visible=true").click()
-    page.get_by_role("option", name=value, exact=True).click()
+    exactly = page.get_by_role("option", name=value, exact=True)
+    exactly.or_(page.get_by_role("option", name=f"{value}: ")).click()
 
 
 def press(page, name):
@@ -239,6 +245,10 @@ def split(source, n, columns, size):
     return np.stack(found).astype(int)
 
 
+def seeds(seed, images):
+    return f"seed {seed}" if images == 1 else f"seeds {seed} to {seed + images - 1}"
+
+
 def generate(page, seed, steps=10, images=2):
     """Press Generate and wait for the last step; returns the images.
 
@@ -251,7 +261,7 @@ def generate(page, seed, steps=10, images=2):
     ):
         put(page, label, value)
     before = page.locator("#progress").inner_text()
-    done = f"Step {steps} of {steps}, seeds {seed} to {seed + images - 1},"
+    done = f"Step {steps} of {steps}, {seeds(seed, images)},"
     assert done not in before
     press(page, "Generate")
     page.get_by_text(done).wait_for()
@@ -261,6 +271,15 @@ def generate(page, seed, steps=10, images=2):
 
 def close(shown, expected):
     return np.abs(shown - expected).max() <= 1  # rounding of half levels may differ
+
+
+WATCH_PROGRESS = """
+    window.progress_seen = [];
+    new MutationObserver(() => {
+        const text = document.querySelector('#progress p')?.innerText;
+        if (text && window.progress_seen.at(-1) !== text) window.progress_seen.push(text);
+    }).observe(document.querySelector('#progress'), {subtree: true, childList: true, characterData: true});
+"""
 
 
 def value(page, label):
@@ -274,7 +293,7 @@ def value(page, label):
 def test_each_tab_opens_with_what_its_button_would_make(apps, visit):
     page, app = visit("plain"), apps["plain"]
     steps, images = value(page, "Steps"), value(page, "Images")
-    page.get_by_text(f"Step {steps} of {steps}, seeds 0 to {images - 1},").wait_for()
+    page.get_by_text(f"Step {steps} of {steps}, {seeds(0, images)},").wait_for()
     drawn(page)
     made = app.made(range(images), num_inference_steps=steps)
     assert steps == 50 and close(pictures(page, "#samples", images), made)
@@ -291,7 +310,7 @@ def test_each_tab_opens_with_what_its_button_would_make(apps, visit):
     assert page.locator("#yardsticks table").count() == 0  # it was not evaluated
 
     page.get_by_role("tab", name="Compare").click()
-    page.get_by_text(re.compile("All three are done, seeds 0 to ")).wait_for()
+    page.get_by_text(re.compile("All three are done, seeds? 0")).wait_for()
     drawn(page)
     steps, images = value(page, "Steps"), value(page, "Images")
     for i, settings in enumerate(({"variance": "fixed_small"}, {"variance": "fixed_large"}, {"eta": 0.0})):
@@ -304,7 +323,7 @@ def test_a_class_conditional_model_opens_with_a_row_of_each_class_in_the_fewest_
     page, app = visit("labelled"), apps["labelled"]
     assert value(page, "Steps") == len(BEST)
     images = value(page, "Images")
-    page.get_by_text(f"Step 12 of 12, seeds 0 to {images - 1},").wait_for()
+    page.get_by_text(f"Step 12 of 12, {seeds(0, images)},").wait_for()
     page.get_by_text(f"12 best steps of optimal are no worse than {T} of fixed_large").wait_for()
     drawn(page)
     shown = rows(page, images)
@@ -329,7 +348,7 @@ def test_a_menu_switches_between_models(apps, visit):
     put(page, "number input for Images", 1)
     put(page, "number input for Steps", 5)
     press(page, "Generate")
-    page.get_by_text("Step 5 of 5, seeds 0 to 0,").wait_for()
+    page.get_by_text("Step 5 of 5, seed 0,").wait_for()
     drawn(page)
     for i, source in enumerate(image.get_attribute("src") for image in page.locator("#samples .rows img").all()):
         made = app.made([0], num_inference_steps=5, class_labels=[i])[0]
@@ -387,10 +406,24 @@ def test_stop_ends_a_run_and_the_next_one_begins(visit):
         } }).observe(document.body, {subtree: true, childList: true, characterData: true})"""
     )
     press(page, "Generate")
-    page.get_by_text(re.compile(r"Step \d+ of 100,")).wait_for()
+    page.get_by_text("Stopped.").wait_for()
     page.wait_for_timeout(1500)
-    assert not page.get_by_text("Step 100 of 100,").count()
+    expect(page.locator("#progress")).to_have_text("Stopped.")
     generate(page, 0)
+
+
+def test_a_visitor_who_waits_for_another_is_told(visit):
+    first, second = visit("plain"), visit("plain")
+    for page, steps, images in ((first, T, 8), (second, 5, 1)):
+        put(page, "number input for Steps", steps)
+        put(page, "number input for Images", images)
+    second.evaluate(f"() => {{ {WATCH_PROGRESS} }}")
+    press(first, "Generate")
+    first.get_by_text(re.compile(rf"Step \d+ of {T}, seeds 0 to 7,")).wait_for()
+    press(second, "Generate")
+    second.get_by_text("Step 5 of 5, seed 0,").wait_for()
+    assert second.evaluate("window.progress_seen")[0] == "Waiting for the first step ..."
+    first.get_by_text(f"Step {T} of {T}, seeds 0 to 7,").wait_for()
 
 
 def test_an_empty_or_negative_field_is_reported(visit):
@@ -507,16 +540,17 @@ def test_a_sample_of_the_model_can_be_measured_with_its_label(apps, visit):
     page.locator("#bits h3").wait_for()
     offer(page, b"no image")
     expect(page.locator("#told")).to_contain_text("not used")
-    expect(page.locator("#bits")).to_have_text("")  # the figures were those of the image before
+    expect(page.locator("#bits")).to_have_text("Upload an image, or take a sample.")  # no longer the figures of before
+    expect(page.locator("#map")).to_have_text("")
     press(page, "Measure bits/dim")
-    page.get_by_text("There is no image yet").wait_for()
+    expect(page.locator("#bits")).to_have_text("Upload an image, or take a sample.")
     choose(page, "Class label", "5")
     put(page, "Seed of a sample", 4)
     press(page, "Take a sample of the model")
     page.get_by_text("A sample of the model, seed 4.").wait_for()
     page.locator("#seen img").wait_for()
     sample = pictures(page, "#seen", 1)
-    assert close(sample, app.made([4], num_inference_steps=T, class_labels=[5]))
+    assert close(sample, app.made([4], "optimal", timesteps=BEST, class_labels=[5]))
     evaluations = value(page, "Network evaluations")
     result = app.measured(sample[0], 0, evaluations, class_labels=5)  # a new image is measured at once
     expect(page.locator("#bits h3")).to_have_text(f"{result.total:.3f} ± {result.standard_error:.3f} bits/dim")
@@ -579,7 +613,7 @@ def test_an_upload_gets_a_plain_message(visit):
 
 
 def test_one_seed_under_three_variances(apps, visit):
-    thirds = {"plain": ("mean only (eta = 0)", {"eta": 0.0}), "labelled": ("optimal", {"variance": "optimal"})}
+    thirds = {"plain": ("eta (DDIM)", {"eta": 0.0}), "labelled": ("optimal", {"variance": "optimal"})}
     for name, (title, third) in thirds.items():
         page, app = visit(name, tab="Compare"), apps[name]
         put(page, "Seed", 2)
@@ -678,7 +712,7 @@ def test_a_model_of_rgba_images_is_sampled_shown_and_measured(app_module, tmp_pa
     assert np.abs(shown[..., :3] - on_checkerboard(images[0], len(shown))).max() <= 2
     text, *_ = app_module.Demo(model).measure(images[0], 0, 10 * NOISES)
     expected = pipe.bits_per_dim(images.repeat(NOISES, 0), seed=0, evaluations_per_image=10, pilot_images=images)
-    assert text.startswith(f"### {expected.total:.3f} ± ") and f"{8 * 256} bits uncompressed" in text
+    assert text.startswith(f"### {expected.total:.3f} ± ") and f"Uncompressed it takes {8 * 256}: " in text
 
 
 def test_closing_a_trajectory_ends_the_sampling(app_module):
@@ -695,10 +729,20 @@ def test_closing_a_trajectory_ends_the_sampling(app_module):
     assert len(evaluations) == ended
 
 
-def test_a_run_ends_after_max_seconds(app_module, monkeypatch):
-    model = app_module.Model(str(publish("plain")[0] / "hub"))
-    monkeypatch.setattr(app_module, "MAX_SECONDS", 0)
-    assert [step for step, _ in model.trajectory([0], T)] == [1]
+def test_a_run_ends_after_max_seconds(app_module, monkeypatch, tmp_path):
+    transparent().save_pretrained(tmp_path)
+    model = app_module.Model(str(tmp_path))
+    demo = app_module.Demo(model)
+    demo.comparison.result()
+    with monkeypatch.context() as patched:
+        patched.setattr(app_module, "MAX_SECONDS", 0)
+        assert [step for step, _ in model.trajectory([0], T, label="0")] == [1]
+        *_, (*_, text) = demo.compare(0, T, 1, "0")
+        assert text == "Out of time before the last step, seed 0."
+    model.pipe.unet.register_forward_hook(lambda *_: time.sleep(0.02))  # T steps would take 2 s
+    monkeypatch.setattr(app_module, "MAX_SECONDS", 3)
+    *_, (*pictures, text) = demo.compare(0, T, 1, "0")  # all three within the time of a click
+    assert text.startswith("Out of time") and len(set(pictures)) == 3
 
 
 def test_colours_that_nobody_sees_become_0_and_an_opaque_image_gets_its_alpha(app_module, tmp_path):
