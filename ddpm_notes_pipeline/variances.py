@@ -1,4 +1,4 @@
-"""What data tells the scheduler: the best variance of every step and of the decoder, the best path.
+"""What data tells the scheduler: the best variance of every step, the best path.
 
 The notes fix the variance ("not considered here"). For a network that predicts x0_hat, the
 isotropic variance of p(x_s | x_t) that minimises the bound is posterior variance + c_0^2 V_t, where
@@ -25,12 +25,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .core.levels import Levels, discretized_gaussian_log_likelihood, to_model_range
+from .core.levels import Levels, to_model_range
 from .core.seeding import seeded_generator
 from .pipeline_ddpm_notes import DDPMNotesPipeline, is_ddpm
-from .scheduling_ddpm_notes import DECODER_FLOOR, DDPMNotesScheduler
+from .scheduling_ddpm_notes import DDPMNotesScheduler
 
-DECODER_PIXELS = 2**20  # that the decoder's variance is fitted on: more change its third digit
 STREAM = 2  # of random numbers, apart from those of bits_per_dim
 
 
@@ -108,71 +107,6 @@ def measure_original_sample_mse(
     mean = total / count
     standard_error = ((squares / count - mean**2).clamp(min=0) / (count - 1)).sqrt()
     return DenoisingError(mean, standard_error, count.long(), number, int(count.sum()))
-
-
-@torch.no_grad()
-def fit_decoder_variance(
-    pipeline: DDPMNotesPipeline,
-    images: Any,
-    class_labels: Any = None,
-    last_timestep: int = 0,
-    batch_size: int = 128,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The variance of p(x_0 | x_t) that encodes the pixels best, at the last timestep of a path.
-
-    The decoder's cost is the exact mass of a pixel's bin, so its best variance is not V_t: a
-    network that is surely right needs none. It is found by three rounds of a finer and finer grid
-    over log variance, floored at 1e-6, on at most 2^20 pixels.
-
-    Args:
-        pipeline, images, class_labels, batch_size, seed: as of `measure_original_sample_mse`.
-        last_timestep: t.
-
-    Returns:
-        the variance, and the decoder's cost with it in nats/dim.
-
-    Raises:
-        ValueError: images that `bits_per_dim` refuses, or none.
-    """
-    x_0, mean = _decoder_pixels(pipeline, images, class_labels, last_timestep, batch_size, seed)
-
-    def cost(log_variance: float) -> float:
-        return -float(discretized_gaussian_log_likelihood(x_0, mean, torch.tensor(log_variance)).mean())
-
-    low, high = math.log(DECODER_FLOOR), math.log(4.0)
-    for _ in range(3):
-        grid = np.linspace(low, high, 17)
-        costs = [cost(float(point)) for point in grid]
-        best = int(np.argmin(costs))
-        low, high = float(grid[max(0, best - 1)]), float(grid[min(16, best + 1)])
-    return max(math.exp(grid[best]), DECODER_FLOOR), min(costs)
-
-
-def _decoder_pixels(
-    pipeline: DDPMNotesPipeline, images: Any, class_labels: Any, last_timestep: int, batch_size: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels of the images and x0_hat at one timestep, flat, `DECODER_PIXELS` at most."""
-    _ddpm(pipeline)
-    originals: list[torch.Tensor] = []
-    guesses: list[torch.Tensor] = []
-    number = 0
-    for pixels, labels in pipeline.image_batches(images, class_labels):
-        for rows in torch.arange(len(pixels)).split(batch_size):
-            if sum(map(len, originals)) >= DECODER_PIXELS:
-                break
-            generators = [seeded_generator(seed, STREAM, number + int(row)) for row in rows]
-            noise = torch.cat([torch.randn((1, *pixels.shape[1:]), generator=g) for g in generators])
-            t = torch.full((len(rows),), last_timestep)
-            x_0, x_0_hat = _denoise(pipeline, pixels, labels, rows, t, noise)
-            originals.append(x_0.flatten().cpu())
-            guesses.append(x_0_hat.flatten().cpu())
-        number += len(pixels)
-        if sum(map(len, originals)) >= DECODER_PIXELS:
-            break
-    if not originals:
-        raise ValueError("images is empty; it must have at least one image")
-    return torch.cat(originals)[:DECODER_PIXELS], torch.cat(guesses)[:DECODER_PIXELS]
 
 
 def _denoise(

@@ -732,7 +732,7 @@ assert spread["the mean alone"] < 0.25 * spread["Algorithm 2"]
 # First the coin, where everything has a closed form:
 
 # %%
-from ddpm_notes_pipeline.variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse
+from ddpm_notes_pipeline.variances import best_timesteps, measure_original_sample_mse
 
 V_coin = coin.denoising_error(torch.arange(T)).numpy()
 
@@ -774,14 +774,13 @@ for variance_type, path, kind in rows:
 print(f"even: {even}\nbest: {best}")
 
 # %% [markdown]
-# Now the trained digits. All rows share one fitted decoder (**`fit_decoder_variance`**), so that
-# only the steps differ.
+# Now the trained digits. All rows share one decoder, of variance $V_0$, so that only the steps
+# differ.
 
 # %%
 V_digits = measure_original_sample_mse(digits_pipe, digits.take(range(len(digits))), timesteps_per_image=12)
 mse = V_digits.original_sample_mse
-decoder_variance, _ = fit_decoder_variance(digits_pipe, digits.take(range(len(digits))))
-best_of = optimal_scheduler(scheduler, mse, decoder_variance)
+best_of = optimal_scheduler(scheduler, mse, decoder_variance=float(mse[0]))
 test_images = held_out.take(range(64))
 
 Ks = [10, 20, 35]

@@ -193,17 +193,14 @@ class EvaluationArguments:
         "optimal; with levels it may end above 0. Default: even (--table: both).",
         ("even", "best"),
     )
-    decoder: Literal["own", "fitted", "levels"] = setting(
+    decoder: Literal["own", "levels"] = setting(
         "own",
         "levels: Bayes' rule on which 8-bit levels occur, which also refines the network's guess, fitted unless the model "
-        "has it; fitted: a Gaussian of one fitted variance for all but the learned, without levels; own: the model's "
-        "levels, or else each variance type's own Gaussian.",
+        "has it; own: the model's levels, or else the Gaussian of the variance type.",
     )
-    variance_split: str = setting(
-        "train", "Split on which optimal, best, levels, fitted and --save_variances are measured."
-    )
+    variance_split: str = setting("train", "Split on which optimal, best, levels and --save_variances are measured.")
     save_variances: bool = setting(
-        False, "Save what was measured (variances; with --decoder fitted or levels, those) in the model's scheduler."
+        False, "Save what was measured (variances; with --decoder levels, those) in the model's scheduler."
     )
     full: bool = setting(False, "Evaluate every term of the bound.")
     evaluations_per_image: int = setting(

@@ -39,7 +39,7 @@ from ..level_fit import LevelFit
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
-from ..variances import best_timesteps, fit_decoder_variance, measure_original_sample_mse, optimal_scheduler
+from ..variances import best_timesteps, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
 from .images import dims, load_split
 
@@ -51,8 +51,8 @@ TABLE_STEPS = [10, 25, 50, 100]
 SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "ddim": ("DDIM", DDIMScheduler, {}),  # clips x0_hat, but keeps the unclipped eps_hat
     "eta0": ("eta = 0", DDPMNotesScheduler, {"eta": 0.0}),  # DDIM with the eps_hat of the clipped x0_hat
-    # Half the log SNR ends at -5.06 with linear betas. The cosine schedule goes on to -10, where eps
-    # says nothing of x_0: this sampler, which does not clip x0_hat, breaks down there.
+    # Half the log SNR ends at -5.06 with linear betas. The cosine schedule goes on to -10, where
+    # eps says nothing of x_0: this sampler does not clip x0_hat, and breaks down there.
     "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}),
 }
 # Settings that, with the images, decide which of them --validation_share holds out.
@@ -134,16 +134,11 @@ class EvaluationRun:
         if evaluation.metrics:
             self.samples = self.sample_table()
         self.choose_levels()
-        own, decoder = self.own, self.measure_variances()
+        self.measure_mse()
         for variance, kind, path in self.variances_and_paths():
-            fitted = evaluation.decoder == "fitted" and variance not in LEARNED_VARIANCES
-            pipeline.scheduler = DDPMNotesScheduler.from_config(
-                own.config,
-                variance_type=variance,
-                original_sample_mse=self.mse if variance == "optimal" else None,
-                decoder_variance=decoder if fitted else None,
-                eta=None,
-            )
+            mse = self.mse if variance == "optimal" else None
+            settings = {"variance_type": variance, "original_sample_mse": mse, "eta": None}
+            pipeline.scheduler = DDPMNotesScheduler.from_config(self.own.config, **settings)
             row = self.measure_row(kind, path)
             self.rows.append(row)
             if main:
@@ -155,7 +150,8 @@ class EvaluationRun:
             self.add_samplers(self.samples)
         if main:
             if evaluation.save_variances:  # only now: it changes what the same command measures
-                optimal_scheduler(own, self.mse, decoder or None).save_pretrained(Path(evaluation.model) / "scheduler")
+                measured = optimal_scheduler(self.own, self.mse, self.own.decoder_variance)
+                measured.save_pretrained(Path(evaluation.model) / "scheduler")
             self.write()
             if self.pieces.found:
                 print(f"Not measured again: {self.pieces.found} of {self.pieces.found + self.pieces.measured} pieces.")
@@ -189,7 +185,7 @@ class EvaluationRun:
         )
 
     def choose_levels(self) -> None:
-        """Fit the levels on --variance_split, or drop them, as --decoder asks.
+        """Fit the levels on --variance_split, if --decoder asks for them and the model has none.
 
         V_t is of x0_hat as the steps use it: with other levels it has to be measured anew.
         """
@@ -201,33 +197,24 @@ class EvaluationRun:
                 return vars(fit_image_levels(self.pipeline, images, batch_size=size, accelerator=accelerator))
 
             self.fit = LevelFit(**int_keys(self.fitted("levels", fit_levels)))
-        if self.fit is not None or (evaluation.decoder == "fitted" and own.levels is not None):
-            self.own = DDPMNotesScheduler.from_config(own.config, levels=self.fit and self.fit.levels)
+            self.own = DDPMNotesScheduler.from_config(own.config, levels=self.fit.levels)
             self.pipeline.scheduler, self.mse = self.own, None
-        if self.fit is not None and self.accelerator.is_main_process:
-            print(f"{fit_text(self.fit)}\n", flush=True)
+            if accelerator.is_main_process:
+                print(f"{fit_text(self.fit)}\n", flush=True)
 
-    def measure_variances(self) -> dict[int, float]:
-        """Fill `mse`, and return decoder variances by last timestep, as far as they are needed."""
+    def measure_mse(self) -> None:
+        """Measure V_t on --variance_split, if it is needed and not known."""
         evaluation, pipeline, size = self.evaluation, self.pipeline, self.evaluation.batch_size
-        decoder = dict(self.own.decoder_variance or {})
         uses_mse = "optimal" in (*(evaluation.variance_types or []), self.own.variance_type)
         uses_mse = uses_mse or "best" in (evaluation.paths or []) or evaluation.save_variances
         if uses_mse and self.mse is None:
 
-            def measure_mse(images: ImageSet) -> list[float]:
+            def measure(images: ImageSet) -> list[float]:
                 labelled = batches(images, labelled=self.labelled)
                 error = measure_original_sample_mse(pipeline, labelled, batch_size=size, accelerator=self.accelerator)
                 return error.original_sample_mse.tolist()
 
-            self.mse = self.fitted("variances", measure_mse)
-        if evaluation.decoder == "fitted" and 0 not in decoder:
-
-            def fit_decoder(images: ImageSet) -> float:
-                return fit_decoder_variance(pipeline, batches(images, labelled=self.labelled), batch_size=size)[0]
-
-            decoder[0] = self.fitted("decoder variance", fit_decoder)
-        return decoder
+            self.mse = self.fitted("variances", measure)
 
     def fitted(self, what: str, measure: Callable[[ImageSet], Any]) -> Any:
         """What `measure` finds on --variance_split, or an earlier run found; for JSON."""

@@ -1,4 +1,4 @@
-"""Bits of photographs with fitted levels: what the digits gain by them, photographs should not.
+"""Bits of photographs with fitted levels: they gain nothing, and must lose nothing.
 
 Digits use few of the 256 levels, photographs all of them alike. The model sees patches of the left
 three quarters of scikit-learn's two photographs and is measured on patches of the right quarter,
@@ -18,10 +18,10 @@ from sklearn.datasets import load_sample_images
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.evaluation.yardsticks import compressed_sizes, measure_yardsticks
 from ddpm_notes_pipeline.level_fit import fit_levels, level_counts
-from ddpm_notes_pipeline.variances import fit_decoder_variance
 from measure import ROOT, Row, Settings, count_row, environment
 from models import save_images
 
+GAUSSIAN = "the Gaussian decoder of fixed_small"
 SIDE, STRIDE, TRAINING_STEPS, FIT_IMAGES = 16, 8, 2000, 128
 FLAGS = f"""
     --block_out_channels 32 64 --layers_per_block 1 --attention_levels 1 --random_flip true
@@ -56,24 +56,18 @@ def trained_pipeline(images: torch.Tensor, folder: Path) -> DDPMNotesPipeline:
 
 
 def schedulers(pipeline: DDPMNotesPipeline, training: torch.Tensor) -> dict[str, DDPMNotesScheduler]:
-    """The scheduler with each decoder, fitted on the same training patches."""
+    """The scheduler with its own Gaussian decoder, and with levels fitted on training patches."""
     few = training[torch.linspace(0, len(training) - 1, FIT_IMAGES).long()]
-    variance, _ = fit_decoder_variance(pipeline, few)
     levels = fit_levels(pipeline, few, counts=level_counts([training])).levels
-    settings = {
-        "its own decoder": {},
-        "a fitted Gaussian": {"decoder_variance": variance},
-        "levels": {"levels": levels},
-    }
     config = pipeline.scheduler.config
-    return {name: DDPMNotesScheduler.from_config(config, **changes) for name, changes in settings.items()}
+    return {GAUSSIAN: pipeline.scheduler, "levels": DDPMNotesScheduler.from_config(config, levels=levels)}
 
 
 def levels() -> list[Row]:
     """Bits/dim with levels beside a Gaussian decoder and beside simple codes.
 
     Raises:
-        RuntimeError: levels cost more than the fitted Gaussian, by four standard errors.
+        RuntimeError: levels cost more than the Gaussian, by four standard errors.
     """
     left, right = photographs()
     training, held_out = patches(left, STRIDE), patches(right, SIDE)
@@ -87,16 +81,14 @@ def levels() -> list[Row]:
     for decoder, scheduler in schedulers(pipeline, training).items():
         pipeline.scheduler = scheduler
         bits[decoder] = pipeline.bits_per_dim(held_out, pilot_images=held_out)
-    ours = bits.pop("levels")
-    what, rows = f"bits/dim of {len(held_out)} patches of photographs (16x16x3), levels", []
-    for decoder, theirs in bits.items():
-        change = ours.per_image - theirs.per_image
-        error = float(change.std()) / math.sqrt(len(change))
-        if decoder == "a fitted Gaussian" and change.mean() > 4 * error:
-            raise RuntimeError(f"levels cost {change.mean():.4f} ± {error:.4f} bits/dim more than a fitted Gaussian")
-        rows.append(
-            count_row(f"{what} ({change.mean():+.4f} ± {error:.4f})", decoder, theirs.total, ours.total, "bits/dim")
-        )
+    ours, theirs = bits["levels"], bits[GAUSSIAN]
+    change = ours.per_image - theirs.per_image
+    error = float(change.std()) / math.sqrt(len(change))
+    if change.mean() > 4 * error:
+        raise RuntimeError(f"levels cost {change.mean():.4f} ± {error:.4f} bits/dim more than the Gaussian")
+    what = f"bits/dim of {len(held_out)} patches of photographs (16x16x3), levels"
+    beside = f"{what} ({change.mean():+.4f} ± {error:.4f})"
+    rows = [count_row(beside, GAUSSIAN, theirs.total, ours.total, "bits/dim")]
     whole = 8 * sum(compressed_sizes(image)["WebP"] for image in right) / right.numel()
     codes = {**measure_yardsticks([training], [held_out]).bits, "WebP of the two quarters whole": whole}
     return rows + [count_row(what, code, theirs, ours.total, "bits/dim") for code, theirs in codes.items()]

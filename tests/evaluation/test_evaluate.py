@@ -20,7 +20,7 @@ from tests.support.launching import ROOT, describe, launch, once
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 SAMPLES = 20
-FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder fitted --max_images 21 --variance_split test".split()
+FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder levels --max_images 21 --variance_split test".split()
 
 
 def save_model(folder, classes=None, **settings):
@@ -178,15 +178,14 @@ def test_samplers_are_the_ones_that_they_are_named(train):
     assert abs(rows["DDIM"]["pixel_mean_error"] - rows["eta = 0"]["pixel_mean_error"]) > 1e-3
 
 
-def test_one_fitted_decoder_serves_every_variance(one):
-    variances = {row["decoder_variance"] for row in results(one[0])["results"]}
-    assert len(variances) == 1
+def test_fitted_levels_serve_every_variance(one):
+    assert {row["decoder_type"] for row in results(one[0])["results"]} == {"levels"}
 
 
 def test_what_was_measured_is_kept_in_the_models_folder(one):
     scheduler = DDPMNotesPipeline.from_pretrained(one[0]).scheduler
     assert scheduler.variance_type == "optimal" and len(scheduler.original_sample_mse) == 40
-    assert list(scheduler.decoder_variance) == [0]
+    assert len(np.flatnonzero(scheduler.levels["weights"][0])) == 17  # of digits
 
 
 # Variances are measured on the twentieth of the training images that is not held out.
@@ -207,12 +206,19 @@ def test_save_variances_saves_what_nothing_else_asked_to_measure(tmp_path):
 
 def test_save_variances_saves_what_was_known_and_needed_no_measuring(tmp_path):
     mse = [0.01 * (t + 1) for t in range(40)]
-    save_model(tmp_path, original_sample_mse=mse, decoder_variance={0: 0.003, 2: 0.1})
+    save_model(tmp_path, original_sample_mse=mse)
     assert saved_scheduler(tmp_path).variance_type == "fixed_small"
-    evaluate_here(tmp_path, *FEW, "--variance_types", "optimal", "--decoder", "fitted")
+    evaluate_here(tmp_path, *FEW, "--variance_types", "optimal")
     saved = saved_scheduler(tmp_path)
-    known = (saved.variance_type, saved.original_sample_mse, saved.decoder_variance)
-    assert known == ("optimal", mse, {0: 0.003, 2: 0.1})
+    assert (saved.variance_type, saved.original_sample_mse) == ("optimal", mse)
+
+
+def test_a_decoder_variance_of_an_earlier_version_is_measured_and_kept(tmp_path):
+    save_model(tmp_path, decoder_variance={0: 0.003, 2: 0.1})
+    evaluate_here(tmp_path, *FEW)
+    row = results(tmp_path)["results"][0]
+    assert (row["decoder_type"], row["decoder_variance"]) == ("fitted", pytest.approx(0.003))
+    assert saved_scheduler(tmp_path).decoder_variance == {0: 0.003, 2: 0.1}
 
 
 def test_fitted_levels_are_saved_with_the_v_t_of_the_refined_guess_and_are_what_was_measured(tmp_path, capsys):
@@ -236,17 +242,13 @@ def test_fitted_levels_are_saved_with_the_v_t_of_the_refined_guess_and_are_what_
     assert "Yardsticks, bits/dim of simple codes" in out and (tmp_path / "bits_map.png").stat().st_size > 10_000
 
 
-def test_own_keeps_the_models_levels_and_fitted_drops_them_with_their_v_t(tmp_path):
+def test_own_keeps_the_models_levels_and_their_v_t(tmp_path):
     levels = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.1}, "guess_blur": {0: 0.1}}
     save_model(tmp_path, levels=levels, original_sample_mse=[0.01] * 40)
     evaluate_here(tmp_path, *FEW)
     saved = saved_scheduler(tmp_path)
     assert saved.levels is not None and saved.original_sample_mse == [0.01] * 40
     assert results(tmp_path)["results"][0]["decoder_type"] == "levels"
-    evaluate_here(tmp_path, *FEW, "--decoder", "fitted")
-    saved = saved_scheduler(tmp_path)
-    assert saved.levels is None and saved.original_sample_mse != [0.01] * 40 and list(saved.decoder_variance) == [0]
-    assert results(tmp_path)["results"][0]["decoder_type"] == "fitted"
 
 
 def test_without_a_training_split_there_are_bits_and_a_warning_but_no_yardsticks(tmp_path):
@@ -261,7 +263,7 @@ def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
     """It fell back to fixed_small, which fails on the other half of the network's channels."""
     save_model(tmp_path, variance_type="learned_range")
     before = DDPMPipeline.from_pretrained(tmp_path)
-    evaluate_here(tmp_path, *FEW, "--decoder", "fitted")
+    evaluate_here(tmp_path, *FEW)
     after = DDPMPipeline.from_pretrained(tmp_path)
     assert after.scheduler.variance_type == "learned_range"
     images = []
@@ -271,7 +273,7 @@ def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
         images.append(torch.from_numpy(pipe(2, generator, num_inference_steps=5, output_type="np").images))
     assert torch.equal(*images)
     saved = saved_scheduler(tmp_path)
-    assert saved.variance_type == "optimal" and list(saved.decoder_variance) == [0]
+    assert saved.variance_type == "optimal"
     # its learned variance is still there to compare with
     evaluate_here(tmp_path, *FEW[:4], "--variance_types", "learned_range", "optimal")
     assert [row["variance_type"] for row in results(tmp_path)["results"]] == ["learned_range", "optimal"]
