@@ -400,8 +400,7 @@ def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> E
     }
     filled = {name: getattr(evaluation, name) or default for name, default in lists.items()}
     if table:  # a spread needs two sets
-        filled |= {"metrics": True, "metric_sets": max(evaluation.metric_sets, 2)}
-        filled |= {"decoder": "levels" if evaluation.decoder == "own" else evaluation.decoder}
+        filled |= {"metrics": True, "metric_sets": max(evaluation.metric_sets, 2), "decoder": "levels"}
     return dataclasses.replace(evaluation, **filled)
 
 
