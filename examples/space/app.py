@@ -623,17 +623,27 @@ def build(models: list[str]) -> gr.Blocks:
             model_tabs(page, load(models[0]))
             return page
         menu = gr.Dropdown([(short_name(model), model) for model in models], value=models[0], label="Model")
-
-        @gr.render(inputs=menu)
-        def show(model: str) -> None:
-            try:
-                demo = load(model)
-            except (OSError, ValueError) as error:
-                gr.Markdown(f"⚠️ {cannot_load(model, error)}")
-            else:
-                model_tabs(page, demo)
-
+        for model in models:
+            show_if_chosen(page, menu, model)
     return page
+
+
+def show_if_chosen(page: gr.Blocks, menu: gr.Dropdown, model: str) -> None:
+    """A part of the page that is empty unless the menu says `model`.
+
+    Each model has its own: Gradio keeps the tabs of a part that is rendered again hidden.
+    """
+
+    @gr.render(inputs=menu)
+    def show(chosen: str) -> None:
+        if chosen != model:
+            return
+        try:
+            demo = load(model)
+        except (OSError, ValueError) as error:
+            gr.Markdown(f"⚠️ {cannot_load(model, error)}")
+        else:
+            model_tabs(page, demo)
 
 
 NETWORK: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1}  # one visitor at a time computes
