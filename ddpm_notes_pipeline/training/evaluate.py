@@ -89,9 +89,9 @@ class EvaluationRun:
         check_steps(evaluation, len(self.own))
         self.images = self.load(evaluation.split, evaluation.max_images)
         check_images(self.pipeline, self.images)
-        check_labels(self.pipeline, self.images)
         if evaluation.split == HELD_OUT:
             check_held_out(data, evaluation, self.images)
+        check_labels(self.pipeline, self.images)
         if self.accelerator.is_main_process:
             check_writable(results_folder(evaluation))
         self.rows: list[Row] = []

@@ -466,7 +466,7 @@ def offer(page, data, name="image.png"):
     remove = page.get_by_label("Clear", exact=True)
     if remove.count():
         remove.first.click()
-        page.get_by_text("Upload an image, or take a sample.").wait_for()
+        page.locator("#told").get_by_text("Upload an image, or take a sample.").wait_for()
     page.locator("input[type=file]").first.set_input_files(
         {"name": name, "mimeType": "application/octet-stream", "buffer": data}
     )
