@@ -9,6 +9,7 @@ import torch
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.core.levels import to_model_range, to_uint8
+from ddpm_notes_pipeline.evaluation.level_reports import fit_text
 from ddpm_notes_pipeline.level_fit import Guesses, fit_levels, level_counts, most_likely
 from ddpm_notes_pipeline.oracles import CoinDenoiser
 from ddpm_notes_pipeline.variances import best_timesteps, measure_original_sample_mse, optimal_scheduler, step_costs
@@ -52,6 +53,19 @@ def test_of_a_plain_sight_the_fit_finds_the_shares_themselves_and_the_noise():
         blur = 1 / float(chain.pair(t, -1).snr_t)
         assert fit.levels["decoder_blur"][t] == pytest.approx(blur, rel=0.1)
     assert np.flatnonzero(fit.levels["weights"][0]).tolist() == [0, 128, 255]
+
+
+def test_levels_that_gain_nothing_are_not_used():
+    """All levels are equally likely and the Gaussian has the noise's own variance: it is right."""
+    noise = 1 / float(DDPMNotesScheduler(T).chain.pair(0, -1).snr_t)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 1, 16, 16), dtype=np.uint8))
+    right, wrong = (
+        fit_levels(plain_sight(DDPMNotesScheduler(T, clip_sample=False, decoder_variance=variance)), images)
+        for variance in (noise, noise / 4)
+    )
+    assert right.levels is None and right.own_cost[0] == pytest.approx(right.decoder_costs[0][0], rel=0.01)
+    assert "not used, as they gain too little" in fit_text(right)
+    assert wrong.levels is not None and wrong.own_cost[0] > 1.1 * wrong.decoder_costs[0][0]
 
 
 def test_fitted_levels_make_a_plain_sight_as_good_as_bayes_rule():
