@@ -67,6 +67,7 @@ RUNS = {
     "half, stratified t": Run(0.5, {"timestep_sampling": "stratified"}),
     "half, log SNR": Run(0.5, {"ddpm_beta_schedule": "log_snr"}),
     "half, cosine": Run(0.5, {"ddpm_beta_schedule": "squaredcos_cap_v2"}),
+    "quarter, cosine": Run(0.25, {"ddpm_beta_schedule": "squaredcos_cap_v2"}),
     "half, min SNR": Run(0.5, {"loss_weighting": "min_snr"}),
     "half, EMA 0.995": Run(0.5, {"ema_max_decay": 0.995}),
     "half, lr 2e-3": Run(0.5, {"learning_rate": 2e-3}),
@@ -83,11 +84,13 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, help="of the official loop; default: those of the recipe")
+    parser.add_argument("--block_out_channels", nargs="+", type=int, help="of the network; default: the recipe's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     arguments = parser.parse_args()
     recipe = yaml.safe_load((ROOT / RECIPES[arguments.data]).read_text())
     recipe = {name: value for name, value in recipe.items() if not name.startswith("validation")} | FIXED
+    recipe["block_out_channels"] = arguments.block_out_channels or recipe["block_out_channels"]
     steps = arguments.steps or recipe["max_train_steps"]
     torch.set_num_threads(arguments.threads)
     results: dict[str, list[dict[str, float]]] = {}
