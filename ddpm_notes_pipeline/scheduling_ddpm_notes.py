@@ -424,7 +424,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         """
         x_t = sample.to(_check_images(sample=sample))
         output, v = self._split_output(model_output, x_t)
-        pair = self.chain.pair(*self._step_on_path(timestep))
+        pair = self.chain.unchecked_pair(*self._step_on_path(timestep))
 
         guess = self._original_sample(output, x_t, pair)
         x_0 = self._refined(guess, pair)
@@ -544,20 +544,20 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         """
         is_data = pair.s < 0
         floor = torch.where(is_data, self._tables.log_decoder_variance[pair.t], pair.posterior_variance.log())
-        log_range = pair.b.log() - floor
         dtype = widest_float(x.device)
         if v is not None:
             v, floor = v.to(dtype), _per_image(floor, x, dtype)
             if self.variance_type == "learned":
                 return floor, v - floor
-            return floor, (v + 1) / 2 * _per_image(log_range, x, dtype)  # learned_range: from the floor to log b
+            # learned_range: from the floor to log b
+            return floor, (v + 1) / 2 * (_per_image(pair.b.log(), x, dtype) - floor)
         if self.eta is not None:
             excess = torch.full_like(floor, 2 * math.log(self.eta) if self.eta else -math.inf)
         elif self.variance_type == "optimal":
             # (posterior variance + c_0^2 V_t) / posterior variance
             excess = torch.log1p(pair.snr_gain * self._tables.original_sample_mse[pair.t])
         elif self.variance_type.startswith("fixed_large"):
-            excess = log_range
+            excess = pair.b.log() - floor
         else:
             excess = torch.zeros_like(floor)
         excess = excess.masked_fill(is_data, 0)

@@ -188,7 +188,11 @@ class GaussianChain:
             raise ValueError(
                 f"the pair (t, s) is ({int(first[worst])}, {int(last[worst])}); it must have s < t (s = -1 is the data)"
             )
-        return StepPair(first, last, self._table[first], self._table[last])
+        return self.unchecked_pair(first, last)
+
+    def unchecked_pair(self, t: torch.Tensor, s: torch.Tensor) -> StepPair:
+        """`pair` of timesteps known to be right: int64, both (B,) or (1,), on one device."""
+        return StepPair(t, s, self._table[t], self._table[s])
 
     def _timesteps(self, value: Timesteps, name: str, lowest: int) -> torch.Tensor:
         """An int or an integer tensor as int64 of shape (B,) or (1,), checked if on the CPU."""

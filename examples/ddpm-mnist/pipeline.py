@@ -1,4 +1,4 @@
-# ddpm_notes_pipeline 0.2.0, sha256 of the lines below 5e890b355033a47aa0674ded559c34cc9b12376cc1e413e8097260932c7879cf
+# ddpm_notes_pipeline 0.2.0, sha256 of the lines below 0f6d495fd7d72aa1e379cd256d3e758eacf75f5ee29263e6b008ef250391879f
 import importlib
 import inspect
 import itertools
@@ -362,7 +362,11 @@ class GaussianChain:
             raise ValueError(
                 f"the pair (t, s) is ({int(first[worst])}, {int(last[worst])}); it must have s < t (s = -1 is the data)"
             )
-        return StepPair(first, last, self._table[first], self._table[last])
+        return self.unchecked_pair(first, last)
+
+    def unchecked_pair(self, t: torch.Tensor, s: torch.Tensor) -> StepPair:
+        """`pair` of timesteps known to be right: int64, both (B,) or (1,), on one device."""
+        return StepPair(t, s, self._table[t], self._table[s])
 
     def _timesteps(self, value: Timesteps, name: str, lowest: int) -> torch.Tensor:
         """An int or an integer tensor as int64 of shape (B,) or (1,), checked if on the CPU."""
@@ -1643,7 +1647,7 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         """
         x_t = sample.to(_check_images(sample=sample))
         output, v = self._split_output(model_output, x_t)
-        pair = self.chain.pair(*self._step_on_path(timestep))
+        pair = self.chain.unchecked_pair(*self._step_on_path(timestep))
 
         guess = self._original_sample(output, x_t, pair)
         x_0 = self._refined(guess, pair)
@@ -1763,20 +1767,20 @@ class DDPMNotesScheduler(SchedulerMixin, StockConfigMixin):
         """
         is_data = pair.s < 0
         floor = torch.where(is_data, self._tables.log_decoder_variance[pair.t], pair.posterior_variance.log())
-        log_range = pair.b.log() - floor
         dtype = widest_float(x.device)
         if v is not None:
             v, floor = v.to(dtype), _per_image(floor, x, dtype)
             if self.variance_type == "learned":
                 return floor, v - floor
-            return floor, (v + 1) / 2 * _per_image(log_range, x, dtype)  # learned_range: from the floor to log b
+            # learned_range: from the floor to log b
+            return floor, (v + 1) / 2 * (_per_image(pair.b.log(), x, dtype) - floor)
         if self.eta is not None:
             excess = torch.full_like(floor, 2 * math.log(self.eta) if self.eta else -math.inf)
         elif self.variance_type == "optimal":
             # (posterior variance + c_0^2 V_t) / posterior variance
             excess = torch.log1p(pair.snr_gain * self._tables.original_sample_mse[pair.t])
         elif self.variance_type.startswith("fixed_large"):
-            excess = log_range
+            excess = pair.b.log() - floor
         else:
             excess = torch.zeros_like(floor)
         excess = excess.masked_fill(is_data, 0)
