@@ -66,6 +66,8 @@ RUNS = {
     "quarter": Run(0.25),
     "half, stratified t": Run(0.5, {"timestep_sampling": "stratified"}),
     "half, log SNR": Run(0.5, {"ddpm_beta_schedule": "log_snr"}),
+    "half, log SNR 8 to -7": Run(0.5, {"ddpm_beta_schedule": "log_snr", "log_snr_range": [8, -7]}),
+    "quarter, log SNR 8 to -7": Run(0.25, {"ddpm_beta_schedule": "log_snr", "log_snr_range": [8, -7]}),
     "half, cosine": Run(0.5, {"ddpm_beta_schedule": "squaredcos_cap_v2"}),
     "quarter, cosine": Run(0.25, {"ddpm_beta_schedule": "squaredcos_cap_v2"}),
     "half, min SNR": Run(0.5, {"loss_weighting": "min_snr"}),
