@@ -1,19 +1,16 @@
 """What training/evaluate.py does: bits/dim and samples of a DDPM, and the table of both."""
 
 import dataclasses
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from huggingface_hub import hf_hub_download
 
-from ..data import HELD_OUT, MODES, ImageSet, hold_out
+from ..data import HELD_OUT, ImageSet, hold_out
 from ..evaluation.findings import fewest_steps, kernel_distances
 from ..evaluation.level_reports import compare_with_fit, fit_image_levels, fit_text
 from ..evaluation.pictures import save_bit_map
@@ -41,7 +38,15 @@ from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from ..variances import best_timesteps, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
-from .images import dims, load_split
+from .evaluation_checks import (
+    check_held_out,
+    check_images,
+    check_labels,
+    check_steps,
+    check_variance_types,
+    check_writable,
+)
+from .images import load_split
 
 MAP_IMAGES = 16  # whose bits are drawn
 MAP_PRECISION = 12  # times --evaluations_per_image: a pixel's bits are noisier than their sum
@@ -55,8 +60,6 @@ SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     # eps says nothing of x_0: this sampler does not clip x0_hat, and breaks down there.
     "dpmsolver++": ("DPM-Solver++", DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}),
 }
-# Settings that, with the images, decide which of them --validation_share holds out.
-DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name", "classes")
 
 
 def main(data: DataArguments, evaluation: EvaluationArguments) -> None:
@@ -421,93 +424,6 @@ def kept_text(evaluation: EvaluationArguments) -> str:
     if not kept:
         return "Nothing is kept yet"
     return f"{folder} has {kept} finished pieces; the same command continues with them"
-
-
-# ------------------------------------------------------------ what is refused
-
-
-def check_variance_types(variances: list[str], scheduler: DDPMNotesScheduler) -> None:
-    """Refuse a learned variance type that the network was not trained to output."""
-    own = scheduler.config.variance_type  # the learned type, even if "optimal" is set over it
-    for variance in variances:
-        if variance in LEARNED_VARIANCES and variance != own:
-            learned = f"{own}, " if own in LEARNED_VARIANCES else ""
-            raise ValueError(
-                f"--variance_types has {variance} and the model's variance is {own}; "
-                f"each must be one of {learned}fixed_small, fixed_large, optimal"
-            )
-
-
-def check_steps(evaluation: EvaluationArguments, T: int) -> None:
-    """Refuse numbers of steps that have no path, or at which nothing would be sampled."""
-    steps, sampled = evaluation.num_inference_steps or [], evaluation.metric_steps or []
-    for name, numbers in (("num_inference_steps", steps), ("metric_steps", sampled)):
-        most = max(numbers, default=1)
-        if most > T:
-            raise ValueError(f"--{name} is {most}; it must be at most the model's {T} timesteps")
-    if 1 in steps and T > 1 and "best" in (evaluation.paths or []):
-        raise ValueError("--num_inference_steps is 1 with --paths best; it must be at least 2")
-    without_bound = sorted(set(sampled) - set(steps))
-    if evaluation.metrics and without_bound and not evaluation.samplers:
-        raise ValueError(
-            f"--metric_steps has {without_bound[0]} and --num_inference_steps has not; samples without a bound need "
-            "--samplers"
-        )
-
-
-def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
-    """Refuse images of another size than the model's: many networks would take them."""
-    channels, side = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
-    mode = next((mode for mode in MODES if MODES[mode] == channels), None)
-    height, width = (side, side) if isinstance(side, int) else side or images.size
-    if mode is not None and (images.channels, *images.size) != (channels, height, width):
-        sides = height if height == width else f"{height} {width}"
-        raise ValueError(
-            f"the images are {dims(images)} and the model's are {channels}x{height}x{width}; they must be the same "
-            f"(--resolution {sides} --image_mode {mode})"
-        )
-
-
-def check_labels(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
-    """Refuse images whose classes are not the model's."""
-    known, seen = pipeline.num_classes, images.num_classes
-    if known is None:
-        return
-    if seen is None and pipeline.null_label is None:
-        raise ValueError(
-            f"the model has {known} classes and the images have no labels; they must have some (--label_column)"
-        )
-    if seen is not None and seen > known:
-        raise ValueError(f"the images have {seen} classes and the model has {known}; they must be the same (--classes)")
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that could not take the results."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as fault:
-        raise ValueError(f"{folder} must take the results and cannot be written to (--results_dir): {fault}") from fault
-
-
-def check_held_out(data: DataArguments, evaluation: EvaluationArguments, images: ImageSet) -> None:
-    """Refuse held-out images of the training run's data set that are not those of the run.
-
-    Some of them would have been trained on. Silent for a model without training_config.yaml.
-    """
-    folder, file = Path(evaluation.model), "training_config.yaml"
-    try:
-        path = folder / file if folder.is_dir() else hf_hub_download(str(folder), file, revision=evaluation.revision)
-        run = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        return
-    trained_on = run.get("dataset_name") or run.get("train_data_dir")
-    given = {**dataclasses.asdict(data), "seed": evaluation.seed}
-    differ = [name for name in DECIDE_HELD_OUT if given[name] != run.get(name)]
-    if differ and Path(trained_on).name == Path(images.name).name:
-        values = ", ".join(f"--{name} is {given[name]} and was {run.get(name)} in training" for name in differ)
-        raise ValueError(f"{values}; they must be equal, or --split {HELD_OUT} has images that were trained on")
 
 
 # ------------------------------------------------------------ parts of a table
