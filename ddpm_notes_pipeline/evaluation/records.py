@@ -21,6 +21,15 @@ def of_classes(classes: Sequence[str] | None) -> str:
     return "" if classes is None else f", classes {', '.join(classes)}"
 
 
+def nan_to_null(value: Any) -> Any:
+    """The same with None in the place of nan, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: nan_to_null(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nan_to_null(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 class Record:
     """A dataclass as a dictionary for JSON, and back.
 
@@ -56,7 +65,8 @@ class JSONFile(Record):
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def write(self, folder: Path) -> None:
-        (folder / self.FILE).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(nan_to_null(self.as_dict()), indent=2, allow_nan=False)
+        (folder / self.FILE).write_text(text + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------ bits/dim
@@ -92,6 +102,13 @@ class BoundRecord(Record):
     network_evaluations: int | None = None
 
     OPTIONAL = ("decoder_type",)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        total, parts = values["standard_error"], values["standard_errors"]
+        parts = {name: math.nan if error is None else error for name, error in parts.items()}
+        total = math.nan if total is None else total
+        return super().from_dict({**values, "standard_error": total, "standard_errors": parts})
 
     @property
     def key(self) -> Key:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 
 import pytest
 import torch
@@ -126,6 +127,22 @@ def test_the_record_keeps_decoder_and_yardsticks_and_reads_files_without_them(pi
     (tmp_path / Evaluation.FILE).write_text(json.dumps(old))
     record = Evaluation.read(tmp_path)
     assert record.yardsticks is None and record.results[0].decoder_type == "own" and record.as_dict() == old
+
+
+def test_an_evaluation_of_one_image_is_json(pipeline, images, tmp_path):
+    """It had NaN for the errors that one image does not tell, which strict readers refuse."""
+    one = images.at_most(1)
+    result = measure_bits_per_dim(Accelerator(), pipeline, one, evaluations_per_image=4)
+    names = {"variance_type": "fixed_small", "path": "even", "num_inference_steps": 40}
+    save_evaluation(tmp_path, one, [Row(BoundRecord.from_dict({**result, **names}), result)], None)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((tmp_path / Evaluation.FILE).read_text(), parse_constant=refuse)
+    row = Evaluation.read(tmp_path).results[0]
+    assert math.isnan(row.standard_error) and all(map(math.isnan, row.standard_errors.values()))
+    assert row.total == result.total
 
 
 @pytest.mark.parametrize(("room", "above"), [("evaluation", {"hub", "training"}), ("hub", {"training"})])
