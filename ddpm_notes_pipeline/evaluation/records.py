@@ -65,7 +65,7 @@ class JSONFile(Record):
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(nan_to_null(self.as_dict()), indent=2, allow_nan=False)
+        text = json.dumps(nan_to_null(self.as_dict()), indent=2)
         (folder / self.FILE).write_text(text + "\n", encoding="utf-8")
 
 
