@@ -101,20 +101,27 @@ class SampleTable:
             self.rows.append(SampleRecord(f"held-out {held_out.split}", SampleMetrics.from_dict(piece.values)))
 
     def add(
-        self, pipeline: DDPMNotesPipeline, row: dict[str, Any], stops: Stop | None = None, **settings: Any
+        self,
+        pipeline: DDPMNotesPipeline,
+        row: dict[str, Any],
+        stops: Stop | None = None,
+        sets: int | None = None,
+        **settings: Any,
     ) -> SampleMetrics | None:
         """Sample, measure and add a row. Collective: every rank must call it.
 
         Args:
             row: what identifies it: `variance_type` or `sampler`, `path`, `num_inference_steps`.
             stops: ends it early.
+            sets: of this row; default: those of the table.
             settings: of the pipeline.
 
         Returns:
             None if `stops` ended it on any process.
         """
-        n, first, end = self.images, self.seed, self.seed + self.sets * self.images
-        sampling = {**row, "seeds": f"{first}..{end - 1}, one an image", "sets": self.sets}
+        sets = sets or self.sets
+        n, first, end = self.images, self.seed, self.seed + sets * self.images
+        sampling = {**row, "seeds": f"{first}..{end - 1}, one an image", "sets": sets}
         labels = None
         if pipeline.num_classes is not None and self.real.labels is not None:
             labels = torch.from_numpy(self.real.labels[[i * len(self.real) // n for i in range(n)]])
@@ -129,7 +136,7 @@ class SampleTable:
                 return None
             found.append(piece)
         results = [SampleMetrics.from_dict(piece.values) for piece in found]
-        each = [result.kernel_distance for result in results] if self.sets > 1 else None
+        each = [result.kernel_distance for result in results] if sets > 1 else None
         self.rows.append(SampleRecord("samples", mean_of(results), **row, kernel_distances=each))
         self.examples[self.rows[-1].key] = found[0].tensors["examples"]
         return self.rows[-1].metrics

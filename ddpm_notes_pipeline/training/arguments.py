@@ -212,7 +212,7 @@ class EvaluationArguments:
     noise_seed: int = setting(0, "Seed of the noise, and of the samples.")
     metrics: bool = setting(False, "Also sample, and measure how far samples are from images.")
     metric_images: int = setting(1000, "Samples in a set; image i has the seed noise_seed + i.")
-    metric_sets: int = setting(1, "Sets of samples, for standard errors (--table: at least 2).", at_least=1)
+    metric_sets: int = setting(1, "Sets of samples, for standard errors (--table: at least 2, but one at T).", at_least=1)
     metric_steps: list[int] | None = setting(
         None, "Numbers of steps to sample at. Default: those of the bounds (--table: 10, 25, 50, 100).", at_least=1
     )
@@ -275,6 +275,9 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
     K, T = run.ddpm_num_inference_steps or 0, model.ddpm_num_steps
     if K > T and model.pretrained_model_name_or_path is None:
         raise ValueError(f"--ddpm_num_inference_steps is {K}; it must be at most {T} (--ddpm_num_steps)")
+    schedule = model.ddpm_beta_schedule
+    if schedule != "log_snr" and "log_snr_range" in typed_flags(run.command):  # a file's is left unused
+        raise ValueError(f"--log_snr_range goes with --ddpm_beta_schedule log_snr; it is {schedule}")
     if run.max_train_steps is not None:
         warmup_steps(run, run.max_train_steps)
 

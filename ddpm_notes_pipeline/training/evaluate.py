@@ -50,7 +50,7 @@ from .images import load_split
 
 MAP_IMAGES = 16  # whose bits are drawn
 MAP_PRECISION = 12  # times --evaluations_per_image: a pixel's bits are noisier than their sum
-# Of --table, beside T. At T only fixed_large is sampled, as the reference.
+# Of --table, beside T. At T only one set of fixed_large is sampled, as the reference.
 TABLE_STEPS = [10, 25, 50, 100]
 # flag: name in tables, scheduler, settings that differ from the model's
 SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -148,7 +148,8 @@ class EvaluationRun:
                 self.print_row(row, path)
             if self.samples is not None and is_sampled(evaluation, row.record, row.T):
                 names = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
-                self.samples.add(pipeline, names, timesteps=path)
+                reference = evaluation.table and len(path) == row.T
+                self.samples.add(pipeline, names, sets=1 if reference else None, timesteps=path)
         if self.samples is not None:
             self.add_samplers(self.samples)
         if main:

@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from measure import CLOCKS, HEADER, Settings, hardware
 
-PARTS = {  # name -> module and function
+PARTS = {  # name -> module and function; what users wait for comes first
+    "training": "bench_training.training",
+    "sampling": "bench_sampling.sampling",
+    "likelihood": "bench_likelihood.likelihood",
+    "startup": "bench_startup.startup",
+    "levels": "bench_levels.levels",
     "step": "bench_scheduler.step",
     "terms": "bench_scheduler.terms",
-    "sampling": "bench_sampling.sampling",
-    "training": "bench_training.training",
-    "likelihood": "bench_likelihood.likelihood",
-    "levels": "bench_levels.levels",
-    "startup": "bench_startup.startup",
 }
 
 

@@ -1,11 +1,11 @@
 """How long training takes to be as good as the official script's loop.
 
     python tests/benchmarks/time_to_quality.py --data digits --seeds 0 1 --output_dir quality
-    python tests/benchmarks/time_to_quality.py --data digits --runs half stratified
+    python tests/benchmarks/time_to_quality.py --data digits --runs official quarter
 
 Every run trains the recipe's network on its images: by the loop of diffusers'
-train_unconditional.py for the recipe's number of steps, and by training/train.py for fewer steps,
-with one setting changed at a time. All are measured alike by training/evaluate.py: the bound on the
+train_unconditional.py for so many steps of 64 images, and by training/train.py for fewer, with one
+setting changed at a time. All are measured alike by training/evaluate.py: the bound on the
 held-out images with fixed_small and with levels fitted on the training images, and the kernel
 distance of samples of DPM-Solver++ to them. Seconds are of training alone, without start-up. Runs
 that have ended are kept in --output_dir, so that the command goes on where it was stopped.
@@ -38,6 +38,7 @@ from models import save_images
 from training_loops import peer_loop
 
 RECIPES = {"digits": "training/configs/digits.yaml", "mnist": "training/configs/mnist.yaml"}
+STEPS = {"digits": 2500, "mnist": 4000}  # of the official loop
 SAMPLER_STEPS, SETS, HELD_OUT = 25, 3, 1000
 
 
@@ -46,7 +47,7 @@ class Run:
     """A way to train.
 
     Attributes:
-        share: of the recipe's steps. flags: of training/train.py, over the recipe's.
+        share: of the official loop's steps. flags: of training/train.py, over the recipe's.
         network: settings of the UNet that differ.
         official: the official loop, with this learning rate; None for training/train.py.
     """
@@ -57,26 +58,29 @@ class Run:
     official: float | None = None
 
 
-FIXED = {"variance_type": "fixed_small", "objective": "simple"}
+FIXED = {"variance_type": "fixed_small", "objective": "simple", "ddpm_beta_schedule": "linear", "train_batch_size": 64}
+COSINE = {"ddpm_beta_schedule": "squaredcos_cap_v2"}
+LOG_SNR = {"ddpm_beta_schedule": "log_snr", "log_snr_range": [8, -7]}
 RUNS = {
     "official": Run(1, official=1e-4),
     "official, lr 1e-3": Run(1, official=1e-3),
-    "recipe": Run(1),
     "half": Run(0.5),
     "quarter": Run(0.25),
-    "half, stratified t": Run(0.5, {"timestep_sampling": "stratified"}),
-    "half, log SNR": Run(0.5, {"ddpm_beta_schedule": "log_snr"}),
-    "half, log SNR 8 to -7": Run(0.5, {"ddpm_beta_schedule": "log_snr", "log_snr_range": [8, -7]}),
-    "quarter, log SNR 8 to -7": Run(0.25, {"ddpm_beta_schedule": "log_snr", "log_snr_range": [8, -7]}),
-    "half, cosine": Run(0.5, {"ddpm_beta_schedule": "squaredcos_cap_v2"}),
-    "quarter, cosine": Run(0.25, {"ddpm_beta_schedule": "squaredcos_cap_v2"}),
-    "half, min SNR": Run(0.5, {"loss_weighting": "min_snr"}),
-    "half, EMA 0.995": Run(0.5, {"ema_max_decay": 0.995}),
-    "half, lr 2e-3": Run(0.5, {"learning_rate": 2e-3}),
-    "half, batches of 32": Run(1, {"train_batch_size": 32}),
-    "half, 4 groups": Run(0.5, network={"norm_num_groups": 4}),
-    "half, scale and shift": Run(0.5, network={"resnet_time_scale_shift": "scale_shift"}),
-    "half, compiled": Run(0.5, {"torch_compile": True}),
+    "half, cosine": Run(0.5, COSINE),
+    "quarter, cosine": Run(0.25, COSINE),
+    "half, log SNR": Run(0.5, LOG_SNR),
+    "quarter, log SNR": Run(0.25, LOG_SNR),
+    "eighth, log SNR": Run(0.125, LOG_SNR),
+    "eighth, log SNR, batches of 32": Run(0.25, LOG_SNR | {"train_batch_size": 32}),
+    "eighth, log SNR, batches of 16": Run(0.5, LOG_SNR | {"train_batch_size": 16}),
+    "quarter, log SNR, stratified t": Run(0.25, LOG_SNR | {"timestep_sampling": "stratified"}),
+    "quarter, log SNR, EMA 0.99": Run(0.25, LOG_SNR | {"ema_max_decay": 0.99}),
+    "quarter, log SNR, lr 5e-4": Run(0.25, LOG_SNR | {"learning_rate": 5e-4}),
+    "quarter, log SNR, lr 2e-3": Run(0.25, LOG_SNR | {"learning_rate": 2e-3}),
+    "quarter, log SNR, batches of 32": Run(0.5, LOG_SNR | {"train_batch_size": 32}),
+    "quarter, log SNR, 4 groups": Run(0.25, LOG_SNR, {"norm_num_groups": 4}),
+    "quarter, log SNR, scale and shift": Run(0.25, LOG_SNR, {"resnet_time_scale_shift": "scale_shift"}),
+    "quarter, log SNR, compiled": Run(0.25, LOG_SNR | {"torch_compile": True}),
 }
 
 
@@ -85,15 +89,15 @@ def main() -> None:
     parser.add_argument("--data", choices=RECIPES, default="digits")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, help="of the official loop; default: those of the recipe")
+    parser.add_argument("--steps", type=int, help=f"of the official loop; default: {STEPS}")
     parser.add_argument("--block_out_channels", nargs="+", type=int, help="of the network; default: the recipe's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     arguments = parser.parse_args()
     recipe = yaml.safe_load((ROOT / RECIPES[arguments.data]).read_text())
-    recipe = {name: value for name, value in recipe.items() if not name.startswith("validation")} | FIXED
+    recipe = {name: value for name, value in recipe.items() if not name.startswith(("validation", "log_snr"))} | FIXED
     recipe["block_out_channels"] = arguments.block_out_channels or recipe["block_out_channels"]
-    steps = arguments.steps or recipe["max_train_steps"]
+    steps = arguments.steps or STEPS[arguments.data]
     torch.set_num_threads(arguments.threads)
     results: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:

@@ -134,8 +134,14 @@ def test_one_command_makes_the_table():
     }
     for key, (mean, error) in kernels.items():
         assert cells[key][-1] == f"{1000 * mean:.2f} ± {1000 * error:.2f}"
+    assert f"{SETS} sets (one set at T) of {SAMPLES} samples" in text
     sampled = [row for row in written["metrics"] if row["images"] == "samples"]
+    (reference,) = (row for row in sampled if row["num_inference_steps"] == T)
+    assert "kernel_distance of each set" not in reference
+    assert reference["protocol"]["sampling"]["seeds"] == f"0..{SAMPLES - 1}, one an image"
     for row in sampled:
+        if row is reference:
+            continue
         first, second = row["kernel_distance of each set"]
         network = row["protocol"]["network"]
         assert row[f"kernel_distance ({network})"] == pytest.approx((first + second) / 2)

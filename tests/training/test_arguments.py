@@ -93,7 +93,13 @@ EVERYTHING = {
     if name
     not in ("train_data_dir", "lr_warmup_steps", "train_batch_size", "gradient_accumulation_steps", "metric_interval")
     and name != "validation_share"
-} | {"lr_warmup_steps": 3, "train_batch_size": 24, "gradient_accumulation_steps": 3, "dataloader_num_workers": 1}
+} | {
+    "ddpm_beta_schedule": "log_snr",
+    "lr_warmup_steps": 3,
+    "train_batch_size": 24,
+    "gradient_accumulation_steps": 3,
+    "dataloader_num_workers": 1,
+}
 
 
 NOT_STREAMED = {"metric_interval": 7, "validation_share": 0.04}  # not together with --streaming
@@ -162,6 +168,7 @@ def test_the_line_wins_over_the_file(parse, name):
     fitting = {"max_train_steps": 1000} if name in ("lr_warmup_steps", "streaming") else {"lr_warmup_steps": 1}
     fitting |= {"validation_split": "test"} if name == "metric_interval" else {}
     fitting |= {"label_column": "label"} if name == "classes" else {}
+    fitting |= {"ddpm_beta_schedule": "log_snr"} if name == "log_snr_range" else {}
     assert parse(*words, config=DIGITS | fitting | {name: other, "train_batch_size": 24})[name] == value
 
 
@@ -440,6 +447,14 @@ def test_a_batch_that_the_processes_of_the_launch_cannot_share_is_refused(refuse
 def test_a_typed_warm_up_longer_than_the_run_is_refused(refused):
     line = ("--max_train_steps", 100, "--lr_warmup_steps", 101)
     assert re.search("--lr_warmup_steps is 101.*100", refused(*line, config=DIGITS))
+
+
+def test_ends_of_a_schedule_that_is_not_used_are_refused_on_the_line_alone(refused, parse):
+    message = refused("--log_snr_range", 8, -7, config=DIGITS)
+    assert "--log_snr_range goes with --ddpm_beta_schedule log_snr; it is linear" in message
+    recipe = DIGITS | {"ddpm_beta_schedule": "log_snr", "log_snr_range": [8, -7]}
+    assert parse("--log_snr_range", 9, -7, config=recipe)["log_snr_range"] == [9, -7]
+    assert parse("--ddpm_beta_schedule", "linear", config=recipe)["ddpm_beta_schedule"] == "linear"
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(12, 1), (99, 9), (100, 100), (20_000, 100)])
