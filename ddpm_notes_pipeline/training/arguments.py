@@ -212,7 +212,9 @@ class EvaluationArguments:
     noise_seed: int = setting(0, "Seed of the noise, and of the samples.")
     metrics: bool = setting(False, "Also sample, and measure how far samples are from images.")
     metric_images: int = setting(1000, "Samples in a set; image i has the seed noise_seed + i.")
-    metric_sets: int = setting(1, "Sets of samples, for standard errors (--table: at least 2, but one at T).", at_least=1)
+    metric_sets: int = setting(
+        1, "Sets of samples, for standard errors (--table: at least 2, but one at T).", at_least=1
+    )
     metric_steps: list[int] | None = setting(
         None, "Numbers of steps to sample at. Default: those of the bounds (--table: 10, 25, 50, 100).", at_least=1
     )

@@ -69,6 +69,7 @@ RUNS = {
     "half, cosine": Run(0.5, COSINE),
     "quarter, cosine": Run(0.25, COSINE),
     "half, log SNR": Run(0.5, LOG_SNR),
+    "half, log SNR, batches of 32": Run(1, LOG_SNR | {"train_batch_size": 32}),
     "quarter, log SNR": Run(0.25, LOG_SNR),
     "eighth, log SNR": Run(0.125, LOG_SNR),
     "eighth, log SNR, batches of 32": Run(0.25, LOG_SNR | {"train_batch_size": 32}),
