@@ -90,11 +90,19 @@ class ModelArguments:
 
     pretrained_model_name_or_path: str | None = setting(None, "A DDPM to start from: its UNet and its scheduler.")
     revision: str | None = setting(None, "Revision of that repository.")
-    model_config_name_or_path: str | None = setting(None, "A UNet2DModel configuration, instead of the four below.")
+    model_config_name_or_path: str | None = setting(None, "A UNet2DModel configuration, instead of the six below.")
     block_out_channels: list[int] | None = setting(None, "Channels of each UNet level. Default: by the image size.")
     layers_per_block: int = setting(2, "ResNet layers of each UNet level.", at_least=1)
     attention_levels: list[int] | None = setting(
         None, "UNet levels with attention, from 0; no number: none. Default: those of 16x16 and below, but not 0."
+    )
+    norm_num_groups: int | None = setting(
+        None,
+        "Groups of the group norms; must divide all channels. Default: at most 32, of 2 channels or more.",
+        at_least=1,
+    )
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = setting(
+        "default", "How ResNet layers see the timestep: as a shift, or as a scale and a shift."
     )
     dropout: float = setting(0.0, "Dropout inside the UNet.", at_least=0, below=1)
     ddpm_num_steps: int = setting(1000, "T, the length of the diffusion chain.", at_least=1)

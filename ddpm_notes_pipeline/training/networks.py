@@ -97,6 +97,10 @@ def new_unet(model: ModelArguments, images: ImageSet | ImageStream) -> UNet2DMod
         raise ValueError(
             f"--attention_levels is {attention}; each must be from 0 to {levels[-1]}, the levels of --block_out_channels"
         )
+    # groups of one channel would normalize away the time embedding, which adds a number to each
+    groups = model.norm_num_groups or max(1, min(math.gcd(32, *channels), min(channels) // 2))
+    if any(number % groups for number in channels):
+        raise ValueError(f"--norm_num_groups is {groups}; it must divide all of --block_out_channels, {channels}")
     height, width = images.size
     unet = UNet2DModel(
         sample_size=height if height == width else images.size,
@@ -104,8 +108,8 @@ def new_unet(model: ModelArguments, images: ImageSet | ImageStream) -> UNet2DMod
         out_channels=out_channels,
         block_out_channels=tuple(channels),
         layers_per_block=model.layers_per_block,
-        # groups of one channel would normalize away the time embedding, which adds a number to each
-        norm_num_groups=max(1, min(math.gcd(32, *channels), min(channels) // 2)),
+        norm_num_groups=groups,
+        resnet_time_scale_shift=model.resnet_time_scale_shift,
         down_block_types=tuple("AttnDownBlock2D" if level in attention else "DownBlock2D" for level in levels),
         up_block_types=tuple("AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(levels)),
         dropout=model.dropout,

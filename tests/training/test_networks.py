@@ -77,11 +77,28 @@ def test_attention_is_where_it_is_asked_for_or_nowhere(tmp_path, flags, levels):
         ),
         ((8, 12), ["--block_out_channels", "32", "32", "32", "32"], "8x12 and the UNet has 4 levels"),
         ((8, 8), ["--attention_levels", "5"], r"--attention_levels is \[5\]; each must be from 0 to 1"),
+        (
+            (8, 8),
+            ["--block_out_channels", "16", "24", "--norm_num_groups", "16"],
+            r"--norm_num_groups is 16; it must divide all of --block_out_channels, \[16, 24\]",
+        ),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_with_what_would(tmp_path, size, flags, message):
     with pytest.raises(ValueError, match=message):
         network_of(images_of(tmp_path, "L", *size), *flags)
+
+
+def test_groups_and_the_timestep_s_scale_are_what_the_flags_say(tmp_path):
+    """Seen in the modules, the attention's norm and the last one among them."""
+    images = images_of(tmp_path, "L", 28, 28)
+    flags = ["--norm_num_groups", "8", "--resnet_time_scale_shift", "scale_shift"]
+    plain, changed = network_of(images), network_of(images, *flags)
+    for unet, groups, numbers in ((plain, 32, 1), (changed, 8, 2)):
+        norms = [module for module in unet.modules() if isinstance(module, torch.nn.GroupNorm)]
+        assert {norm.num_groups for norm in norms} == {groups}
+        layers = [layer for block in unet.down_blocks for layer in block.resnets]
+        assert all(len(layer.time_emb_proj.bias) == numbers * layer.out_channels for layer in layers)
 
 
 MEASURED = {"original_sample_mse": [0.1] * 20, "decoder_variance": {0: 0.01, 3: 0.2}}
