@@ -45,7 +45,9 @@ def test_every_part_runs_and_the_table_says_what_a_cpu_cannot_show(tmp_path):
         assert set(figures(record, name)) == {"needs CUDA"} and len(figures(record, name)) >= 5
     rows = [row for name in names for row in record["parts"][name]["rows"]]
     assert [row["what"] for row in rows if row["target"]] and all(row["met"] is None for row in rows)
-    assert record["card"] == "a CPU" and record["versions"]["torch"] == torch.__version__ and record["quick"]
+    assert record["card"] == "a CPU" and record["quick"]
+    # wheels of one version differ in what follows the +, and their metadata may leave it out
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     table = (tmp_path / "gpu-check.md").read_text()
     assert table in result.stdout and all(row["what"] in table and row["figure"] in table for row in rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-check.json", "gpu-check.md", "logs"]
