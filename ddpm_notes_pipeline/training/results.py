@@ -113,7 +113,7 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {platform.machine()} {device.type.upper()}"
+    return f"{cores} core{'s' * (cores != 1)} of {platform.machine()} {device.type.upper()}"
 
 
 def summary(

@@ -189,4 +189,4 @@ def hardware() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0]
     busy = f"**load {load:.1f}: other work was running**" if load > 1.5 else f"load {load:.1f}"
-    return f"{name}, {cores} cores, one thread; torch {torch.__version__}, diffusers {diffusers.__version__}; {busy}"
+    return f"{name}, {cores} core{'s' * (cores != 1)}, one thread; torch {torch.__version__}, diffusers {diffusers.__version__}; {busy}"
