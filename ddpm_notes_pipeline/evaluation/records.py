@@ -120,6 +120,18 @@ class BoundRecord(Record):
         return f"{self.variance_type}, {self.num_inference_steps} {self.path} steps"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Headline(BoundRecord):
+    """bits/dim of the model as it is, on more images than the rows: `headline` in evaluation.json.
+
+    Attributes:
+        images: how many. fingerprint: digest of their pixels.
+    """
+
+    images: int
+    fingerprint: str | None = None
+
+
 # ------------------------------------------------------------ samples
 
 
@@ -346,9 +358,10 @@ class Evaluation(JSONFile):
         seed: of the noise.
         evaluations_per_image: network evaluations an image, or "all".
         results: a row for each variance and path.
+        headline: the model's own variance in all T steps, on more images; None if not asked for.
         metrics: of held-out images and of samples, each row with its own protocol.
-        yardsticks: bits/dim of simple codes for the same images, by name (yardsticks.py); None
-            where they were not measured.
+        yardsticks: bits/dim of simple codes for the same images (the headline's, if there is one),
+            by name (yardsticks.py); None where they were not measured.
         fewest_steps: at equal quality; None if no row is, or all T steps were not sampled.
     """
 
@@ -363,12 +376,13 @@ class Evaluation(JSONFile):
     evaluations_per_image: int | str = "all"
     weights: str | None = None
     results: list[BoundRecord]
+    headline: Headline | None = None
     metrics: list[SampleRecord] = field(default_factory=list)
     yardsticks: dict[str, float] | None = None
     fewest_steps: FewestSteps | None = None
 
     FILE = "evaluation.json"
-    OPTIONAL = ("classes", "metrics", "yardsticks", "fewest_steps")
+    OPTIONAL = ("classes", "headline", "metrics", "yardsticks", "fewest_steps")
     PICTURE: ClassVar[str] = "bits_per_dim.png"  # beside it: where the bits are, timestep by timestep
     MAP: ClassVar[str] = "bits_map.png"  # pixel by pixel
     NEAREST: ClassVar[str] = "nearest.png"  # training images that are nearest to samples
@@ -386,8 +400,8 @@ class Evaluation(JSONFile):
 
     @property
     def best(self) -> BoundRecord:
-        """The row with the lowest bound."""
-        return min(self.results, key=lambda row: row.total)
+        """The headline, or else the row with the lowest bound."""
+        return self.headline or min(self.results, key=lambda row: row.total)
 
     @property
     def protocol(self) -> str:
@@ -400,8 +414,9 @@ class Evaluation(JSONFile):
             "own": "",
         }
         decoder = next(words for kind, words in decoders.items() if kind in {row.decoder_type for row in self.results})
+        headline = f" ({self.headline.images} for the headline)" if self.headline else ""
         return (
-            f"{self.images} images of {self.data}{of_classes(self.classes)}, split {self.split}, {self.dims} dims each, "
+            f"{self.images} images{headline} of {self.data}{of_classes(self.classes)}, split {self.split}, {self.dims} dims each, "
             f"{terms}, noise seed {self.seed}{decoder}"
         )
 
@@ -416,8 +431,10 @@ class Evaluation(JSONFile):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         results = [BoundRecord.from_dict(row) for row in values["results"]]
         metrics = [SampleRecord.from_dict(row) for row in values.get("metrics") or []]
+        headline = Headline.from_dict(values["headline"]) if values.get("headline") else None
         fewest = FewestSteps.from_dict(values["fewest_steps"]) if values.get("fewest_steps") else None
-        return super().from_dict({**values, "results": results, "metrics": metrics, "fewest_steps": fewest})
+        single = {"headline": headline, "fewest_steps": fewest}
+        return super().from_dict({**values, "results": results, "metrics": metrics, **single})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,12 +81,24 @@ TERMINAL_COLUMNS = [
 
 
 def bound_table(evaluation: Evaluation) -> str:
-    """The bounds as a Markdown table."""
-    return markdown(bound_columns(emphasis="**"), evaluation.results)
+    """The bounds as a Markdown table, below the headline if there is one."""
+    table = markdown(bound_columns(emphasis="**"), evaluation.results)
+    return f"{headline_text(evaluation)}\n\n{table}" if evaluation.headline else table
+
+
+def headline_text(evaluation: Evaluation) -> str:
+    """One sentence: the headline and its parts; empty without one."""
+    row = evaluation.headline
+    if row is None:
+        return ""
+    return (
+        f"{row.name}, {row.images} images: **{row.total:.4f} ± {row.standard_error:.4f} bits/dim** (L_T {row.prior:.4f}, "
+        f"sum of KLs {row.diffusion:.4f}, L_0 {row.decoder:.4f})."
+    )
 
 
 def yardstick_text(evaluation: Evaluation) -> str:
-    """Two lines: the yardsticks, and which of them the lowest bound beats; empty without any."""
+    """Two lines: the yardsticks, and which of them `best` beats; empty without any."""
     if not evaluation.yardsticks:
         return ""
     best, codes = evaluation.best, ", ".join(f"{name} {bits:.3f}" for name, bits in evaluation.yardsticks.items())

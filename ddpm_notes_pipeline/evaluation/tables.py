@@ -2,7 +2,7 @@
 
 from .findings import findings, kernel_distances
 from .records import BoundRecord, Evaluation
-from .reports import Column, bound_columns, kernel_text, markdown, yardstick_text
+from .reports import Column, bound_columns, headline_text, kernel_text, markdown, yardstick_text
 from .validation import Row
 
 
@@ -22,7 +22,8 @@ def results_table(rows: list[Row], evaluation: Evaluation) -> str:
     for key, value in kernels.items():
         if key not in with_bound:
             lines.append(f"| {' | '.join(map(str, key))} | - | - | - | no bound | {kernel_text(value)} |")
-    sentences = [*yardstick_text(evaluation).splitlines(), *findings(rows, kernels)]
+    headline = filter(None, [headline_text(evaluation)])
+    sentences = [*headline, *yardstick_text(evaluation).splitlines(), *findings(rows, kernels)]
     return "\n".join([*caption, "", *lines, "", *(f"- {text}" for text in sentences), ""])
 
 

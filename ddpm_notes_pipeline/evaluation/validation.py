@@ -15,7 +15,7 @@ from ..pipeline_ddpm_notes import PILOT_IMAGES, BitsPerDimOutput, DDPMNotesPipel
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from .pictures import save_bits_per_dim
 from .pixel_batches import batches
-from .records import BoundRecord, Evaluation, FewestSteps, SampleRecord
+from .records import BoundRecord, Evaluation, FewestSteps, Headline, SampleRecord
 from .sampling import Stop, with_progress_bar
 from .yardsticks import Yardsticks
 
@@ -127,6 +127,7 @@ def save_evaluation(
     metrics: list[SampleRecord] | None = None,
     yardsticks: Yardsticks | None = None,
     fewest_steps: FewestSteps | None = None,
+    headline: Headline | None = None,
 ) -> Evaluation:
     """Write evaluation.json, and bits_per_dim.png if a row walks every timestep; the record.
 
@@ -136,7 +137,8 @@ def save_evaluation(
         weights: digest of the measured weights (`weights_digest`), by which the card knows that the
             numbers belong to its model; None if unknown.
         evaluations_per_image: None: every term of the bound.
-        metrics: of samples. yardsticks: of the same images. fewest_steps: at equal quality.
+        metrics: of samples. fewest_steps: at equal quality. headline: on more images.
+        yardsticks: of the same images as the headline, or else the rows.
     """
     dims = rows[0].result.dims
     record = Evaluation(
@@ -150,6 +152,7 @@ def save_evaluation(
         evaluations_per_image=evaluations_per_image or "all",
         weights=weights,
         results=[row.record for row in rows],
+        headline=headline,
         metrics=metrics or [],
         yardsticks=yardsticks.bits if yardsticks else None,
         fewest_steps=fewest_steps,

@@ -26,6 +26,7 @@ from ..evaluation.records import (
     Estimate,
     Evaluation,
     FewestSteps,
+    Headline,
     SampleRecord,
     TrainingRecord,
     of_classes,
@@ -270,6 +271,8 @@ def _eval_results(evaluation: Evaluation, scheduler: DDPMNotesScheduler) -> list
     If those were not sampled, the lowest kernel distance of all rows.
     """
     bounds = headline(evaluation.results, scheduler.variance_type, len(scheduler))
+    if evaluation.headline:
+        bounds = [evaluation.headline, *(row for row in bounds if row.key != evaluation.headline.key)]
     measured = [row for row in evaluation.samples if row.metrics.kernel_distance is not None]
     samples = [row for row in measured if row.key in {bound.key for bound in bounds}]
     samples = samples or sorted(measured, key=lambda row: row.kernel)[:1]
@@ -278,6 +281,7 @@ def _eval_results(evaluation: Evaluation, scheduler: DDPMNotesScheduler) -> list
 
 def _bound_result(row: BoundRecord, evaluation: Evaluation) -> EvalResult:
     protocol = {name: getattr(evaluation, name) for name in ("images", "dims", "split", "evaluations_per_image")}
+    protocol |= {"images": row.images} if isinstance(row, Headline) else {}
     settings = {name: getattr(row, name) for name in ("num_inference_steps", "variance_type", "path", "decoder_type")}
     what = f"bits/dim, {row.variance_type}, {row.num_inference_steps} {row.path} steps"
     estimate = (row.total, row.standard_error)

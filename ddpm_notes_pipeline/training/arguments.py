@@ -193,6 +193,12 @@ class EvaluationArguments:
         "Measure on this many images, evenly spaced over the split (--streaming: the first). Default: all.",
         at_least=1,
     )
+    headline_images: int | None = setting(
+        None,
+        "Also measure the model's own variance in all T steps on this many images, more than --max_images: the card's "
+        "headline.",
+        at_least=1,
+    )
     variance_types: list[str] | None = setting(None, "Variances to compare. Default: the model's own.", VARIANCE_TYPES)
     num_inference_steps: list[int] | None = setting(
         None, "Numbers of steps K. Default: T (--table: 10, 25, 50, 100 and T).", at_least=1

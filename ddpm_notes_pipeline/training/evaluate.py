@@ -23,8 +23,8 @@ from ..evaluation.pieces import (
     scheduler_settings,
 )
 from ..evaluation.pixel_batches import batches
-from ..evaluation.records import BoundRecord, Evaluation, FewestSteps
-from ..evaluation.reports import TERMINAL_COLUMNS, text_header, text_line, yardstick_text
+from ..evaluation.records import BoundRecord, Evaluation, FewestSteps, Headline
+from ..evaluation.reports import TERMINAL_COLUMNS, headline_text, text_header, text_line, yardstick_text
 from ..evaluation.samples import SampleTable
 from ..evaluation.sampling import with_progress_bar
 from ..evaluation.tables import results_table
@@ -39,6 +39,7 @@ from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from ..variances import best_timesteps, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
 from .evaluation_checks import (
+    check_headline,
     check_held_out,
     check_images,
     check_labels,
@@ -75,7 +76,8 @@ class EvaluationRun:
         own: the model's scheduler, with the levels that --decoder asks for.
         mse: V_t of each timestep; None while it is unknown.
         fit: of the levels; None if the model had them, or needs none.
-        images: those that are measured on.
+        images: those that are measured on. more_images: those of the headline, if one is asked for.
+        headline: the model's own variance in all T steps on them.
         rows: bits/dim, by variance and path. notes: lines below their table.
         samples: with --metrics, how far samples are from images.
         pieces: what is finished, kept until the results are written.
@@ -95,6 +97,11 @@ class EvaluationRun:
         if evaluation.split == HELD_OUT:
             check_held_out(data, evaluation, self.images)
         check_labels(self.pipeline, self.images)
+        self.more_images = (
+            self.load(evaluation.split, evaluation.headline_images) if evaluation.headline_images else None
+        )
+        check_headline(self.images, self.more_images)
+        self.headline: Headline | None = None
         if self.accelerator.is_main_process:
             check_writable(results_folder(evaluation))
         self.rows: list[Row] = []
@@ -139,10 +146,8 @@ class EvaluationRun:
         self.choose_levels()
         self.measure_mse()
         for variance, kind, path in self.variances_and_paths():
-            mse = self.mse if variance == "optimal" else None
-            settings = {"variance_type": variance, "original_sample_mse": mse, "eta": None}
-            pipeline.scheduler = DDPMNotesScheduler.from_config(self.own.config, **settings)
-            row = self.measure_row(kind, path)
+            pipeline.scheduler = self.scheduler_of(variance)
+            row = self.measure_row(kind, path, self.images)
             self.rows.append(row)
             if main:
                 self.print_row(row, path)
@@ -152,6 +157,8 @@ class EvaluationRun:
                 self.samples.add(pipeline, names, sets=1 if reference else None, timesteps=path)
         if self.samples is not None:
             self.add_samplers(self.samples)
+        if self.more_images is not None:
+            self.headline = self.measure_headline(self.more_images)
         if main:
             if evaluation.save_variances:  # only now: it changes what the same command measures
                 measured = optimal_scheduler(self.own, self.mse, self.own.decoder_variance)
@@ -161,6 +168,13 @@ class EvaluationRun:
                 print(f"Not measured again: {self.pieces.found} of {self.pieces.found + self.pieces.measured} pieces.")
             self.pieces.clear()
         self.accelerator.end_training()
+
+    def scheduler_of(self, variance: str) -> DDPMNotesScheduler:
+        """The model's scheduler with this variance."""
+        mse = self.mse if variance == "optimal" else None
+        return DDPMNotesScheduler.from_config(
+            self.own.config, variance_type=variance, original_sample_mse=mse, eta=None
+        )
 
     def print_row(self, row: Row, path: list[int]) -> None:
         """Print the newest row; note how the levels fit on the images of the first."""
@@ -238,16 +252,22 @@ class EvaluationRun:
         """Of a path of that kind, "even" or "best"."""
         return best_timesteps(self.own, steps, self.mse) if kind == "best" else even_timesteps(self.own, steps)
 
-    def measure_row(self, kind: str, path: list[int]) -> Row:
-        """bits/dim with the pipeline's scheduler on a path of this kind."""
+    def measure_headline(self, images: ImageSet) -> Headline:
+        """bits/dim of the model as it is, in all its steps."""
+        self.pipeline.scheduler = self.scheduler_of(self.own.variance_type)
+        row = self.measure_row("even", even_timesteps(self.own, len(self.own)), images)
+        return Headline.from_dict({**row.record.as_dict(), "images": len(images), "fingerprint": images.fingerprint})
+
+    def measure_row(self, kind: str, path: list[int], measured: ImageSet) -> Row:
+        """bits/dim of these images with the pipeline's scheduler on a path of this kind."""
         evaluation, scheduler = self.evaluation, self.pipeline.scheduler
         settings: dict[str, Any] = {"evaluations_per_image": evaluation.evaluations_per_image, "full": evaluation.full}
         settings |= {"timesteps": path, "seed": evaluation.noise_seed}
-        images = image_settings(self.images, self.labelled)
+        images = image_settings(measured, self.labelled)
 
         def measure() -> Piece:
             size = evaluation.batch_size
-            result = measure_bits_per_dim(self.accelerator, self.pipeline, self.images, batch_size=size, **settings)
+            result = measure_bits_per_dim(self.accelerator, self.pipeline, measured, batch_size=size, **settings)
             assert result is not None  # nothing stops it early
             return Piece.of(result)
 
@@ -295,15 +315,16 @@ class EvaluationRun:
         )
 
     def yardsticks(self) -> Yardsticks | None:
-        """Of the measured images, with histograms of the training images. Not collective.
+        """Of the headline's images, or else those of the rows; not collective.
 
-        None, with a warning, if there are no training images of the same size.
+        Histograms are of the training images. None, with a warning, if there are no training images
+        of the same size.
         """
         data, most = self.data, self.data.max_train_samples
         if data.streaming:  # reads the first of them
             most = min(most or MOST_TRAINING_PIXELS, max(1, MOST_TRAINING_PIXELS // self.images.dims))
         try:
-            return image_yardsticks(self.read(data.train_split, most), self.images)
+            return image_yardsticks(self.read(data.train_split, most), self.more_images or self.images)
         except (ValueError, OSError) as fault:
             warnings.warn(f"no yardsticks to compare with: {' '.join(str(fault).split())}", stacklevel=2)
             return None
@@ -341,13 +362,15 @@ class EvaluationRun:
             metrics=samples.rows if samples else None,
             yardsticks=self.yardsticks(),
             fewest_steps=fewest,
+            headline=self.headline,
         )
         self.save_map(folder)
         if samples is not None and record.nearest_samples is not None:
             samples.save_nearest(folder / record.NEAREST, record.nearest_samples)
         names = [name for name in (record.FILE, record.PICTURE, record.MAP, record.NEAREST) if (folder / name).exists()]
         print(f"\nbits/dim: {record.protocol}; ± standard error over images.")
-        print("\n".join([*([] if evaluation.table else [yardstick_text(record)]), *self.notes]))
+        said = [] if evaluation.table else [headline_text(record), yardstick_text(record)]
+        print("\n".join([*filter(None, said), *self.notes]))
         if samples is not None:
             print(samples)
         if evaluation.table:

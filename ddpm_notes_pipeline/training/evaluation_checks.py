@@ -60,6 +60,14 @@ def check_images(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
         )
 
 
+def check_headline(images: ImageSet, more: ImageSet | None) -> None:
+    """Refuse a headline on no more images than the rows."""
+    if more is not None and len(more) <= len(images):
+        raise ValueError(
+            f"--headline_images gives {len(more)} images; it must be more than the {len(images)} of the rows (--max_images)"
+        )
+
+
 def check_labels(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
     """Refuse images whose classes are not the model's."""
     known, seen = pipeline.num_classes, images.num_classes

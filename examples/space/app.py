@@ -113,7 +113,8 @@ class Model:
         channels, height, width: of its images.
         T: number of training timesteps.
         evaluation: what its evaluation.json says; may be empty.
-        held_out: the row of its results for the model as it is in all T steps, if there is one.
+        held_out: its headline, or the row of its results for the model as it is in all T steps;
+            None if there is neither.
         fewest: how to sample with the fewest steps at equal quality, of the evaluation; None if
             that is not known, or needs what the scheduler does not have.
         class_names: of a class-conditional model; else empty.
@@ -136,7 +137,7 @@ class Model:
         self.name = short_name(model) if Path(model).is_dir() else f"[{model}](https://huggingface.co/{model})"
         self.evaluation = read_evaluation(model)
         as_it_is = {"variance_type": scheduler.variance_type, "num_inference_steps": self.T}
-        results = self.evaluation.get("results") or []
+        results = [self.evaluation.get("headline") or {}, *(self.evaluation.get("results") or [])]
         self.held_out = next((row for row in results if as_it_is.items() <= row.items()), None)
         fewest = self.evaluation.get("fewest_steps")
         lacking = [name for name in (fewest or {}).get("needs", []) if getattr(scheduler, name, None) is None]

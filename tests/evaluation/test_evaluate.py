@@ -9,9 +9,11 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from huggingface_hub import ModelCard
 from transformers import ViTConfig, ViTModel
 
 from ddpm_notes_pipeline.data import hold_out, load_images
+from ddpm_notes_pipeline.evaluation.yardsticks import image_yardsticks
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main, with_defaults
@@ -408,6 +410,41 @@ def test_held_out_images_of_chosen_classes_are_those_of_the_run(tmp_path):
     assert torch.equal(run.images.take(range(9)), whole.take(members[held_out.index[:9]]))
     trained_on = run.read("train")
     assert len(trained_on) + len(held_out) == len(members) and not set(trained_on.index) & set(held_out.index)
+
+
+def test_the_headline_is_of_more_images_than_the_rows_and_the_card_says_so(tmp_path, capsys):
+    save_model(tmp_path)
+    flags = "--full --max_images 7 --num_inference_steps 5 --variance_types fixed_large".split()
+    evaluate_here(tmp_path, *flags, "--headline_images", 21)
+    written, images = results(tmp_path), load_images("digits", split="test", max_samples=21, show_progress=False)
+    found, few = written["headline"], load_images("digits", split="test", max_samples=7, show_progress=False)
+    pipe = DDPMNotesPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe.bits_per_dim(images.take(range(21)), full=True, seed=0)
+    assert (found["variance_type"], found["path"], found["num_inference_steps"]) == ("fixed_small", "even", 40)
+    assert found["total"] == pytest.approx(expected.total, rel=1e-6)
+    assert found["standard_error"] == pytest.approx(expected.standard_error, rel=1e-5)
+    assert (found["images"], found["fingerprint"]) == (21, images.fingerprint)
+    assert (written["images"], written["fingerprint"]) == (7, few.fingerprint)
+    (row,) = written["results"]
+    assert (row["variance_type"], row["num_inference_steps"]) == ("fixed_large", 5)
+    assert written["yardsticks"] == image_yardsticks(load_images("digits", show_progress=False), images).bits
+    number = f"{expected.total:.4f} ± {expected.standard_error:.4f}"
+    text, said = (tmp_path / "README.md").read_text(), capsys.readouterr().out
+    for place in (text, said):
+        assert f"fixed_small, 40 even steps, 21 images: **{number} bits/dim**" in place
+        assert "7 images (21 for the headline) of digits" in place
+        assert f"fixed_small, 40 even steps, {expected.total:.3f}: " in place  # beside the yardsticks
+    of_card = [(r.metric_value, r.metric_args["images"]) for r in ModelCard(text).data.eval_results]
+    assert of_card[0] == (round(found["total"], 6), 21) and of_card[1][1] == 7 and len(of_card) == 2
+
+
+@pytest.mark.parametrize("flags", ["--headline_images 21", "--max_images 7 --headline_images 7"])
+def test_a_headline_of_no_more_images_than_the_rows_is_refused(tmp_path, flags):
+    save_model(tmp_path)
+    says = r"--headline_images gives \d+ images; it must be more than the \d+ of the rows \(--max_images\)"
+    with pytest.raises(ValueError, match=says):
+        EvaluationRun(*arguments(tmp_path, *flags.split()))
 
 
 def test_max_images_takes_the_images_that_its_help_says(capsys):
