@@ -30,10 +30,10 @@ def trained_pipeline(folder: Path) -> DDPMNotesPipeline:
 
 
 def likelihood() -> Iterator[Row]:
-    """Evaluations at equal standard error, for the digits and for the published MNIST model."""
+    """Evaluations at equal standard error, for the digits and a model of 4,000 MNIST images."""
     with tempfile.TemporaryDirectory() as name:
         models = {"digits": trained_pipeline(Path(name))}
-        models["mnist"] = DDPMNotesPipeline.from_pretrained(ROOT / "examples" / "ddpm-mnist")
+        models["mnist"] = DDPMNotesPipeline.from_pretrained(ROOT / "tests" / "examples" / "ddpm-mnist-4000")
         for data, pipeline in models.items():
             pipeline.set_progress_bar_config(disable=True)
             pixels = load_images(data, split="test", cache_dir=name, show_progress=False)

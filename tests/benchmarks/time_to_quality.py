@@ -3,7 +3,7 @@
     python tests/benchmarks/time_to_quality.py --data digits --seeds 0 1 --output_dir quality
     python tests/benchmarks/time_to_quality.py --data digits --runs official quarter
 
-Every run trains the recipe's network on its images: by the loop of diffusers'
+Every run trains the recipe's network on the embedded images: by the loop of diffusers'
 train_unconditional.py for so many steps of 64 images, and by training/train.py for fewer, with one
 setting changed at a time. All are measured alike by training/evaluate.py: the bound on the
 held-out images with fixed_small and with levels fitted on the training images, and the kernel
@@ -59,6 +59,7 @@ class Run:
 
 
 FIXED = {"variance_type": "fixed_small", "objective": "simple", "ddpm_beta_schedule": "linear", "train_batch_size": 64}
+LEFT_OUT = ("validation", "log_snr", "timestep", "norm", "resnet")  # of the recipe: what its settings begin with
 COSINE = {"ddpm_beta_schedule": "squaredcos_cap_v2"}
 LOG_SNR = {"ddpm_beta_schedule": "log_snr", "log_snr_range": [8, -7]}
 RUNS = {
@@ -96,7 +97,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"))
     arguments = parser.parse_args()
     recipe = yaml.safe_load((ROOT / RECIPES[arguments.data]).read_text())
-    recipe = {name: value for name, value in recipe.items() if not name.startswith(("validation", "log_snr"))} | FIXED
+    recipe = {name: value for name, value in recipe.items() if not name.startswith(LEFT_OUT)} | FIXED
+    recipe["dataset_name"] = arguments.data  # the embedded images
     recipe["block_out_channels"] = arguments.block_out_channels or recipe["block_out_channels"]
     steps = arguments.steps or STEPS[arguments.data]
     torch.set_num_threads(arguments.threads)

@@ -45,6 +45,17 @@ def make_cifar10(home: Path, random: np.random.Generator) -> None:
         table.to_parquet(home / "uoft-cs" / "cifar10" / f"{split}-00000-of-00001.parquet")
 
 
+def make_mnist(home: Path, random: np.random.Generator) -> None:
+    """Grey parquet files of a train and a test split, in a folder, as ylecun/mnist has."""
+    features = Features({"image": Image(), "label": ClassLabel(names=list("0123456789"))})
+    for split, count in (("train", 20), ("test", 10)):
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        images = [PIL.Image.fromarray(image) for image in pixels]
+        table = Dataset.from_dict({"image": images, "label": [i % 10 for i in range(count)]}, features=features)
+        (home / "ylecun" / "mnist" / "mnist").mkdir(parents=True, exist_ok=True)
+        table.to_parquet(home / "ylecun" / "mnist" / "mnist" / f"{split}-00000-of-00001.parquet")
+
+
 def make_flowers(home: Path, random: np.random.Generator) -> None:
     """One split, one column, photographs of many sizes."""
     images = [
@@ -82,10 +93,10 @@ def make_tiles(home: Path, random: np.random.Generator) -> None:
 
 
 MAKE = {"cifar10": make_cifar10, "flowers": make_flowers, "folder": make_folder, "tiles": make_tiles}
-MAKE |= {"digits": None, "mnist": None}
+MAKE |= {"digits": None, "mnist": make_mnist}
 SIZES = {"cifar10": (3, 32), "flowers": (3, 64), "folder": (3, 64), "digits": (1, 8), "mnist": (1, 28)}
 SIZES |= {"tiles": (4, 32)}
-TRAINED_ON = {"cifar10": 20, "flowers": 96, "folder": 10, "digits": 1438, "mnist": 4000, "tiles": 36}
+TRAINED_ON = {"cifar10": 20, "flowers": 96, "folder": 10, "digits": 1438, "mnist": 20, "tiles": 36}
 OF_FILES = {"folder": " of 11 files", "tiles": " of 60 files"}
 
 
