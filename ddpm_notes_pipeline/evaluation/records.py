@@ -448,6 +448,8 @@ class TrainingRecord(JSONFile):
             which are 0 in training.
         classes: of the training images, if some were chosen: the names of labels 0, 1, ...
         hub_dataset, base_model: Hub ids, where the data and the initial weights come from there.
+        initial_weights: the repository, or ./name of the local folder, that they come from; None if
+            they were drawn.
         objective, loss, loss_steps: mean loss over that many last steps; None if none was finite.
         steps, train_batch_size, seed, weights: optimizer steps, images of a step, which weights
             were saved, in words.
@@ -467,6 +469,7 @@ class TrainingRecord(JSONFile):
     data_license: str | None = None
     hub_dataset: str | None = None
     base_model: str | None = None
+    initial_weights: str | None = None
     objective: str
     loss: float | None
     loss_steps: int
@@ -485,7 +488,7 @@ class TrainingRecord(JSONFile):
     command: str
 
     FILE = "training_run.json"
-    OPTIONAL = ("hidden_colours", "classes")
+    OPTIONAL = ("hidden_colours", "classes", "initial_weights")
 
     @property
     def images_seen(self) -> int:

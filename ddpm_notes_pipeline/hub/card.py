@@ -52,7 +52,7 @@ MEASURED = (Evaluation.PICTURE, Evaluation.MAP, Evaluation.NEAREST)  # pictures 
 PICTURES = ("samples.png", "trajectory.gif", *MEASURED, "loss.png")
 # that the template calls
 TEXTS = (bound_table, fewest_steps_text, nearest_text, of_classes, sample_caption, sample_table, yardstick_text)
-HEADLINE_STEPS = (10, 50)
+LEADING_STEPS = (10, 50)
 TASK = "unconditional-image-generation"
 _SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 
@@ -253,24 +253,24 @@ def _metadata(facts: CardFacts, license: str | None) -> dict[str, Any]:
     ).to_dict()
 
 
-def headline(rows: Sequence[BoundRecord], own_variance: str, T: int) -> list[BoundRecord]:
+def leading_rows(rows: Sequence[BoundRecord], own_variance: str, T: int) -> list[BoundRecord]:
     """The rows that stand for a table: own variance at T, and the lowest bounds at K = 10 and 50.
 
     If the table has none of these: the row with the lowest bound.
     """
     total = attrgetter("total")
     own = [row for row in rows if row.key == (own_variance, "even", T)]
-    at_K = [[row for row in rows if row.num_inference_steps == K] for K in HEADLINE_STEPS]
+    at_K = [[row for row in rows if row.num_inference_steps == K] for K in LEADING_STEPS]
     chosen = own[:1] + [min(some, key=total) for some in at_K if some] or [min(rows, key=total)]
     return list({row.key: row for row in chosen}.values())
 
 
 def _eval_results(evaluation: Evaluation, scheduler: DDPMNotesScheduler) -> list[EvalResult]:
-    """Bounds of the headline rows, and the kernel distance of their samples.
+    """Bounds of the headline and the leading rows, and the kernel distance of their samples.
 
     If those were not sampled, the lowest kernel distance of all rows.
     """
-    bounds = headline(evaluation.results, scheduler.variance_type, len(scheduler))
+    bounds = leading_rows(evaluation.results, scheduler.variance_type, len(scheduler))
     if evaluation.headline:
         bounds = [evaluation.headline, *(row for row in bounds if row.key != evaluation.headline.key)]
     measured = [row for row in evaluation.samples if row.metrics.kernel_distance is not None]

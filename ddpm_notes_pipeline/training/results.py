@@ -56,12 +56,16 @@ def save_settings(path: Path, settings: Arguments, fingerprint: str) -> None:
     "./name", which is neither an embedded set nor a repository.
     """
     config = {name: value for name, value in as_config(*settings).items() if name not in OWN_SETTINGS}
-    for name in PATH_SETTINGS:
-        embedded = name == "dataset_name" and config.get(name) in EMBEDDED
-        if not embedded and is_local(config.get(name)):
-            config[name] = f"./{Path(config[name]).expanduser().resolve().name}"
+    for name in config.keys() & set(PATH_SETTINGS):
+        if name != "dataset_name" or config[name] not in EMBEDDED:
+            config[name] = without_place(config[name])
     config["data_fingerprint"] = fingerprint
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def without_place(name: str | None) -> str | None:
+    """A repository as it is, and "./name" of a local path."""
+    return f"./{Path(name).expanduser().resolve().name}" if name is not None and is_local(name) else name
 
 
 def run_record(accelerator: Accelerator, images: TrainingImages, settings: Arguments, logs: RunLogs) -> TrainingRecord:
@@ -84,6 +88,7 @@ def run_record(accelerator: Accelerator, images: TrainingImages, settings: Argum
         data_license=train.license,
         hub_dataset=data.dataset_name if hub_dataset else None,
         base_model=None if is_local(model.pretrained_model_name_or_path) else model.pretrained_model_name_or_path,
+        initial_weights=without_place(model.pretrained_model_name_or_path),
         objective=run.objective,
         loss=sum(tail) / len(tail) if tail else None,
         loss_steps=len(tail),

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from ddpm_notes_pipeline.evaluation.metrics import measure_samples
 from ddpm_notes_pipeline.evaluation.records import Evaluation, TrainingRecord
-from ddpm_notes_pipeline.hub.card import headline, read_facts, weights_digest, write_card
+from ddpm_notes_pipeline.hub.card import leading_rows, read_facts, weights_digest, write_card
 from ddpm_notes_pipeline.hub.owner_edits import merge
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
@@ -351,7 +351,7 @@ def bounds(*rows):
     return Evaluation.from_dict(values).results
 
 
-def test_the_headline_is_the_own_variance_at_t_and_the_lowest_bounds_at_10_and_50():
+def test_the_leading_rows_are_the_own_variance_at_t_and_the_lowest_bounds_at_10_and_50():
     rows = bounds(
         ("fixed_small", "even", 10, 9.0),
         ("optimal", "even", 10, 5.0),
@@ -362,10 +362,10 @@ def test_the_headline_is_the_own_variance_at_t_and_the_lowest_bounds_at_10_and_5
         ("learned", "even", 1000, 1.7),
         ("optimal", "even", 1000, 1.6),
     )
-    assert [row.total for row in headline(rows, "learned", 1000)] == [1.7, 3.0, 1.8]
-    assert [row.total for row in headline(rows[3:4], "learned", 1000)] == [2.0]
+    assert [row.total for row in leading_rows(rows, "learned", 1000)] == [1.7, 3.0, 1.8]
+    assert [row.total for row in leading_rows(rows[3:4], "learned", 1000)] == [2.0]
     own_at_50 = bounds(("learned", "even", 50, 2.5))
-    assert headline(own_at_50, "learned", 50) == own_at_50  # once
+    assert leading_rows(own_at_50, "learned", 50) == own_at_50  # once
 
 
 def test_records_of_a_published_repository_are_written_as_they_were_read():

@@ -174,6 +174,8 @@ def test_a_model_that_learns_other_classes_is_named_by_these(make, tmp_path):
     card = (tmp_path / "run" / "README.md").read_text()
     assert "It takes class labels 0 to 2 (9, 4, 9)." in card
     assert ", classes 9, 4, split train" in card
+    assert "| started from | ./base |" in card and " times each in this run: samples " in card
+    assert "started from" not in (tmp_path / "base" / "README.md").read_text()
 
 
 def test_settings_from_python_are_checked_like_flags(make, tmp_path):
