@@ -133,6 +133,15 @@ def test_a_card_says_which_classes_were_chosen_and_which_colours_became_zero(tmp
     assert "classes" not in plain and "transparent" not in plain
 
 
+def test_a_launch_that_only_finished_a_run_has_no_rate_on_the_card(tmp_path):
+    """It failed after the last step, and was resumed there."""
+    only_finished = RUN | {"seconds": 0.0, "steps_of_launch": 0, "images_per_second": 0.0}
+    assert "wall time" not in write_card(make_folder(tmp_path / "finished", run=only_finished), "ada/digits")
+    assert "| wall time | 1.5 min for the 100 steps of the last launch, 71 images/s |" in write_card(
+        make_folder(tmp_path / "trained"), "ada/digits"
+    )
+
+
 def test_a_card_of_weights_alone_says_only_what_is_known(tmp_path):
     card = write_card(make_folder(tmp_path / "bare", run=None, evaluation=None, pictures=()), "ada/digits")
     assert "Nothing has been measured" in card
