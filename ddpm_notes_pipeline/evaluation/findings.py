@@ -17,8 +17,11 @@ SIGNIFICANT = 2.0  # standard errors
 
 
 def kernel_distances(samples: Iterable[SampleRecord]) -> dict[Key, Estimate]:
-    """Kernel distance and its standard error of each row of samples."""
-    return {row.key: row.kernel for row in samples if row.is_sampled}
+    """Kernel distance and its standard error of each row of samples without guidance.
+
+    Guidance changes the distribution that is sampled: its rows are not compared with these.
+    """
+    return {row.key: row.kernel for row in samples if row.is_sampled and row.guidance_scale is None}
 
 
 def findings(rows: list[Row], kernels: dict[Key, Estimate]) -> list[str]:

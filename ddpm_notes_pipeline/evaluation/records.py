@@ -257,6 +257,7 @@ class SampleRecord(Record):
         metrics: the figures and their protocol.
         variance_type: of Algorithm 2. sampler: name of another sampler.
         path, num_inference_steps: of samples.
+        guidance_scale: of samples of labels; None: no guidance.
         kernel_distances: of each set of samples, where there were several.
     """
 
@@ -266,6 +267,7 @@ class SampleRecord(Record):
     sampler: str | None = None
     path: str | None = None
     num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     kernel_distances: list[float | None] | None = None
 
     SETS_KEY: ClassVar[str] = "kernel_distance of each set"
@@ -276,9 +278,15 @@ class SampleRecord(Record):
         return self.images == "samples"
 
     @property
-    def name(self) -> str:
+    def source(self) -> str:
         """What made the images: Algorithm 2's variance, another sampler, or "held-out SPLIT"."""
         return self.variance_type or self.sampler or self.images
+
+    @property
+    def name(self) -> str:
+        """What made the images, with the guidance if there was any."""
+        guidance = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
+        return self.source + guidance
 
     @property
     def key(self) -> Key:
@@ -294,7 +302,7 @@ class SampleRecord(Record):
     @property
     def settings(self) -> dict[str, Any]:
         """How the samples were made, as far as it applies."""
-        names = ("variance_type", "sampler", "path", "num_inference_steps")
+        names = ("variance_type", "sampler", "path", "num_inference_steps", "guidance_scale")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def as_dict(self) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def _figure_column(figure: Field) -> Column:
 
 
 SAMPLE_COLUMNS = [
-    Column("images", lambda row: row.name, 13),
+    Column("images", lambda row: row.source, 13),
+    Column("guidance", lambda row: "" if row.guidance_scale is None else f"{row.guidance_scale:g}", 8),
     Column("path", lambda row: row.path or "", 8),
     Column("K", lambda row: str(row.num_inference_steps or ""), 5),
     Column("n", lambda row: str(row.metrics.protocol.num_generated), 6),

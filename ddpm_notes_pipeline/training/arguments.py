@@ -238,6 +238,12 @@ class EvaluationArguments:
         "Default: none (--table: ddim and dpmsolver++).",
         ("ddim", "eta0", "dpmsolver++"),
     )
+    guidance_scales: list[float] | None = setting(
+        None,
+        "Guidance of the samples of a model with classes, with --metrics. It moves samples towards their class, and away "
+        "from the data's distribution. Default: 1, which is none.",
+        at_least=0,
+    )
     metric_split: str = setting("train", "Split that samples are compared with, beside the held-out images of --split.")
     metric_network: str = setting("efficientnet-lite0", FEATURE_NETWORK_HELP)
     table: bool = setting(
@@ -309,6 +315,10 @@ def check_evaluation(data: DataArguments, evaluation: EvaluationArguments) -> No
         )
     if evaluation.samplers and not (evaluation.metrics or evaluation.table):
         raise ValueError("--samplers have no bits/dim; they must go with --metrics")
+    if evaluation.guidance_scales and not (evaluation.metrics or evaluation.table):
+        raise ValueError(
+            "--guidance_scales is for samples, as guided sampling has no bits/dim; it must go with --metrics"
+        )
 
 
 def check_images(data: DataArguments) -> None:

@@ -39,6 +39,7 @@ from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from ..variances import best_timesteps, measure_original_sample_mse, optimal_scheduler
 from .arguments import DataArguments, EvaluationArguments
 from .evaluation_checks import (
+    check_guidance,
     check_headline,
     check_held_out,
     check_images,
@@ -97,6 +98,7 @@ class EvaluationRun:
         if evaluation.split == HELD_OUT:
             check_held_out(data, evaluation, self.images)
         check_labels(self.pipeline, self.images)
+        check_guidance(evaluation, self.pipeline, self.images)
         self.more_images = (
             self.load(evaluation.split, evaluation.headline_images) if evaluation.headline_images else None
         )
@@ -154,7 +156,7 @@ class EvaluationRun:
             if self.samples is not None and is_sampled(evaluation, row.record, row.T):
                 names = {"variance_type": variance, "path": kind, "num_inference_steps": len(path)}
                 reference = evaluation.table and len(path) == row.T
-                self.samples.add(pipeline, names, sets=1 if reference else None, timesteps=path)
+                self.add_samples(self.samples, names, sets=1 if reference else None, timesteps=path)
         if self.samples is not None:
             self.add_samplers(self.samples)
         if self.more_images is not None:
@@ -283,7 +285,13 @@ class EvaluationRun:
             self.pipeline.scheduler = kind.from_config(self.own.config, timestep_spacing="trailing", **settings)
             for steps in evaluation.metric_steps or []:
                 row = {"sampler": name, "path": "trailing", "num_inference_steps": steps}
-                samples.add(self.pipeline, row, num_inference_steps=steps)
+                self.add_samples(samples, row, num_inference_steps=steps)
+
+    def add_samples(self, samples: SampleTable, row: dict[str, Any], sets: int | None = None, **settings: Any) -> None:
+        """Add a row of the pipeline's samples for each of --guidance_scales."""
+        for scale in self.evaluation.guidance_scales or []:
+            guidance: dict[str, Any] = {} if scale == 1 else {"guidance_scale": scale}
+            samples.add(self.pipeline, row | guidance, sets=sets, **settings, **guidance)
 
     def fewest_steps(self, samples: SampleTable) -> FewestSteps | None:
         """How the row of samples is made that has the fewest steps at equal quality."""
@@ -424,6 +432,7 @@ def with_defaults(evaluation: EvaluationArguments, own: DDPMNotesScheduler) -> E
         "paths": ["even", "best"] if table else ["even"],
         "metric_steps": short if table else steps,
         "samplers": ["ddim", "dpmsolver++"] if table else [],
+        "guidance_scales": [1.0],
     }
     filled = {name: getattr(evaluation, name) or default for name, default in lists.items()}
     if table:  # a spread needs two sets

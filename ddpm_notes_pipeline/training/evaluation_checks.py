@@ -81,6 +81,20 @@ def check_labels(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
         raise ValueError(f"the images have {seen} classes and the model has {known}; they must be the same (--classes)")
 
 
+def check_guidance(evaluation: EvaluationArguments, pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
+    """Refuse guidance without labels, or of a model that was not trained without them, too."""
+    guided = [scale for scale in evaluation.guidance_scales or [] if scale != 1]
+    if guided and pipeline.null_label is None:
+        raise ValueError(
+            f"--guidance_scales has {guided[0]:g} and the model has no null label; it must be 1 (others are for a model "
+            "that was trained with --label_column and --label_dropout above 0)"
+        )
+    if guided and images.num_classes is None:
+        raise ValueError(
+            f"--guidance_scales has {guided[0]:g} and the images have no labels; they must have some (--label_column)"
+        )
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that could not take the results."""
     try:

@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from transformers import ViTConfig, ViTModel
 
 from ddpm_notes_pipeline.data import hold_out, load_images
+from ddpm_notes_pipeline.evaluation.findings import kernel_distances
+from ddpm_notes_pipeline.evaluation.records import Evaluation
 from ddpm_notes_pipeline.evaluation.yardsticks import image_yardsticks
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
@@ -25,7 +27,7 @@ SAMPLES = 20
 FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder levels --max_images 21 --variance_split test".split()
 
 
-def save_model(folder, classes=None, **settings):
+def save_model(folder, classes=None, null_label=None, **settings):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -36,8 +38,10 @@ def save_model(folder, classes=None, **settings):
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=classes,
+        num_class_embeds=classes if null_label is None else classes + 1,
     )
+    if null_label is not None:
+        unet.register_to_config(_ddpm_notes={"null_label": null_label})
     DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4, **settings)).save_pretrained(folder)
 
 
@@ -144,13 +148,13 @@ def test_samples_of_each_row_are_measured_beside_held_out_images(one):
         assert f"{row[f'frechet_distance ({network})']:.4g}" in line and f"{row['nearest_train_distance']:.4f}" in line
 
 
-def pixel_mean_error(folder, scheduler_type, timesteps, **settings):
-    """Of the samples that these settings of the model's scheduler make, in one batch."""
+def pixel_mean_error(folder, scheduler_type, call, **settings):
+    """Of the samples that this call of the pipeline makes with these settings, in one batch."""
     pipe = DDPMNotesPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = scheduler_type.from_config(pipe.scheduler.config, decoder_variance=None, **settings)
     generators = [torch.Generator().manual_seed(seed) for seed in range(SAMPLES)]
-    images = pipe(SAMPLES, **timesteps, generator=generators, output_type="pt").images
+    images = pipe(SAMPLES, **call, generator=generators, output_type="pt").images
     real = load_images("digits", split="train").take(range(1438))
     return float(
         (((images * 255).round() / 255).double().mean(0) - real.double().div(255).mean(0)).square().mean().sqrt()
@@ -164,6 +168,43 @@ def test_samples_are_those_of_their_seeds(one):
     path = {"timesteps": list(range(39, -1, -1))}
     expected = pixel_mean_error(folder, DDPMNotesScheduler, path, variance_type="fixed_small")
     assert row["pixel_mean_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_guided_samples_are_rows_of_their_own(tmp_path, capsys):
+    folder = tmp_path / "model"
+    save_model(folder, classes=10, null_label=10)
+    flags = ["--label_column", "label", "--max_images", 20, "--num_inference_steps", 5, "--metrics"]
+    flags += ["--metric_images", SAMPLES, "--metric_network", save_network(tmp_path / "small-vit")]
+    evaluate_here(folder, *flags, "--guidance_scales", 1, 30)
+    record = Evaluation.read(folder)
+    plain, guided = record.samples
+    assert (plain.guidance_scale, guided.guidance_scale) == (None, 30)
+    assert guided.name == "fixed_small, guidance 30" and guided.metrics.protocol.sampling["guidance_scale"] == 30
+    real = load_images("digits", split="train", label_column="label")
+    call = {"num_inference_steps": 5, "class_labels": [int(real.labels[i * 1438 // SAMPLES]) for i in range(SAMPLES)]}
+    for row, scale in ((plain, 1), (guided, 30)):
+        expected = pixel_mean_error(
+            folder, DDPMNotesScheduler, {**call, "guidance_scale": scale}, timestep_spacing="linspace", steps_offset=0
+        )
+        assert row.metrics.pixel_mean_error == pytest.approx(expected, rel=1e-3)
+    assert abs(plain.metrics.pixel_mean_error / guided.metrics.pixel_mean_error - 1) > 1e-3
+    assert list(kernel_distances(record.samples)) == [plain.key]  # of another distribution: not compared
+    assert re.search(r"fixed_small \|\s+30 \|\s+even \|", capsys.readouterr().out)
+    assert "| fixed_small | 30 | even | 5 |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "says"),
+    [
+        ({}, "--guidance_scales 2", "--guidance_scales has 2 and the model has no null label; it must be 1"),
+        ({"classes": 10}, "--label_column label --guidance_scales 1 0", "--guidance_scales has 0 and the model has no"),
+        ({"classes": 10, "null_label": 10}, "--guidance_scales 2", "--guidance_scales has 2 and the images have no"),
+    ],
+)
+def test_guidance_without_labels_is_refused(tmp_path, model, flags, says):
+    save_model(tmp_path, **model)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        EvaluationRun(*arguments(tmp_path, "--metrics", *flags.split()))
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ def of_the_library():
         ("train.py --config nowhere.yaml", 2, "nowhere.yaml"),
         ("train.py --dataset_name digits --train_data_dir pngs", 2, "exactly one of them must be given"),
         ("evaluate.py --model a --dataset_name digits --samplers ddim", 2, "they must go with --metrics"),
+        ("evaluate.py --model a --dataset_name digits --guidance_scales 2", 2, "it must go with --metrics"),
     ],
 )
 def test_help_and_mistakes_in_the_flags_wait_for_no_torch(line, status, words, of_the_library):
