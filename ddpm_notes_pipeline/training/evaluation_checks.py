@@ -11,6 +11,7 @@ from ..data import HELD_OUT, MODES, ImageSet
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
+from ..stock_config import PRIVATE_ENTRY
 from .arguments import DataArguments, EvaluationArguments
 from .images import dims
 
@@ -69,7 +70,7 @@ def check_headline(images: ImageSet, more: ImageSet | None) -> None:
 
 
 def check_labels(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
-    """Refuse images whose classes are not the model's."""
+    """Refuse images whose classes are not the model's, or come in another order."""
     known, seen = pipeline.num_classes, images.num_classes
     if known is None:
         return
@@ -79,6 +80,13 @@ def check_labels(pipeline: DDPMNotesPipeline, images: ImageSet) -> None:
         )
     if seen is not None and seen > known:
         raise ValueError(f"the images have {seen} classes and the model has {known}; they must be the same (--classes)")
+    own = (pipeline.unet.config.get(PRIVATE_ENTRY) or {}).get("class_names") or []
+    names = images.class_names or []
+    if set(names) <= set(own) and names != own[: len(names)]:  # other names may be of the same classes
+        raise ValueError(
+            f"the images' classes are {', '.join(names)} and the model's are {', '.join(own)}; they must come in the same "
+            f"order (--classes {' '.join(own)})"
+        )
 
 
 def check_guidance(evaluation: EvaluationArguments, pipeline: DDPMNotesPipeline, images: ImageSet) -> None:

@@ -27,7 +27,7 @@ SAMPLES = 20
 FLAGS = "--variance_types fixed_small optimal --num_inference_steps 5 40 --paths even best --decoder levels --max_images 21 --variance_split test".split()
 
 
-def save_model(folder, classes=None, null_label=None, **settings):
+def save_model(folder, classes=None, null_label=None, class_names=None, **settings):
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -40,8 +40,7 @@ def save_model(folder, classes=None, null_label=None, **settings):
         up_block_types=("UpBlock2D", "UpBlock2D"),
         num_class_embeds=classes if null_label is None else classes + 1,
     )
-    if null_label is not None:
-        unet.register_to_config(_ddpm_notes={"null_label": null_label})
+    unet.register_to_config(_ddpm_notes={"null_label": null_label, "class_names": class_names})
     DDPMNotesPipeline(unet, DDPMNotesScheduler(40, beta_end=0.4, **settings)).save_pretrained(folder)
 
 
@@ -557,6 +556,20 @@ def test_images_whose_classes_are_not_the_models_are_refused(tmp_path):
         EvaluationRun(*arguments(tmp_path))
     with pytest.raises(ValueError, match=r"the images have 10 classes and the model has 3; .* \(--classes\)"):
         EvaluationRun(*arguments(tmp_path, "--label_column", "label"))
+    EvaluationRun(*arguments(tmp_path, "--label_column", "label", "--classes", 0, 1, 2))
+
+
+@pytest.mark.parametrize("classes", [[2, 0, 1], [0, 2], [1]])
+def test_images_whose_classes_come_in_another_order_are_refused(tmp_path, classes):
+    """Their labels stood for other classes of the model, and nothing said so."""
+    save_model(tmp_path, classes=3, class_names=["0", "1", "2"])
+    with pytest.raises(ValueError, match=r"classes are .* model's are 0, 1, 2; .* \(--classes 0 1 2\)"):
+        EvaluationRun(*arguments(tmp_path, "--label_column", "label", "--classes", *classes))
+    EvaluationRun(*arguments(tmp_path, "--label_column", "label", "--classes", 0, 1))
+
+
+def test_images_whose_classes_have_other_names_are_measured(tmp_path):
+    save_model(tmp_path, classes=3, class_names=["zero", "one", "two"])
     EvaluationRun(*arguments(tmp_path, "--label_column", "label", "--classes", 0, 1, 2))
 
 
