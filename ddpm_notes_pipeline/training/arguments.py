@@ -75,7 +75,9 @@ class DataArguments:
     max_train_samples: int | None = setting(
         None, "Train on at most this many, evenly spaced over the split.", at_least=1
     )
-    max_validation_images: int = setting(256, "Measure on at most this many of them, evenly spaced.", at_least=1)
+    max_validation_images: int = setting(
+        256, "Measure bits/dim on at most this many held-out images, evenly spaced.", at_least=1
+    )
     on_bad_image: Literal["error", "skip"] = setting("error", "What to do with an unreadable image.")
     cache_dir: str | None = setting(None, "Where decoded images are kept. Default: the Hugging Face cache.")
     dataloader_num_workers: int = setting(0, "Processes that prepare batches; 0: the training process.", at_least=0)
@@ -137,7 +139,9 @@ class RunArguments:
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = setting("cosine", "Decay of the learning rate over optimizer steps.")
     lr_warmup_steps: int | None = setting(
-        None, "Steps of linear warm-up; a file's is cut to the run. Default: 500, or a tenth of the run.", at_least=0
+        None,
+        "Steps of linear warm-up. Default, and if a file asks for more than the run has: a tenth of the run, at most 500.",
+        at_least=0,
     )
     adam_beta1: float = setting(0.95, "beta 1 of AdamW.", at_least=0, below=1)
     adam_beta2: float = setting(0.999, "beta 2 of AdamW.", at_least=0, below=1)
@@ -172,7 +176,9 @@ class RunArguments:
     eval_batch_size: int = setting(64, "Images sampled at once by a process.", at_least=1)
     ddpm_num_inference_steps: int | None = setting(None, "Sampling steps. Default: all T.", at_least=1)
     push_to_hub: bool = setting(False, "Publish the model, with the token HF_TOKEN or that of `hf auth login`.")
-    hub_model_id: str | None = setting(None, "Repository, 'user/name'. Default: the output folder's name, yours.")
+    hub_model_id: str | None = setting(
+        None, "Repository, 'user/name'. Default: the output folder's name, under your user name."
+    )
     hub_private_repo: bool = setting(False, "Make the repository private.")
     hub_strategy: Literal["end", "every_save"] = setting("end", "Push at the end, or also with every checkpoint.")
     license: str | None = setting(None, "The model's licence. Default: that of the existing card, or apache-2.0.")
@@ -205,8 +211,8 @@ class EvaluationArguments:
     )
     paths: list[str] | None = setting(
         None,
-        "even: K timesteps evenly spaced from 0 to T-1; best: the K from T-1 down to 0 with the least bound of "
-        "optimal; with levels it may end above 0. Default: even (--table: both).",
+        "even: K timesteps evenly spaced from 0 to T-1; best: the K timesteps from T-1 down to 0 with the "
+        "lowest bound under the optimal variance; with levels the path may end above 0. Default: even (--table: both).",
         ("even", "best"),
     )
     decoder: Literal["own", "levels"] = setting(
@@ -216,7 +222,7 @@ class EvaluationArguments:
     )
     variance_split: str = setting("train", "Split on which optimal, best, levels and --save_variances are measured.")
     save_variances: bool = setting(
-        False, "Save what was measured (variances; with --decoder levels, those) in the model's scheduler."
+        False, "Save the measured variances, and with --decoder levels the levels too, in the model's scheduler."
     )
     full: bool = setting(False, "Evaluate every term of the bound.")
     evaluations_per_image: int = setting(
@@ -343,7 +349,7 @@ def check_images(data: DataArguments) -> None:
 
 
 def warmup_steps(run: RunArguments, steps: int) -> int:
-    """Warm-up steps of a run of `steps` steps; a longer warm-up that a file asks for is shortened.
+    """Warm-up steps of a run of `steps` steps; a file's longer one becomes the default.
 
     Raises:
         ValueError: the command line itself asks for a longer warm-up than the run.

@@ -333,7 +333,8 @@ def yardstick_table(result: Any, model: Model) -> str:
         f'<td><div class="bar" style="width: {100 * bits / longest:.1f}%"></div></td></tr>'
         for name, (bits, error) in sorted(entries.items(), key=lambda entry: entry[1])
     ]
-    images = "{images} held-out images of {data}, split {split}".format(**model.evaluation)
+    measured = model.evaluation | {"images": (model.evaluation.get("headline") or model.evaluation)["images"]}
+    images = "{images} held-out images of {data}, split {split}".format(**measured)
     caption = f"bits/dim: lower is better. Every row but this image's is a mean over {images}."
     return f"<table><caption>{html.escape(caption)}</caption>{''.join(rows)}</table>"
 
@@ -389,7 +390,7 @@ def decode(path: str) -> PIL.Image.Image:
     except PIL.Image.DecompressionBombError as bomb:
         raise ValueError(f"It is too large to be read here; at most {MAX_PIXELS:,} pixels.") from bomb
     except Exception as error:  # PIL raises many types for damaged files
-        raise ValueError("It cannot be read: it is no image, of an unknown format, or damaged.") from error
+        raise ValueError("It cannot be read: it is not an image, its format is unknown, or it is damaged.") from error
 
 
 def bars(per_timestep: np.ndarray, prior: float) -> pd.DataFrame:
@@ -589,8 +590,8 @@ class Demo:
             f"standard error over {NOISES} draws of noise.)\n\n"
             f"| decoder | KL of the steps | prior |\n|---|---|---|\n"
             f"| {result.decoder:.3f} | {result.diffusion:.3f} | {result.prior:.3f} |\n\n"
-            "The prior is the cost of the noise that sampling starts from, the KL divergences are that of its steps, "
-            "and the decoder is that of the pixels after the last one."
+            "The prior is the cost of the noise that sampling starts from, the KL divergences are the cost of its "
+            "steps, and the decoder is the cost of the pixels after the last step."
         )
         pixels = bits_map(image, result.maps.sum(1).mean(0).numpy())
         return text, yardstick_table(result, self.model), pixels, bars(result.per_timestep.numpy(), result.prior)
@@ -845,7 +846,7 @@ CSS = """
 
 
 def cannot_load(model: str, error: Exception) -> str:
-    missing = "" if Path(model).is_dir() else "it is no local folder, and no repository of that name can be read: "
+    missing = "" if Path(model).is_dir() else "it is not a local folder, and no repository of that name can be read: "
     return f"{model} cannot be loaded: {missing}{' '.join(str(error).split())}"
 
 

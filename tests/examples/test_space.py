@@ -338,7 +338,7 @@ def test_a_menu_switches_between_models(apps, visit):
     page.get_by_text(re.compile(r"Step 50 of 50, ")).wait_for()
     assert page.locator("#samples img").count() == 1
     choose(page, "Model", str(app.folders[1]))
-    page.get_by_text(re.compile("nowhere cannot be loaded: it is no local folder")).wait_for()
+    page.get_by_text(re.compile("nowhere cannot be loaded: it is not a local folder")).wait_for()
     assert page.get_by_role("tab", name="Generate").count() == 0
     choose(page, "Model", "transparent")
     page.get_by_text("8 x 8 RGBA images of 3 classes").wait_for()

@@ -210,7 +210,7 @@ def test_distances_of_samples_are_named_by_their_network_and_never_fid(tmp_path)
         *(f"{figures[name]:.4f}" for name in ("pixel_mean_error", "pixel_variance_error", "nearest_train_distance")),
     )
     assert f"| optimal | best | 10 | 8 | {' | '.join(cells)} |" in card and "| held-out test |  |  | 8 |" in card
-    assert "the column `nearest` above" in card and not re.search(r"(?<!no )FID", card)
+    assert "The column `nearest` above shows how close" in card and not re.search(r"(?<!no )FID", card)
 
 
 def test_the_reader_sees_the_same_numbers_and_the_pictures(shelf):
