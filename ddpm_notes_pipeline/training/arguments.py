@@ -10,6 +10,7 @@ Names follow diffusers' training scripts where these have a flag for the same th
 
 import math
 import operator
+import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +27,7 @@ from ..names import (
 from .commands import num_processes, typed_flags
 
 FEATURE_NETWORK_HELP = "Network whose features are compared: efficientnet-lite0, or a vision model of transformers."
+PRECISIONS = ("no", "fp16", "bf16")
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
@@ -33,11 +35,17 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, **b
     """A field with its help text and limits, which hold for each entry of a list.
 
     Args:
-        default: MISSING for a required setting.
+        default: MISSING for a required setting; a function is called for it.
         choices: of the flag, where the type does not list them.
         bounds: `at_least` (inclusive), `above` and `below` (exclusive). None is always allowed.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
+    how: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
+    return field(**how, metadata={"help": help, "choices": choices, "bounds": bounds})
+
+
+def launched_precision() -> Any:
+    """What `accelerate launch` was asked for, by its flag or its configuration file."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 @dataclass
@@ -154,7 +162,9 @@ class RunArguments:
     ema_schedule: Literal["warmup", "constant"] = setting("warmup", "warmup: the decay rises to --ema_max_decay.")
     ema_inv_gamma: float = setting(1.0, "The decay at step n is 1 - (1 + n / inv_gamma)^-power.", above=0)
     ema_power: float = setting(0.75, "Exponent of the decay, see --ema_inv_gamma.", above=0)
-    mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "Precision that the UNet computes in.")
+    mixed_precision: str = setting(
+        launched_precision, "Precision that the UNet computes in, by default that of accelerate launch.", PRECISIONS
+    )
     gradient_checkpointing: bool = setting(False, "Less memory for a third more time.")
     torch_compile: bool = setting(False, "Compile the UNet: slow to start, then faster.")
     checkpointing_steps: int = setting(500, "Steps between checkpoints.", at_least=1)
@@ -294,6 +304,8 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
             )
     if data.streaming and run.max_train_steps is None:
         raise ValueError("--streaming needs --max_train_steps: the number of images is not known in advance")
+    if run.mixed_precision not in PRECISIONS:  # accelerate's: the flag's has been checked
+        raise ValueError(f"--mixed_precision is {run.mixed_precision}; it must be one of {', '.join(PRECISIONS)}")
     batch, parts, processes = run.train_batch_size, run.gradient_accumulation_steps, num_processes()
     if batch % (processes * parts):
         raise ValueError(

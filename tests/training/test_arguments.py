@@ -66,9 +66,14 @@ def refused(parse, capsys):
 DIGITS = {"dataset_name": "digits"}
 
 
+def default_of(name: str) -> object:
+    field = next(field for field in FIELDS if field.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def another(name: str, kind: object) -> object:
     """A valid value that is not the default."""
-    default = next(field.default for field in FIELDS if field.name == name)
+    default = default_of(name)
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     kind = parts[0] if type(None) in typing.get_args(kind) else kind
     if name in LISTED or typing.get_origin(kind) is typing.Literal:
@@ -162,7 +167,7 @@ def test_defaults_written_as_yaml_are_read_back_unchanged(parse, tmp_path):
 def test_the_line_wins_over_the_file(parse, name):
     value = (EVERYTHING | NOT_STREAMED)[name]
     words = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    default = next(field.default for field in FIELDS if field.name == name)
+    default = default_of(name)
     is_choice = name in LISTED or "Literal" in str(TYPES[name])
     other = default if is_choice else {list: [4, 8], str: "other", int: 1}.get(type(value), default)
     fitting = {"max_train_steps": 1000} if name in ("lr_warmup_steps", "streaming") else {"lr_warmup_steps": 1}
@@ -288,6 +293,23 @@ def test_null_is_the_default(parse, text):
 def test_a_mixed_precision_of_no_stays_a_string(parse):
     """YAML 1.1 reads a bare `no` as false; accelerate's files and flags use it as a string."""
     assert parse(config="dataset_name: digits\nmixed_precision: no\n")["mixed_precision"] == "no"
+
+
+def test_the_launchers_precision_is_the_default(parse, monkeypatch):
+    """It was always no: with launch/one_gpu.yaml, which says bf16, training was in float32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse(config=DIGITS)["mixed_precision"] == RunArguments().mixed_precision == "bf16"
+    assert parse(config=DIGITS | {"mixed_precision": "fp16"})["mixed_precision"] == "fp16"
+    assert parse("--mixed_precision", "no", config=DIGITS)["mixed_precision"] == "no"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert parse(config=DIGITS)["mixed_precision"] == "no"
+
+
+def test_a_precision_of_the_launcher_that_training_has_not_is_refused(parse, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SystemExit):
+        parse(config=DIGITS)
+    assert "--mixed_precision is fp8; it must be one of no, fp16, bf16" in capsys.readouterr().err
 
 
 def test_dashes_work_like_underscores(parse):
