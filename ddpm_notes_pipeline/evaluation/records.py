@@ -151,7 +151,8 @@ class MetricProtocol(Record):
             held-out images (at most 1000, evenly spaced) whose nearest training image was found.
         classifier: what reads the classes of images, and was fitted to how many.
         source: what the caller knows of the files: JPEG or PNG, how they were resized.
-        sampling: how the samples were made: steps, variance, seeds.
+        sampling: how the samples were made: steps, variance, seeds; the network's precision, if
+            it was not float32.
         notes: warnings that were given.
     """
 

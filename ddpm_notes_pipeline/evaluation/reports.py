@@ -145,11 +145,13 @@ def sample_caption(records: Sequence[SampleRecord]) -> str:
     metrics, held_out = records[-1].metrics, not records[0].is_sampled
     protocol, nearest = metrics.protocol, metrics.nearest_train_distance is not None
     distance = ", and the median distance to the nearest training image," if nearest else ""
+    precision = protocol.sampling.get("mixed_precision")
     copies = ": samples much nearer than held-out images are copies" if nearest and held_out else ""
     sentences = [
         f"Distances from {protocol.num_real} images of {protocol.real}{of_classes(protocol.classes)}, split {protocol.split}, "
         f"over {protocol.num_features} features of {protocol.network} (no Inception: no FID); {protocol.preprocessing}.",
         "Perfect samples would get the row of held-out images." if held_out else "",
+        f"The network computed samples in {precision} mixed precision." if precision else "",
         "Kernel distances compare at any n, Frechet distances only at equal n.",
         f"The errors of each pixel's mean and variance{distance} are root mean squares over pixels in [0, 1]{copies}.",
     ]

@@ -122,6 +122,8 @@ class SampleTable:
         sets = sets or self.sets
         n, first, end = self.images, self.seed, self.seed + sets * self.images
         sampling = {**row, "seeds": f"{first}..{end - 1}, one an image", "sets": sets}
+        if self.accelerator.mixed_precision != "no":
+            sampling["mixed_precision"] = self.accelerator.mixed_precision
         labels = None
         if pipeline.num_classes is not None and self.real.labels is not None:
             labels = torch.from_numpy(self.real.labels[[i * len(self.real) // n for i in range(n)]])
