@@ -230,7 +230,10 @@ class EvaluationArguments:
         "levels: Bayes' rule on which 8-bit levels occur, which also refines the network's guess, fitted unless the model "
         "has it; own: the model's levels, or else the Gaussian of the variance type.",
     )
-    variance_split: str = setting("train", "Split on which optimal, best, levels and --save_variances are measured.")
+    variance_split: str = setting(
+        "train",
+        "Split on which optimal, best, levels and --save_variances are measured, on at most 4096 images.",
+    )
     save_variances: bool = setting(
         False, "Save the measured variances, and with --decoder levels the levels too, in the model's scheduler."
     )

@@ -50,6 +50,7 @@ from .evaluation_checks import (
 )
 from .images import load_split
 
+VARIANCE_IMAGES = 4096  # of V_t: with T = 1000, 131 evaluations of each
 MAP_IMAGES = 16  # whose bits are drawn
 MAP_PRECISION = 12  # times --evaluations_per_image: a pixel's bits are noisier than their sum
 # Of --table, beside T. At T only one set of fixed_large is sampled, as the reference.
@@ -234,11 +235,11 @@ class EvaluationRun:
                 error = measure_original_sample_mse(pipeline, labelled, batch_size=size, accelerator=self.accelerator)
                 return error.original_sample_mse.tolist()
 
-            self.mse = self.fitted("variances", measure)
+            self.mse = self.fitted("variances", measure, VARIANCE_IMAGES)
 
-    def fitted(self, what: str, measure: Callable[[ImageSet], Any]) -> Any:
+    def fitted(self, what: str, measure: Callable[[ImageSet], Any], max_images: int | None = None) -> Any:
         """What `measure` finds on --variance_split, or an earlier run found; for JSON."""
-        images = self.load(self.evaluation.variance_split)
+        images = self.load(self.evaluation.variance_split, max_images)
         settings = {"of": what, **scheduler_settings(self.pipeline), **image_settings(images, self.labelled)}
         return self.pieces.get(settings, lambda: Piece({what: measure(images)})).values[what]
 
