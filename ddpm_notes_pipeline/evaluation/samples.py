@@ -82,7 +82,6 @@ class SampleTable:
             network=features,
             cache_dir=cache_dir,
             accelerator=accelerator,
-            show_progress=False,
             class_reader=ClassReader(),
         )
         self.pieces = pieces or Pieces(accelerator)

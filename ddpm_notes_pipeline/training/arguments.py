@@ -232,7 +232,7 @@ class EvaluationArguments:
     )
     variance_split: str = setting(
         "train",
-        "Split on which optimal, best, levels and --save_variances are measured, on at most 4096 images.",
+        "Split on which optimal, best, levels and --save_variances are measured; variances on at most 4096 images.",
     )
     save_variances: bool = setting(
         False, "Save the measured variances, and with --decoder levels the levels too, in the model's scheduler."

@@ -18,6 +18,7 @@ from ddpm_notes_pipeline.evaluation.records import Evaluation
 from ddpm_notes_pipeline.evaluation.yardsticks import image_yardsticks
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
+from ddpm_notes_pipeline.training import evaluate
 from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main, with_defaults
 from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
 from tests.support.launching import ROOT, describe, launch, once
@@ -206,6 +207,18 @@ def test_guidance_without_labels_is_refused(tmp_path, model, flags, says):
         EvaluationRun(*arguments(tmp_path, "--metrics", *flags.split()))
 
 
+def test_samples_in_mixed_precision_say_so(train, tmp_path):
+    folder = tmp_path / "model"
+    save_model(folder)
+    flags = ["--model", folder, "--dataset_name", "digits", "--max_images", 20, "--num_inference_steps", 5]
+    flags += ["--metrics", "--metric_images", SAMPLES, "--metric_network", save_network(tmp_path / "small-vit")]
+    done = train(*flags, script=EVALUATE, env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    (row,) = Evaluation.read(folder).samples
+    assert row.metrics.protocol.sampling["mixed_precision"] == "bf16"
+    sentence = "The network computed samples in bf16 mixed precision."
+    assert sentence in " ".join(done.stdout.split()) and sentence in (folder / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_samplers_are_the_ones_that_they_are_named(train):
     folder, _ = evaluated(
@@ -244,6 +257,14 @@ def test_save_variances_saves_what_nothing_else_asked_to_measure(tmp_path):
     saved = saved_scheduler(tmp_path)
     assert saved.variance_type == "optimal" and saved.decoder_variance is None
     assert len(saved.original_sample_mse) == 40 and min(saved.original_sample_mse) > 0
+
+
+def test_variances_are_measured_on_some_images(tmp_path, monkeypatch):
+    """Of 60,000 images it would take longer than the rest together."""
+    save_model(tmp_path)
+    monkeypatch.setattr(evaluate, "VARIANCE_IMAGES", 2)
+    with pytest.raises(ValueError, match=r"^2 images at 32 timesteps each reach timestep"):
+        evaluate_here(tmp_path, *FEW)
 
 
 def test_save_variances_saves_what_was_known_and_needed_no_measuring(tmp_path):

@@ -153,7 +153,10 @@ def error_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [
         line
         for line in lines
-        if line and not re.match(r"(decoding .*|train|sample|Loading pipeline components...): +\d+%|Generating ", line)
+        if line
+        and not re.match(
+            r"(decoding .*|train|sample|[a-z_ ]+ images|Loading pipeline components...): +\d+%|Generating ", line
+        )
     ]
 
 
