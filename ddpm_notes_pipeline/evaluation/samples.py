@@ -24,6 +24,9 @@ from .reports import sample_text
 from .sampling import Stop, sample, with_progress_bar
 
 EXAMPLES = 8  # images of a set that are shown
+# Real images that samples are compared with. Distances over all pairs take quadratic time: with
+# 60,000, minutes for each set of samples.
+REAL_IMAGES = 10_000
 
 
 class SampleTable:
@@ -33,7 +36,7 @@ class SampleTable:
     is measured at once, so that whatever is missing or does not fit is found before sampling.
 
     Args:
-        real: images that samples are compared with.
+        real: images that samples are compared with, at most 10,000 of them, evenly spaced.
         held_out: images that were not trained on, if there are any.
         train: training images, of which the nearest to each sample is found; None: it is not.
         network: name of the feature network (`load_feature_network`).
@@ -70,6 +73,7 @@ class SampleTable:
             raise ValueError(f"--metric_images is {images}; must be at least {FEWEST_IMAGES}")
         if held_out is not None and held_out.fingerprint == real.fingerprint:
             held_out = None
+        real = real.at_most(REAL_IMAGES)
         self.accelerator, self.real, self.held_out, self.train = accelerator, real, held_out, train
         self.images, self.batch_size, self.seed, self.sets = images, batch_size, seed, sets
         with accelerator.local_main_process_first():

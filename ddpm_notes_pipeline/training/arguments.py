@@ -235,7 +235,9 @@ class EvaluationArguments:
         "Split on which optimal, best, levels and --save_variances are measured; variances on at most 4096 images.",
     )
     save_variances: bool = setting(
-        False, "Save the measured variances, and with --decoder levels the levels too, in the model's scheduler."
+        False,
+        "Save the measured variances, and with --decoder levels the levels too, in the model's scheduler. Its variance "
+        "becomes the optimal one, unless it is learned.",
     )
     full: bool = setting(False, "Evaluate every term of the bound.")
     evaluations_per_image: int = setting(

@@ -36,7 +36,7 @@ from ..level_fit import LevelFit
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
-from ..variances import best_timesteps, measure_original_sample_mse, optimal_scheduler
+from ..variances import best_timesteps, measure_original_sample_mse
 from .arguments import DataArguments, EvaluationArguments
 from .evaluation_checks import (
     check_guidance,
@@ -164,8 +164,7 @@ class EvaluationRun:
             self.headline = self.measure_headline(self.more_images)
         if main:
             if evaluation.save_variances:  # only now: it changes what the same command measures
-                measured = optimal_scheduler(self.own, self.mse, self.own.decoder_variance)
-                measured.save_pretrained(Path(evaluation.model) / "scheduler")
+                self.with_measured_variances().save_pretrained(Path(evaluation.model) / "scheduler")
             self.write()
             if self.pieces.found:
                 print(f"Not measured again: {self.pieces.found} of {self.pieces.found + self.pieces.measured} pieces.")
@@ -177,6 +176,14 @@ class EvaluationRun:
         mse = self.mse if variance == "optimal" else None
         return DDPMNotesScheduler.from_config(
             self.own.config, variance_type=variance, original_sample_mse=mse, eta=None
+        )
+
+    def with_measured_variances(self) -> DDPMNotesScheduler:
+        """The scheduler with V_t; its variance becomes the optimal one, unless it is learned."""
+        own = self.own
+        variance = own.variance_type if own.variance_type in LEARNED_VARIANCES else "optimal"
+        return DDPMNotesScheduler.from_config(
+            own.config, variance_type=variance, original_sample_mse=self.mse, decoder_variance=own.decoder_variance
         )
 
     def print_row(self, row: Row, path: list[int]) -> None:

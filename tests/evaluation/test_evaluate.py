@@ -323,7 +323,7 @@ def test_without_a_training_split_there_are_bits_and_a_warning_but_no_yardsticks
 
 
 def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
-    """It fell back to fixed_small, which fails on the other half of the network's channels."""
+    """And the model keeps its learned variance, with the measured ones beside it."""
     save_model(tmp_path, variance_type="learned_range")
     before = DDPMPipeline.from_pretrained(tmp_path)
     evaluate_here(tmp_path, *FEW)
@@ -336,10 +336,12 @@ def test_stock_diffusers_samples_a_learned_model_after_save_variances(tmp_path):
         images.append(torch.from_numpy(pipe(2, generator, num_inference_steps=5, output_type="np").images))
     assert torch.equal(*images)
     saved = saved_scheduler(tmp_path)
-    assert saved.variance_type == "optimal"
-    # its learned variance is still there to compare with
+    assert saved.variance_type == "learned_range" and len(saved.original_sample_mse) == 40
+    (before,) = results(tmp_path)["results"]
     evaluate_here(tmp_path, *FEW[:4], "--variance_types", "learned_range", "optimal")
-    assert [row["variance_type"] for row in results(tmp_path)["results"]] == ["learned_range", "optimal"]
+    rows = results(tmp_path)["results"]
+    assert [row["variance_type"] for row in rows] == ["learned_range", "optimal"]
+    assert rows[0]["total"] == before["total"] != rows[1]["total"]
 
 
 def test_save_variances_of_a_model_on_the_hub_makes_no_folder_of_its_name(tmp_path, monkeypatch, capsys):
