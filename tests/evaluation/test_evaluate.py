@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import ViTConfig, ViTModel
 
 from ddpm_notes_pipeline.data import hold_out, load_images
+from ddpm_notes_pipeline.evaluation import samples
 from ddpm_notes_pipeline.evaluation.findings import kernel_distances
 from ddpm_notes_pipeline.evaluation.records import Evaluation
 from ddpm_notes_pipeline.evaluation.yardsticks import image_yardsticks
@@ -613,6 +614,16 @@ def test_only_images_that_were_not_trained_on_are_called_held_out(tmp_path, caps
     assert not [name for name in row if "nearest" in name] and row["protocol"]["num_train"] is None
     said = capsys.readouterr().out
     assert "held-out" not in said and "nearest" not in said and not (tmp_path / "model" / "nearest.png").exists()
+
+
+def test_samples_are_compared_with_some_of_many_images_and_copies_sought_in_all(tmp_path, monkeypatch):
+    save_model(tmp_path / "model")
+    monkeypatch.setattr(samples, "REAL_IMAGES", 50)
+    flags = ["--metrics", "--metric_images", 20, "--metric_network", save_network(tmp_path / "small-vit")]
+    evaluate_here(tmp_path / "model", *flags, "--max_images", 20, "--num_inference_steps", 2)
+    for row in results(tmp_path / "model")["metrics"]:
+        assert (row["protocol"]["num_real"], row["protocol"]["num_train"]) == (50, 1438)
+    assert "Distances from 50 images of" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("flags", "paths"), [([], ["even", "best"]), (["--paths", "even"], ["even"])])
