@@ -238,8 +238,10 @@ class EvaluationRun:
         if uses_mse and self.mse is None:
 
             def measure(images: ImageSet) -> list[float]:
-                labelled = batches(images, labelled=self.labelled)
-                error = measure_original_sample_mse(pipeline, labelled, batch_size=size, accelerator=self.accelerator)
+                labelled, hidden = batches(images, labelled=self.labelled), not self.accelerator.is_main_process
+                # batches do not say how many images they are
+                shown = with_progress_bar(pipeline, total=len(images), disable=hidden)
+                error = measure_original_sample_mse(shown, labelled, batch_size=size, accelerator=self.accelerator)
                 return error.original_sample_mse.tolist()
 
             self.mse = self.fitted("variances", measure, VARIANCE_IMAGES)

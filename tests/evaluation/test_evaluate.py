@@ -252,9 +252,10 @@ def saved_scheduler(folder):
     return DDPMNotesPipeline.from_pretrained(folder).scheduler
 
 
-def test_save_variances_saves_what_nothing_else_asked_to_measure(tmp_path):
+def test_save_variances_saves_what_nothing_else_asked_to_measure(tmp_path, capsys):
     save_model(tmp_path)
     evaluate_here(tmp_path, *FEW)
+    assert "denoising error: 100%" in capsys.readouterr().err
     saved = saved_scheduler(tmp_path)
     assert saved.variance_type == "optimal" and saved.decoder_variance is None
     assert len(saved.original_sample_mse) == 40 and min(saved.original_sample_mse) > 0
