@@ -27,6 +27,7 @@ from accelerate import Accelerator
 
 from .core.levels import Levels, to_model_range
 from .core.seeding import seeded_generator
+from .names import LEARNED_VARIANCES
 from .pipeline_ddpm_notes import DDPMNotesPipeline, is_ddpm
 from .scheduling_ddpm_notes import DDPMNotesScheduler
 
@@ -186,7 +187,7 @@ def best_timesteps(
         num_inference_steps: K, at least 1.
         prior_costs: (T,) nats/dim of starting at each timestep; None starts at T - 1.
         decoder_costs: {t: nats/dim} of ending at each of some timesteps; None takes those of the
-            scheduler's levels, and ends at 0 if there are none.
+            scheduler's levels, and ends at 0 if there are none or the variance is learned.
 
     Returns:
         K timesteps, strictly falling, for `set_timesteps(timesteps=...)`.
@@ -204,7 +205,10 @@ def best_timesteps(
     else:
         start[:] = prior_costs
     if decoder_costs is None and scheduler.levels is not None:
-        decoder_costs = Levels.from_config(scheduler.levels).decoder_costs
+        levels = Levels.from_config(scheduler.levels)
+        # A learned variance gives each pixel's decoder its blur, at timestep 0 alone.
+        own_decoder = scheduler.variance_type in LEARNED_VARIANCES and levels.decoder_scale is not None
+        decoder_costs = None if own_decoder else levels.decoder_costs
     end = np.full(T, np.inf)
     for t, cost in ({0: 0.0} if decoder_costs is None else decoder_costs).items():
         end[t] = cost

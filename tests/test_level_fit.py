@@ -139,6 +139,23 @@ def test_with_levels_the_best_path_may_end_above_0_and_its_bound_is_not_higher()
     assert results[0].total == pytest.approx(expected, abs=4 * results[0].standard_error)
 
 
+def test_the_best_path_of_a_learned_variance_ends_at_its_own_decoder():
+    """The network gives each pixel's decoder its blur at timestep 0 alone."""
+    levels = {"weights": [[1.0] * 256], "decoder_blur": {0: 0.1, 9: 0.1}, "guess_blur": {}}
+    levels |= {"decoder_costs": {0: 0.5, 9: 0.4}, "decoder_scale": 1.0}
+    ends = {}
+    for variance, scale in (("optimal", 1.0), ("learned_range", 1.0), ("learned_range", None)):
+        scheduler = DDPMNotesScheduler(
+            40,
+            beta_end=0.4,
+            variance_type=variance,
+            original_sample_mse=[0.1] * 40,
+            levels=levels | {"decoder_scale": scale},
+        )
+        ends[variance, scale] = best_timesteps(scheduler, 5)[-1]
+    assert ends == {("optimal", 1.0): 9, ("learned_range", 1.0): 0, ("learned_range", None): 9}
+
+
 def test_a_learned_variance_has_the_cost_of_one_blur_beside_its_own():
     """best_timesteps is about "optimal", whose decoder has one blur for all pixels."""
     scheduler = noisy_start(variance_type="learned_range")

@@ -258,11 +258,12 @@ class EvaluationRun:
         for variance in self.evaluation.variance_types or []:
             for steps in self.evaluation.num_inference_steps or []:
                 for kind in self.evaluation.paths or [] if steps < T else ["even"]:
-                    yield variance, kind, self.timesteps(kind, steps)
+                    yield variance, kind, self.timesteps(variance, kind, steps)
 
-    def timesteps(self, kind: str, steps: int) -> list[int]:
+    def timesteps(self, variance: str, kind: str, steps: int) -> list[int]:
         """Of a path of that kind, "even" or "best"."""
-        return best_timesteps(self.own, steps, self.mse) if kind == "best" else even_timesteps(self.own, steps)
+        scheduler = self.scheduler_of(variance)
+        return best_timesteps(scheduler, steps, self.mse) if kind == "best" else even_timesteps(scheduler, steps)
 
     def measure_headline(self, images: ImageSet) -> Headline:
         """bits/dim of the model as it is, in all its steps."""
@@ -323,7 +324,7 @@ class EvaluationRun:
             num_inference_steps=steps,
             scheduler=kind.__name__,
             scheduler_settings=settings | ({"timestep_spacing": path} if path == "trailing" else {}),
-            timesteps=None if path == "trailing" else self.timesteps(path, steps),
+            timesteps=None if path == "trailing" else self.timesteps(name, path, steps),
             needs=[name for name, needed in needs.items() if needed],
             kernel_distance=distance,
             standard_error=error,
