@@ -55,6 +55,8 @@ MAP_IMAGES = 16  # whose bits are drawn
 MAP_PRECISION = 12  # times --evaluations_per_image: a pixel's bits are noisier than their sum
 # Of --table, beside T. At T only one set of fixed_large is sampled, as the reference.
 TABLE_STEPS = [10, 25, 50, 100]
+# Variances that --table also samples on the best paths.
+SAMPLED_ON_BEST_PATHS = ("optimal", *LEARNED_VARIANCES)
 # flag: name in tables, scheduler, settings that differ from the model's
 SAMPLERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "ddim": ("DDIM", DDIMScheduler, {}),  # clips x0_hat, but keeps the unclipped eps_hat
@@ -484,5 +486,5 @@ def is_sampled(evaluation: EvaluationArguments, record: BoundRecord, T: int) -> 
     """Whether samples are drawn for this bound: in a table, not all are worth their time."""
     if evaluation.table and record.num_inference_steps == T:
         return record.variance_type == "fixed_large"
-    wanted = not evaluation.table or record.path == "even" or record.variance_type == "optimal"
+    wanted = not evaluation.table or record.path == "even" or record.variance_type in SAMPLED_ON_BEST_PATHS
     return wanted and record.num_inference_steps in (evaluation.metric_steps or [])
