@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ddpm_notes_pipeline.evaluation.yardsticks import image_yardsticks
 from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 from ddpm_notes_pipeline.training import evaluate
-from ddpm_notes_pipeline.training.evaluate import EvaluationRun, main, with_defaults
+from ddpm_notes_pipeline.training.evaluate import EvaluationRun, is_sampled, main, with_defaults
 from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
 from tests.support.launching import ROOT, describe, launch, once
 
@@ -625,6 +626,21 @@ def test_samples_are_compared_with_some_of_many_images_and_copies_sought_in_all(
     for row in results(tmp_path / "model")["metrics"]:
         assert (row["protocol"]["num_real"], row["protocol"]["num_train"]) == (50, 1438)
     assert "Distances from 50 images of" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_table_samples_the_rows_that_are_worth_their_time(tmp_path):
+    """All even ones at --metric_steps, the best paths of the better variances, one row at T."""
+    _, evaluation = arguments(tmp_path, "--table", "--metric_steps", 10, 25)
+    evaluation = with_defaults(evaluation, DDPMNotesScheduler())
+    kinds = [(v, p) for v in ("fixed_small", "fixed_large", "learned_range", "optimal") for p in ("even", "best")]
+    rows = [SimpleNamespace(variance_type=v, path=p, num_inference_steps=10) for v, p in kinds]
+    assert [kind for kind, row in zip(kinds, rows) if not is_sampled(evaluation, row, 1000)] == [
+        ("fixed_small", "best"),
+        ("fixed_large", "best"),
+    ]
+    for steps, sampled in ((50, []), (1000, ["fixed_large"])):
+        rows = [SimpleNamespace(variance_type=v, path="even", num_inference_steps=steps) for v, _ in kinds[::2]]
+        assert [row.variance_type for row in rows if is_sampled(evaluation, row, 1000)] == sampled
 
 
 @pytest.mark.parametrize(("flags", "paths"), [([], ["even", "best"]), (["--paths", "even"], ["even"])])
