@@ -30,10 +30,12 @@ def results_table(rows: list[Row], evaluation: Evaluation) -> str:
 def _kernel_caption(evaluation: Evaluation) -> str:
     protocol = evaluation.samples[0].metrics.protocol
     sets = {row.metrics.protocol.sampling.get("sets", 1) for row in evaluation.samples}
+    precision = protocol.sampling.get("mixed_precision")
+    precise = f", made in {precision} mixed precision," if precision else ""
     single, within = (" (one set at T)", ", or the jackknife's within one") if len(sets) > 1 else ("", "")
     held_out = [f"; held-out images have {kernel_text(row.kernel)}" for row in evaluation.metrics if not row.is_sampled]
     return (
-        f"Kernel distance x 1000: {max(sets)} sets{single} of {protocol.num_generated} samples against "
+        f"Kernel distance x 1000: {max(sets)} sets{single} of {protocol.num_generated} samples{precise} against "
         f"{protocol.num_real} images of the split {protocol.split}, features of {protocol.network} "
         f"({protocol.preprocessing}), ± standard error over the sets{within}{''.join(held_out)}."
     )

@@ -44,16 +44,25 @@ def test_nothing_is_said_of_all_steps_where_they_were_not_measured():
     assert not [text for text in findings(rows, kernels) if "steps have the lowest" in text or "No worse than" in text]
 
 
-def test_the_caption_says_nothing_of_held_out_images_where_there_are_none():
-    protocol = MetricProtocol(num_generated=8, num_real=9, image_shape=[1, 8, 8])
+def table_with_samples(held_out=False, **sampling):
+    """Of one row, whose samples were made so."""
+    protocol = MetricProtocol(num_generated=8, num_real=9, image_shape=[1, 8, 8], sampling=sampling)
     metrics = SampleMetrics(protocol, kernel_distance=0.1, kernel_distance_standard_error=0.01)
     rows = [row("fixed_small", "even", 10, 4.0)]
     settings = {"data": "digits", "split": "train", "images": 4, "dims": 64, "results": [rows[0].record]}
     samples = [SampleRecord("samples", metrics, "fixed_small", path="even", num_inference_steps=10)]
-    held_out = SampleRecord("held-out test", metrics)
-    assert "held-out" not in results_table(rows, Evaluation(**settings, metrics=samples))
-    text = results_table(rows, Evaluation(**settings, metrics=[held_out, *samples]))
-    assert "over the sets; held-out images have 100.00 ± 10.00." in text
+    first = [SampleRecord("held-out test", metrics)] if held_out else []
+    return results_table(rows, Evaluation(**settings, metrics=[*first, *samples]))
+
+
+def test_the_caption_says_nothing_of_held_out_images_where_there_are_none():
+    assert "held-out" not in table_with_samples()
+    assert "over the sets; held-out images have 100.00 ± 10.00." in table_with_samples(held_out=True)
+
+
+def test_the_caption_says_so_if_samples_were_made_in_mixed_precision():
+    assert "of 8 samples against" in table_with_samples()
+    assert "of 8 samples, made in bf16 mixed precision, against" in table_with_samples(mixed_precision="bf16")
 
 
 def test_differences_within_two_standard_errors_do_not_count():
