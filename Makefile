@@ -37,11 +37,12 @@ help:  ## list the commands
 
 setup: $(INSTALLED)  ## create .venv (machine with torch for GPUs: VENV_FLAGS=--system-site-packages PIP_FLAGS=)
 
+# --no-compile: Python compiles what is imported, when it is; compiling every file takes longer than the rest.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): one to two minutes the first time, silent unless it fails ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=...")'
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	@$(RUN) pip install -qq --disable-pip-version-check $(PIP_FLAGS) -e ".[train,mnist,eval,demo,test]"
+	@$(RUN) pip install -qq --disable-pip-version-check --no-compile $(PIP_FLAGS) -e ".[train,mnist,eval,demo,test]"
 	@touch $@
 	@echo "$(VENV) is ready."
 

@@ -55,6 +55,7 @@ def test_of_a_plain_sight_the_fit_finds_the_shares_themselves_and_the_noise():
     assert np.flatnonzero(fit.levels["weights"][0]).tolist() == [0, 128, 255]
 
 
+@pytest.mark.slow
 def test_levels_that_gain_nothing_are_not_used():
     """All levels are equally likely and the Gaussian has the noise's own variance: it is right."""
     noise = 1 / float(DDPMNotesScheduler(T).chain.pair(0, -1).snr_t)
