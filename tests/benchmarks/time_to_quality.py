@@ -102,27 +102,32 @@ def main() -> None:
     recipe["block_out_channels"] = arguments.block_out_channels or recipe["block_out_channels"]
     steps = arguments.steps or STEPS[arguments.data]
     torch.set_num_threads(arguments.threads)
+    output_dir = arguments.output_dir.absolute() / arguments.data  # the scripts start in another folder
     results: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
         for name in arguments.runs:
-            folder = arguments.output_dir / arguments.data / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            folder = output_dir / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
             results.setdefault(name, []).append(finished(folder, recipe, RUNS[name], steps, seed, arguments.threads))
             print(f"{folder}: {results[name][-1]}", flush=True)
     text = table(results)
-    (arguments.output_dir / arguments.data / "table.md").write_text(text)
+    (output_dir / "table.md").write_text(text)
     print(text, end="")
 
 
 def finished(folder: Path, recipe: dict[str, Any], run: Run, steps: int, seed: int, threads: int) -> dict[str, float]:
     """Train and measure, unless that has been done; seconds, bits/dim and kernel distance."""
     path = folder / "quality.json"
-    if not path.exists():
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if "seconds" not in found:
         folder.mkdir(parents=True, exist_ok=True)
         settings = recipe | run.flags | {"max_train_steps": max(1, round(steps * run.share)), "seed": seed}
         settings["model_config_name_or_path"] = str(save_network(folder / "network", recipe, run.network))
-        seconds = official(folder, settings, run.official) if run.official else ours(folder, settings, threads)
-        path.write_text(json.dumps({"seconds": seconds, **measured(folder, recipe, threads)}))
-    return json.loads(path.read_text())
+        found["seconds"] = official(folder, settings, run.official) if run.official else ours(folder, settings, threads)
+        path.write_text(json.dumps(found))  # whatever happens to the measurement
+    if "bits" not in found:
+        found |= measured(folder, recipe, threads)
+        path.write_text(json.dumps(found))
+    return found
 
 
 def save_network(folder: Path, recipe: dict[str, Any], changes: dict[str, Any]) -> Path:
