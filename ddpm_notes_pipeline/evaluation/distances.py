@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors or pixels. Pure: tensors in, numbers out.
+"""Distances between two sets of feature vectors or pixels.
 
 For features a (N, d) and b (M, d):
 
@@ -8,11 +8,13 @@ For features a (N, d) and b (M, d):
     recall     share of real inside those of generated
 
 The Frechet distance is biased by the numbers of images. The kernel distance is unbiased and has a
-standard error. Statistics are computed in float64.
+standard error. Statistics are computed in float64. What depends on one set alone, its sums of k and
+its balls, is kept with it: real images are compared with many sets of samples.
 """
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -24,31 +26,66 @@ SUBSETS = 10  # of the jackknife
 CHUNK_ROWS = 1024  # rows of a distance matrix at a time
 
 
-def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Squared Frechet distance between Gaussians fitted to features a (N, d) and b (M, d).
+class FeatureSet:
+    """Features of a set of images in float64, and what its distances need of it alone, found once.
 
-    Computed by torchmetrics in float64. N and M must be at least 2. With N or M <= d a covariance
-    is singular and the distance is biased upwards.
+    Args:
+        features: (N, d).
+        seed: of the random subsets of `kernel_distance`.
+    """
+
+    def __init__(self, features: torch.Tensor, seed: int = 0) -> None:
+        self.features = features.double()
+        self._order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        self._kernel_sums: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def subsets(self, n: int) -> list[torch.Tensor]:
+        """The features in n disjoint random subsets."""
+        return [self.features[rows] for rows in self._order.tensor_split(n)]
+
+    def kernel_sums(self, n: int) -> torch.Tensor:
+        """Sums of k over pairs of images of subsets i and j, none with itself: (n, n)."""
+        if n not in self._kernel_sums:
+            subsets = self.subsets(n)
+            self._kernel_sums[n] = _kernel_sums(subsets, subsets)
+        return self._kernel_sums[n]
+
+    @cached_property
+    def squared_radii(self) -> torch.Tensor:
+        """(N,), of the balls around the features, which reach to the k-th nearest other."""
+        distances = _squared_distances(self.features, self.features)
+        # NEIGHBORS + 1: the nearest point is the point itself
+        return torch.cat([squared.kthvalue(NEIGHBORS + 1, dim=1).values for squared in distances])
+
+
+def frechet_distance(a: FeatureSet, b: FeatureSet) -> float:
+    """Squared Frechet distance between Gaussians fitted to two sets of features.
+
+    Computed by torchmetrics in float64. Both must have at least 2 images. With no more images than
+    features a covariance is singular and the distance is biased upwards.
     """
     features_as_given = nn.Identity()
-    features_as_given.num_features = a.shape[1]  # type: ignore[assignment]
+    features_as_given.num_features = a.features.shape[1]  # type: ignore[assignment]
     # Every process already has all features: the metric must not gather them again.
     metric = import_eval("torchmetrics.image.fid").FrechetInceptionDistance(
         feature=features_as_given, sync_on_compute=False
     )
-    for features, real in ((a, True), (b, False)):
-        for rows in features.cpu().split(CHUNK_ROWS):
-            metric.update(rows.double(), real=real)
+    for one, real in ((a, True), (b, False)):
+        for rows in one.features.cpu().split(CHUNK_ROWS):
+            metric.update(rows, real=real)
     return max(0.0, float(metric.compute()))  # rounding can make it negative for equal sets
 
 
-def kernel_distance(a: torch.Tensor, b: torch.Tensor, subsets: int = SUBSETS, seed: int = 0) -> tuple[float, float]:
-    """Unbiased squared MMD of features a (N, d) and b (M, d), and its standard error.
+def kernel_distance(a: FeatureSet, b: FeatureSet, subsets: int = SUBSETS) -> tuple[float, float]:
+    """Unbiased squared MMD of two sets of features, and its standard error.
 
-    All pairs count. The standard error is the jackknife's: both sets are split at random (`seed`)
-    into disjoint subsets, and the distances that leave one of them out are compared. It is right
-    where the sets differ and up to sqrt(2) too large where they do not. The usual deviation over
-    overlapping random subsets shrinks to zero as the subsets grow.
+    All pairs count. The standard error is the jackknife's: both sets are split at random (by their
+    seeds) into disjoint subsets, and the distances that leave one of them out are compared. It is
+    right where the sets differ and up to sqrt(2) too large where they do not. The usual deviation
+    over overlapping random subsets shrinks to zero as the subsets grow.
 
     Raises:
         ValueError: fewer than 3 images on either side, or fewer than 2 subsets.
@@ -57,11 +94,8 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor, subsets: int = SUBSETS, se
     parts = min(subsets, fewest)
     if parts < 2 or fewest - math.ceil(fewest / parts) < 2:
         raise ValueError(f"{len(a)} and {len(b)} images in {subsets} subsets; must be at least 3 images and 2 subsets")
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (
-        [f[rows].double() for rows in torch.randperm(len(f), generator=generator).tensor_split(parts)] for f in (a, b)
-    )
-    within_x, within_y, between = _kernel_sums(x, x), _kernel_sums(y, y), _kernel_sums(x, y)
+    x, y = a.subsets(parts), b.subsets(parts)
+    within_x, within_y, between = a.kernel_sums(parts), b.kernel_sums(parts), _kernel_sums(x, y)
     sizes_x, sizes_y = (torch.tensor([len(part) for part in f], dtype=torch.float64) for f in (x, y))
 
     def distance(kept: torch.Tensor) -> float:
@@ -92,8 +126,8 @@ def _kernel_sums(x: list[torch.Tensor], y: list[torch.Tensor]) -> torch.Tensor:
     return sums
 
 
-def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = NEIGHBORS) -> tuple[float, float]:
-    """Precision and recall of generated features (M, d) and real ones (N, d).
+def precision_recall(real: FeatureSet, generated: FeatureSet) -> tuple[float, float]:
+    """Precision and recall of generated features beside real ones.
 
     Precision is the share of generated features inside the real manifold, recall the share of real
     ones inside the generated manifold. A manifold is the union of balls around its points, each
@@ -102,13 +136,13 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = NEIGH
     Raises:
         ValueError: k or fewer images on either side.
     """
-    if min(len(real), len(generated)) <= k:
-        raise ValueError(f"{len(real)} and {len(generated)} images; must be more than k = {k} on either side")
+    if min(len(real), len(generated)) <= NEIGHBORS:
+        more = f"must be more than k = {NEIGHBORS} on either side"
+        raise ValueError(f"{len(real)} and {len(generated)} images in precision and recall; {more}")
 
-    def share_inside(points: torch.Tensor, manifold: torch.Tensor) -> float:
-        # k + 1: the nearest point is the point itself
-        radii = torch.cat([d.kthvalue(k + 1, dim=1).values for d in _squared_distances(manifold, manifold)])
-        return float(torch.cat([(d <= radii).any(1) for d in _squared_distances(points, manifold)]).double().mean())
+    def share_inside(points: FeatureSet, manifold: FeatureSet) -> float:
+        distances = _squared_distances(points.features, manifold.features)
+        return float(torch.cat([(squared <= manifold.squared_radii).any(1) for squared in distances]).double().mean())
 
     return share_inside(generated, real), share_inside(real, generated)
 

@@ -15,6 +15,7 @@ Samples of a model with classes are also read by a classifier of the real images
 
 import os
 import warnings
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,14 @@ from accelerate.utils import broadcast_object_list
 
 from ..data import ImageSet
 from .class_reader import ClassReader
-from .distances import NEIGHBORS, SUBSETS, frechet_distance, kernel_distance, precision_recall
+from .distances import NEIGHBORS, SUBSETS, FeatureSet, frechet_distance, kernel_distance, precision_recall
 from .features import CHANNELS, OFFLINE_NETWORK, FeatureNetwork, feature_file, import_eval, load_feature_network
 from .pixel_batches import agreed_shape
 from .reading import ImageReader, SetStatistics, with_float64
 from .records import MetricProtocol, SampleMetrics
 
 FEWEST_IMAGES = 2 * (NEIGHBORS + 1)
-# On a CPU 32 at once take 1.3 times longer: glibc returns blocks of more than 32 MiB to the system after each use.
+# On a CPU 32 at once take 1.3 times longer: glibc returns blocks over 32 MiB after each use.
 BATCH_SIZE = 16
 
 
@@ -48,7 +49,6 @@ def measure_samples(
     accelerator: Accelerator | None = None,
     show_progress: bool = True,
     class_labels: Any = None,
-    class_reader: ClassReader | None = None,
 ) -> SampleMetrics:
     """Compare samples with real images. Collective: every rank must call it.
 
@@ -69,104 +69,160 @@ def measure_samples(
         show_progress: show progress bars.
         class_labels: (N,) of `generated`: how many of them show their class is measured, if `real`
             is an `ImageSet` with labels, not all the same, and there is a network.
-        class_reader: fitted to `real` where it is not yet: to be given again for the same images.
 
     Raises:
         ValueError: images of another range, type, shape or number of channels, too few images,
             features that are not finite, another number of labels.
     """
-    sets = {"generated": generated, "real": real, "train": train, "held_out": held_out}
-    sets = {name: images for name, images in sets.items() if images is not None}
-    if held_out is not None and train is None:
-        raise ValueError("held_out is given without train; the nearest training image needs both")
-    shape = agreed_shape(sets)
-    if isinstance(network, str):
-        network = load_feature_network(network)
-        network.to(accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu")
-    if network is not None and shape is not None and shape[0] not in CHANNELS:
-        takes = f"{network.name} takes 1, 3 or 4 (network=None: pixels alone)"
-        raise ValueError(f"images have {shape[0]} channels; {takes}")
-
-    reader = ImageReader(batch_size, accelerator, show_progress, shape)
-    ours = reader.read("real", real, network, None if network is None else feature_file(real, network, cache_dir))
-    theirs = reader.read("generated", generated, network)
-    if min(ours.count, theirs.count) < FEWEST_IMAGES:
-        raise ValueError(f"{theirs.count} generated and {ours.count} real images; must be at least {FEWEST_IMAGES}")
-    notes = _notes(sets, ours, theirs)
-    if accelerator is None or accelerator.is_main_process:
-        for note in notes:
-            warnings.warn(note, stacklevel=2)
-    figures = _distances(ours, theirs, network)
-    protocol: dict[str, Any] = {}
-    labels = real.labels if isinstance(real, ImageSet) else None
-    if network is not None and labels is not None and np.ptp(labels) and class_labels is not None:
-        read = _class_accuracy(class_reader or ClassReader(), ours, labels, theirs, class_labels, accelerator)
-        figures["class_accuracy"], protocol["classifier"] = read
-    if network is not None:
-        protocol |= {"network": network.name, "weights": network.weights}
-        preprocessing = network.preprocessing_of(ours.mean.shape[0])
-        protocol |= {"num_features": network.num_features, "preprocessing": preprocessing}
-    if isinstance(real, ImageSet):
-        protocol |= {"real": real.name, "split": real.split, "fingerprint": real.fingerprint}
-        protocol |= {"classes": real.source.classes}
-    if train is not None:
-        nearest, counts = _nearest_training_images(reader, train, theirs, held_out)
-        figures |= nearest
-        protocol |= counts
-    protocol |= {"num_generated": theirs.count, "num_real": ours.count, "image_shape": list(ours.mean.shape)}
-    protocol |= {"source": source, "sampling": sampling or {}, "notes": notes}
-    return SampleMetrics(MetricProtocol(**protocol, neighbors=NEIGHBORS, kernel_subsets=SUBSETS), **figures)
+    compared = SampleComparison(real, train, held_out, network, batch_size, cache_dir, accelerator, show_progress)
+    return compared.measure(generated, sampling, source, class_labels)
 
 
-def _distances(real: SetStatistics, generated: SetStatistics, network: FeatureNetwork | None) -> dict[str, float]:
-    """The figures of two sets by name, those over features only with a network."""
-    figures = {
-        f"pixel_{name}_error": float((getattr(generated, name) - getattr(real, name)).square().mean().sqrt())
-        for name in ("mean", "variance")
-    }
-    if network is None or real.features is None or generated.features is None:
+class SampleComparison:
+    """Compares sets of samples with the same real images, which are read once.
+
+    Collective: every rank must make it and use it alike.
+
+    Args:
+        real, train, held_out, network, batch_size, cache_dir, accelerator, show_progress: as of
+            `measure_samples`.
+
+    Raises:
+        ValueError: as of `measure_samples`.
+    """
+
+    def __init__(
+        self,
+        real: Any,
+        train: Any = None,
+        held_out: Any = None,
+        network: FeatureNetwork | str | None = OFFLINE_NETWORK,
+        batch_size: int = BATCH_SIZE,
+        cache_dir: str | os.PathLike[str] | None = None,
+        accelerator: Accelerator | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        if held_out is not None and train is None:
+            raise ValueError("held_out is given without train; the nearest training image needs both")
+        if isinstance(network, str):
+            network = load_feature_network(network)
+            network.to(accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu")
+        self.real, self.train, self.held_out, self.network = real, train, held_out, network
+        self.accelerator, self.cache_dir = accelerator, cache_dir
+        self.reader = ImageReader(batch_size, accelerator, show_progress)
+        self.class_reader = ClassReader()
+        self._held_out_distances: torch.Tensor | None = None  # to their nearest training images
+
+    def measure(
+        self,
+        generated: Any,
+        sampling: dict[str, Any] | None = None,
+        source: str | None = None,
+        class_labels: Any = None,
+    ) -> SampleMetrics:
+        """Compare a set of samples. Arguments and errors are those of `measure_samples`."""
+        sets = {"generated": generated, "real": self.real, "train": self.train, "held_out": self.held_out}
+        sets = {name: images for name, images in sets.items() if images is not None}
+        self._check_shape(agreed_shape(sets))
+        ours, theirs = self._real_statistics, self.reader.read("generated", generated, self.network)
+        if min(ours.count, theirs.count) < FEWEST_IMAGES:
+            raise ValueError(f"{theirs.count} generated and {ours.count} real images; must be at least {FEWEST_IMAGES}")
+        notes = _notes(sets, ours, theirs)
+        if self.accelerator is None or self.accelerator.is_main_process:
+            for note in notes:
+                warnings.warn(note, stacklevel=3)
+        figures, protocol = self._distances(theirs), self._protocol()
+        if class_labels is not None and self._has_classes:
+            figures["class_accuracy"], protocol["classifier"] = self._class_accuracy(theirs, class_labels)
+        if self.train is not None:
+            nearest, counts = self._nearest_training_images(theirs)
+            figures |= nearest
+            protocol |= counts
+        protocol |= {"num_generated": theirs.count, "source": source, "sampling": sampling or {}, "notes": notes}
+        return SampleMetrics(MetricProtocol(**protocol, neighbors=NEIGHBORS, kernel_subsets=SUBSETS), **figures)
+
+    def _check_shape(self, shape: tuple[int, ...] | None) -> None:
+        """The shape that all images must have, where one is known before they are read."""
+        self.reader.shape = self.reader.shape or shape
+        if self.network is not None and shape is not None and shape[0] not in CHANNELS:
+            takes = f"{self.network.name} takes 1, 3 or 4 (network=None: pixels alone)"
+            raise ValueError(f"images have {shape[0]} channels; {takes}")
+
+    @cached_property
+    def _real_statistics(self) -> SetStatistics:
+        network = self.network
+        cache = None if network is None else feature_file(self.real, network, self.cache_dir)
+        return self.reader.read("real", self.real, network, cache)
+
+    @cached_property
+    def _real_features(self) -> FeatureSet:
+        return self._feature_set(self._real_statistics, seed=0)
+
+    def _feature_set(self, statistics: SetStatistics, seed: int) -> FeatureSet:
+        assert self.network is not None and statistics.features is not None
+        return FeatureSet(statistics.features.to(with_float64(self.network.mean.device)), seed)
+
+    @property
+    def _has_classes(self) -> bool:
+        """Whether classes can be read: in features, of real images of more than one class."""
+        labels = self.real.labels if isinstance(self.real, ImageSet) else None
+        return self.network is not None and labels is not None and bool(np.ptp(labels))
+
+    def _protocol(self) -> dict[str, Any]:
+        """What is known of the real images and of the network."""
+        real = self._real_statistics
+        protocol: dict[str, Any] = {}
+        if self.network is not None:
+            preprocessing = self.network.preprocessing_of(real.mean.shape[0])
+            protocol |= {"network": self.network.name, "weights": self.network.weights}
+            protocol |= {"num_features": self.network.num_features, "preprocessing": preprocessing}
+        if isinstance(self.real, ImageSet):
+            protocol |= {"real": self.real.name, "split": self.real.split, "fingerprint": self.real.fingerprint}
+            protocol |= {"classes": self.real.source.classes}
+        return protocol | {"num_real": real.count, "image_shape": list(real.mean.shape)}
+
+    def _distances(self, generated: SetStatistics) -> dict[str, float]:
+        """The figures by name, those over features only with a network."""
+        real = self._real_statistics
+        figures = {
+            f"pixel_{name}_error": float((getattr(generated, name) - getattr(real, name)).square().mean().sqrt())
+            for name in ("mean", "variance")
+        }
+        if self.network is None:
+            return figures
+        a, b = self._real_features, self._feature_set(generated, seed=1)
+        figures["frechet_distance"] = frechet_distance(a, b)
+        figures["kernel_distance"], figures["kernel_distance_standard_error"] = kernel_distance(a, b)
+        figures["precision"], figures["recall"] = precision_recall(a, b)
         return figures
-    device = with_float64(network.mean.device)
-    a, b = real.features.to(device), generated.features.to(device)
-    figures["frechet_distance"] = frechet_distance(a, b)
-    figures["kernel_distance"], figures["kernel_distance_standard_error"] = kernel_distance(a, b)
-    figures["precision"], figures["recall"] = precision_recall(a, b)
-    return figures
 
+    def _class_accuracy(self, generated: SetStatistics, class_labels: Any) -> tuple[float, str | None]:
+        """Share of generated images that show their class, and what reads them."""
+        ours, theirs = self._real_statistics.features, generated.features
+        assert ours is not None and theirs is not None
 
-def _class_accuracy(
-    reader: ClassReader,
-    real: SetStatistics,
-    labels: np.ndarray,
-    generated: SetStatistics,
-    class_labels: Any,
-    accelerator: Accelerator | None,
-) -> tuple[float, str | None]:
-    """Share of generated images that show their class, and what reads them. Collective."""
-    ours, theirs = real.features, generated.features
-    assert ours is not None and theirs is not None
+        def read() -> tuple[float, str | None]:
+            self.class_reader.fit(ours, self.real.labels)
+            return self.class_reader.accuracy(theirs, np.asarray(class_labels)), self.class_reader.description
 
-    def read() -> tuple[float, str | None]:
-        reader.fit(ours, labels)
-        return reader.accuracy(theirs, np.asarray(class_labels)), reader.description
+        if self.accelerator is None:
+            return read()
+        import_eval("sklearn.linear_model")  # if it is missing, all processes say so
+        return broadcast_object_list([read() if self.accelerator.is_main_process else None])[0]
 
-    if accelerator is None:
-        return read()
-    import_eval("sklearn.linear_model")  # if it is missing, all processes say so
-    return broadcast_object_list([read() if accelerator.is_main_process else None])[0]
-
-
-def _nearest_training_images(
-    reader: ImageReader, train: Any, generated: SetStatistics, held_out: Any
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median distances of generated and held-out images, and the protocol's counts. Collective."""
-    probes = [generated.probes]
-    if held_out is not None:
-        probes.append(reader.read("held_out", held_out).probes)
-    count, distances, _ = reader.nearest(train, torch.cat(probes))
-    of_each = dict(zip(("", "held_out_"), distances.split([len(part) for part in probes])))
-    figures = {f"{kind}nearest_train_distance": float(values.median()) for kind, values in of_each.items()}
-    return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}
+    def _nearest_training_images(self, generated: SetStatistics) -> tuple[dict[str, float], dict[str, Any]]:
+        """Median distances of generated and held-out images, and the protocol's counts."""
+        probes = [generated.probes]
+        if self.held_out is not None and self._held_out_distances is None:
+            probes.append(self.reader.read("held_out", self.held_out).probes)
+        count, distances, _ = self.reader.nearest(self.train, torch.cat(probes))
+        own, *held_out = distances.split([len(part) for part in probes])
+        if held_out:
+            self._held_out_distances = held_out[0]
+        of_each = {"": own, "held_out_": self._held_out_distances}
+        of_each = {kind: values for kind, values in of_each.items() if values is not None}
+        figures = {f"{kind}nearest_train_distance": float(values.median()) for kind, values in of_each.items()}
+        return figures, {"num_train": count} | {f"num_{kind}nearest": len(values) for kind, values in of_each.items()}
 
 
 def _notes(sets: dict[str, Any], real: SetStatistics, generated: SetStatistics) -> list[str]:

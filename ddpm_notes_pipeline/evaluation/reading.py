@@ -50,7 +50,11 @@ class ImageReader:
     """
 
     def __init__(
-        self, batch_size: int, accelerator: Accelerator | None, show_progress: bool, shape: tuple[int, ...] | None
+        self,
+        batch_size: int,
+        accelerator: Accelerator | None,
+        show_progress: bool,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; must be a whole number of at least 1")

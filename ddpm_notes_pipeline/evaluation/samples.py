@@ -13,9 +13,8 @@ from accelerate import Accelerator
 from ..data import ImageSet
 from ..data.sources import evenly_spaced
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
-from .class_reader import ClassReader
 from .features import load_feature_network
-from .metrics import FEWEST_IMAGES, measure_samples
+from .metrics import FEWEST_IMAGES, SampleComparison
 from .pictures import save_nearest
 from .pieces import Piece, Pieces, image_settings, scheduler_settings
 from .reading import nearest_training_images
@@ -78,15 +77,13 @@ class SampleTable:
         self.images, self.batch_size, self.seed, self.sets = images, batch_size, seed, sets
         with accelerator.local_main_process_first():
             features = load_feature_network(network).to(accelerator.device)
-        self.measure = partial(
-            measure_samples,
-            real=real,
-            train=train,
+        self.comparison = SampleComparison(
+            real,
+            train,
             held_out=None if train is None else held_out,
             network=features,
             cache_dir=cache_dir,
             accelerator=accelerator,
-            class_reader=ClassReader(),
         )
         self.pieces = pieces or Pieces(accelerator)
         # what figures of samples depend on besides the samples
@@ -99,7 +96,7 @@ class SampleTable:
             labels = held_out.labels if classes else None
             piece = self.pieces.get(
                 {"of": "held-out images", "compared with": self.compared_with},
-                lambda: Piece(self.measure(generated=held_out, class_labels=labels).as_dict()),
+                lambda: Piece(self.comparison.measure(held_out, class_labels=labels).as_dict()),
             )
             self.rows.append(SampleRecord(f"held-out {held_out.split}", SampleMetrics.from_dict(piece.values)))
 
@@ -175,7 +172,7 @@ class SampleTable:
                     return None
                 parts.append(part.tensors["images"])
             images = torch.cat(parts)
-            metrics = self.measure(generated=images, sampling=sampling, class_labels=labels)
+            metrics = self.comparison.measure(images, sampling, class_labels=labels)
             if self.held_out is not None:
                 metrics = replace(metrics, held_out_class_accuracy=self.rows[0].metrics.class_accuracy)
             return Piece(metrics.as_dict(), {"examples": images[evenly_spaced(n, EXAMPLES)]})

@@ -26,9 +26,15 @@ from transformers import (
 )
 
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.evaluation.distances import frechet_distance, kernel_distance, nearest_rows, precision_recall
+from ddpm_notes_pipeline.evaluation.distances import (
+    FeatureSet,
+    frechet_distance,
+    kernel_distance,
+    nearest_rows,
+    precision_recall,
+)
 from ddpm_notes_pipeline.evaluation.features import FeatureNetwork, full_float32, load_feature_network
-from ddpm_notes_pipeline.evaluation.metrics import measure_samples
+from ddpm_notes_pipeline.evaluation.metrics import SampleComparison, measure_samples
 from ddpm_notes_pipeline.evaluation.reading import nearest_training_images
 from ddpm_notes_pipeline.evaluation.records import SampleMetrics
 from tests.support.launching import launch
@@ -62,6 +68,10 @@ def take(images, n, first=0):
 # ------------------------------------------------------------ distances
 
 
+def feature_sets(a, b):
+    return FeatureSet(a), FeatureSet(b, seed=1)
+
+
 def frechet_by_scipy(a, b):
     a, b = a.double().numpy(), b.double().numpy()
     s, r = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -73,18 +83,18 @@ def frechet_by_scipy(a, b):
 def test_frechet_distance_is_scipys(n, m):
     mix = normal(64, 64, 2)
     a, b = normal(n, 64, 0) @ mix, normal(m, 64, 1, mean=0.3, scale=1.5) @ mix.T
-    assert frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-6)
+    assert frechet_distance(*feature_sets(a, b)) == pytest.approx(frechet_by_scipy(a, b), rel=1e-6)
 
 
 def test_frechet_distance_of_known_gaussians():
     a, b = normal(200_000, 2, 0), normal(200_000, 2, 1) * torch.tensor([2.0, 3.0]) + torch.tensor([1.0, 0.0])
-    assert frechet_distance(a, b) == pytest.approx(1 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.02)
+    assert frechet_distance(*feature_sets(a, b)) == pytest.approx(1 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.02)
 
 
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
 def test_frechet_distance_on_features_of_images(network, train):
     a, b = (network(pixels)[:, :200] for pixels in (take(train, 300), take(train, 300).flip(-1)))
-    assert frechet_distance(a, b) == pytest.approx(frechet_by_scipy(a, b), rel=1e-6)
+    assert frechet_distance(*feature_sets(a, b)) == pytest.approx(frechet_by_scipy(a, b), rel=1e-6)
 
 
 def kernel_by_sums(a, b):
@@ -102,10 +112,10 @@ def kernel_by_sums(a, b):
 
 def test_kernel_distance_and_its_error_are_the_direct_sums():
     a, b = normal(31, 6, 0), normal(23, 6, 1, mean=0.4)
-    value, error = kernel_distance(a, b, subsets=5, seed=3)
+    value, error = kernel_distance(*feature_sets(a, b), subsets=5)
     assert value == pytest.approx(kernel_by_sums(a, b), rel=1e-10)
-    generator = torch.Generator().manual_seed(3)
-    parts = [torch.randperm(len(f), generator=generator).tensor_split(5) for f in (a, b)]
+    orders = [torch.randperm(len(f), generator=torch.Generator().manual_seed(seed)) for seed, f in enumerate((a, b))]
+    parts = [order.tensor_split(5) for order in orders]
     without = [
         kernel_by_sums(*(f[torch.cat([p for j, p in enumerate(part) if j != i])] for f, part in zip((a, b), parts)))
         for i in range(5)
@@ -119,13 +129,14 @@ def test_kernel_distance_is_that_of_torchmetrics_where_it_takes_all_images():
     theirs = KernelInceptionDistance(feature=nn.Identity(), subsets=1, subset_size=60)
     theirs.update(a, real=True)
     theirs.update(b, real=False)
-    assert kernel_distance(a, b)[0] == pytest.approx(float(theirs.compute()[0]), rel=1e-9)
+    assert kernel_distance(*feature_sets(a, b))[0] == pytest.approx(float(theirs.compute()[0]), rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased_and_its_error_is_its_spread():
     """Over 120 draws: the mean is the distance, errors its deviation, up to sqrt(2) above at 0."""
     for shift, least, most in ((0.0, 0.9, 1.6), (1.0, 0.8, 1.25)):
-        drawn = np.array([kernel_distance(normal(60, 8, s), normal(40, 8, s + 1000, mean=shift)) for s in range(120)])
+        draws = [feature_sets(normal(60, 8, s), normal(40, 8, s + 1000, mean=shift)) for s in range(120)]
+        drawn = np.array([kernel_distance(*sets) for sets in draws])
         a, b = normal(500_000, 8, 5).double(), normal(500_000, 8, 6).double()
         xx, yy, xy = (
             float(((((u * v).sum(1) / 8) + 1) ** 3).mean()) for u, v in ((a, b), (a + shift, b + shift), (a, b + shift))
@@ -149,7 +160,7 @@ def precision_by_loops(real, generated, k=3):
 
 def test_precision_and_recall_are_the_direct_ones():
     real, generated = normal(40, 5, 0), normal(30, 5, 1, mean=0.8, scale=0.7)
-    precision, recall = precision_recall(real, generated)
+    precision, recall = precision_recall(*feature_sets(real, generated))
     assert precision == pytest.approx(precision_by_loops(real, generated))
     assert recall == pytest.approx(precision_by_loops(generated, real))
     assert 0 < recall < precision < 1
@@ -157,11 +168,16 @@ def test_precision_and_recall_are_the_direct_ones():
 
 def test_precision_and_recall_where_the_answer_is_known():
     a = normal(1500, 2, 0)  # more rows than are compared at once
-    assert precision_recall(a, normal(1200, 2, 1, mean=100.0)) == (0, 0)
-    assert min(precision_recall(a, normal(1200, 2, 1))) > 0.95
-    precision, recall = precision_recall(a, normal(1200, 2, 1, scale=0.1))  # a few modes, seen well
+    real = FeatureSet(a)
+
+    def beside_real(**settings):
+        return precision_recall(real, FeatureSet(normal(1200, 2, 1, **settings)))
+
+    assert beside_real(mean=100.0) == (0, 0)
+    assert min(beside_real()) > 0.95
+    precision, recall = beside_real(scale=0.1)  # a few modes, seen well
     assert precision > 0.95 and recall < 0.2
-    precision, recall = precision_recall(a, normal(1200, 2, 1, scale=10.0))
+    precision, recall = beside_real(scale=10.0)
     assert precision < 0.5 and recall > 0.5
 
 
@@ -292,6 +308,19 @@ def test_any_form_of_images_gives_the_same_numbers(train, test_split):
 
 
 @pytest.mark.filterwarnings(FEW)
+def test_several_sets_are_compared_with_real_images_that_are_read_once(train, test_split):
+    """The figures are those of each set alone, though only the first can read these iterators."""
+    real, held_out, sets = take(train, 60), take(test_split, 30), [take(test_split, n, 100) for n in (20, 9, 25)]
+    once = {name: iter(images.split(7)) for name, images in {"real": real, "held_out": held_out}.items()}
+    compared = SampleComparison(train=real, network=counting(), show_progress=False, **once)
+    found = [compared.measure(images, sampling={"set": i}) for i, images in enumerate(sets)]
+    assert compared.network.images == len(real) + sum(map(len, sets))
+    settings = {"train": real, "held_out": held_out, "network": compared.network, "show_progress": False}
+    alone = [measure_samples(images, real, sampling={"set": i}, **settings) for i, images in enumerate(sets)]
+    assert found == alone
+
+
+@pytest.mark.filterwarnings(FEW)
 def test_the_protocol_has_what_every_figure_depends_on(measure, train, test_split):
     sampling = {"num_inference_steps": 50, "variance_type": "optimal", "seeds": "0..39"}
     result = measure(take(test_split, 40), train=train, sampling=sampling, source="PNG, not resized")
@@ -387,10 +416,11 @@ def test_what_cannot_be_measured_is_refused(test_split):
         measure_samples(pixels, pixels, held_out=pixels, network=None)
     with pytest.raises(ValueError, match="batch_size is 0"):
         measure_samples(pixels, pixels, network=None, batch_size=0)
-    with pytest.raises(ValueError, match="3 and 9 images; must be more than k = 3"):
-        precision_recall(normal(3, 2, 0), normal(9, 2, 1))
+    few = feature_sets(normal(3, 2, 0), normal(9, 2, 1))
+    with pytest.raises(ValueError, match="3 and 9 images in precision and recall; must be more than k = 3"):
+        precision_recall(*few)
     with pytest.raises(ValueError, match="must be at least 3 images and 2 subsets"):
-        kernel_distance(normal(2, 2, 0), normal(9, 2, 1))
+        kernel_distance(*feature_sets(normal(2, 2, 0), normal(9, 2, 1)))
 
 
 def test_features_that_are_not_finite_are_refused(train, test_split):
