@@ -9,7 +9,8 @@ import torch
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.data import load_images
-from ddpm_notes_pipeline.evaluation.metrics import measure_samples
+from ddpm_notes_pipeline.evaluation.features import load_feature_network
+from ddpm_notes_pipeline.evaluation.metrics import SampleComparison, measure_samples
 from ddpm_notes_pipeline.evaluation.records import figures_of
 from ddpm_notes_pipeline.evaluation.samples import mean_of
 from tests.evaluation.test_evaluate import save_network
@@ -104,7 +105,9 @@ def test_figures_of_several_sets_are_means_with_the_spread_of_the_sets():
     generator = torch.Generator().manual_seed(0)
     real = torch.randint(0, 256, (40, 1, 8, 8), generator=generator, dtype=torch.uint8)
     sets = [torch.randint(0, 200 + 10 * i, (20, 1, 8, 8), generator=generator, dtype=torch.uint8) for i in range(3)]
-    results = [measure_samples(x, real, train=real, show_progress=False) for x in sets]
+    network = load_feature_network(image_size=32)
+    compared = SampleComparison(real, train=real, network=network, show_progress=False)
+    results = [compared.measure(x) for x in sets]
     mean = mean_of(results)
     kernels = np.array([result.kernel_distance for result in results])
     assert mean.kernel_distance == pytest.approx(kernels.mean())
