@@ -8,8 +8,8 @@ For features a (N, d) and b (M, d):
     recall     share of real inside those of generated
 
 The Frechet distance is biased by the numbers of images. The kernel distance is unbiased and has a
-standard error. Statistics are computed in float64. What depends on one set alone, its sums of k and
-its balls, is kept with it: real images are compared with many sets of samples.
+standard error. Statistics are computed in float64. A set's own sums of k and its balls are kept
+with it: real images are compared with many sets of samples.
 """
 
 import math
@@ -27,17 +27,18 @@ CHUNK_ROWS = 1024  # rows of a distance matrix at a time
 
 
 class FeatureSet:
-    """Features of a set of images in float64, and what its distances need of it alone, found once.
+    """Features of a set of images in float64, with its sums of k and its balls, found once.
 
     Args:
         features: (N, d).
-        seed: of the random subsets of `kernel_distance`.
+        seed: of the random subsets of `kernel_distance`. Sets that are compared must have different
+            ones.
     """
 
-    def __init__(self, features: torch.Tensor, seed: int = 0) -> None:
+    def __init__(self, features: torch.Tensor, seed: int) -> None:
         self.features = features.double()
         self._order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-        self._kernel_sums: dict[int, torch.Tensor] = {}
+        self._sums_by_number: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.features)
@@ -48,10 +49,10 @@ class FeatureSet:
 
     def kernel_sums(self, n: int) -> torch.Tensor:
         """Sums of k over pairs of images of subsets i and j, none with itself: (n, n)."""
-        if n not in self._kernel_sums:
+        if n not in self._sums_by_number:
             subsets = self.subsets(n)
-            self._kernel_sums[n] = _kernel_sums(subsets, subsets)
-        return self._kernel_sums[n]
+            self._sums_by_number[n] = _kernel_sums(subsets, subsets)
+        return self._sums_by_number[n]
 
     @cached_property
     def squared_radii(self) -> torch.Tensor:
@@ -134,7 +135,7 @@ def precision_recall(real: FeatureSet, generated: FeatureSet) -> tuple[float, fl
     reaching to the k-th nearest other point.
 
     Raises:
-        ValueError: k or fewer images on either side.
+        ValueError: k = 3 or fewer images on either side.
     """
     if min(len(real), len(generated)) <= NEIGHBORS:
         more = f"must be more than k = {NEIGHBORS} on either side"

@@ -32,7 +32,8 @@ from .reading import ImageReader, SetStatistics, with_float64
 from .records import MetricProtocol, SampleMetrics
 
 FEWEST_IMAGES = 2 * (NEIGHBORS + 1)
-# On a CPU 32 at once take 1.3 times longer: glibc returns blocks over 32 MiB after each use.
+# efficientnet-lite0 on a CPU takes 1.3 times longer for 32 at once: glibc returns blocks of more
+# than 32 MiB to the system after each use, and most layers' blocks then are.
 BATCH_SIZE = 16
 
 
@@ -74,14 +75,17 @@ def measure_samples(
         ValueError: images of another range, type, shape or number of channels, too few images,
             features that are not finite, another number of labels.
     """
-    compared = SampleComparison(real, train, held_out, network, batch_size, cache_dir, accelerator, show_progress)
+    settings = {"cache_dir": cache_dir, "accelerator": accelerator, "show_progress": show_progress}
+    compared = SampleComparison(real, train, held_out, network, batch_size, **settings)
     return compared.measure(generated, sampling, source, class_labels)
 
 
 class SampleComparison:
-    """Compares sets of samples with the same real images, which are read once.
+    """Compares sets of samples with the same real images.
 
-    Collective: every rank must make it and use it alike.
+    `real` and `held_out` are read once, with the first set, and the features of `real` are kept in
+    float64 (100 MB for 10,000 images). `train` is read for each set: it must not be an iterator if
+    there are several. Collective: every rank must make it and use it alike.
 
     Args:
         real, train, held_out, network, batch_size, cache_dir, accelerator, show_progress: as of
@@ -109,7 +113,9 @@ class SampleComparison:
             network.to(accelerator.device if accelerator else "cuda" if torch.cuda.is_available() else "cpu")
         self.real, self.train, self.held_out, self.network = real, train, held_out, network
         self.accelerator, self.cache_dir = accelerator, cache_dir
-        self.reader = ImageReader(batch_size, accelerator, show_progress)
+        sets = {"real": real, "train": train, "held_out": held_out}
+        self.sets = {name: images for name, images in sets.items() if images is not None}
+        self.reader = ImageReader(batch_size, accelerator, show_progress, agreed_shape(self.sets))
         self.class_reader = ClassReader()
         self._held_out_distances: torch.Tensor | None = None  # to their nearest training images
 
@@ -121,16 +127,15 @@ class SampleComparison:
         class_labels: Any = None,
     ) -> SampleMetrics:
         """Compare a set of samples. Arguments and errors are those of `measure_samples`."""
-        sets = {"generated": generated, "real": self.real, "train": self.train, "held_out": self.held_out}
-        sets = {name: images for name, images in sets.items() if images is not None}
-        self._check_shape(agreed_shape(sets))
+        sets = {"generated": generated, **self.sets}
+        self._check_channels(agreed_shape(sets))
         ours, theirs = self._real_statistics, self.reader.read("generated", generated, self.network)
         if min(ours.count, theirs.count) < FEWEST_IMAGES:
             raise ValueError(f"{theirs.count} generated and {ours.count} real images; must be at least {FEWEST_IMAGES}")
         notes = _notes(sets, ours, theirs)
         if self.accelerator is None or self.accelerator.is_main_process:
             for note in notes:
-                warnings.warn(note, stacklevel=3)
+                warnings.warn(note, stacklevel=3)  # through `measure_samples`, to its caller
         figures, protocol = self._distances(theirs), self._protocol()
         if class_labels is not None and self._has_classes:
             figures["class_accuracy"], protocol["classifier"] = self._class_accuracy(theirs, class_labels)
@@ -141,15 +146,14 @@ class SampleComparison:
         protocol |= {"num_generated": theirs.count, "source": source, "sampling": sampling or {}, "notes": notes}
         return SampleMetrics(MetricProtocol(**protocol, neighbors=NEIGHBORS, kernel_subsets=SUBSETS), **figures)
 
-    def _check_shape(self, shape: tuple[int, ...] | None) -> None:
-        """The shape that all images must have, where one is known before they are read."""
-        self.reader.shape = self.reader.shape or shape
+    def _check_channels(self, shape: tuple[int, ...] | None) -> None:
         if self.network is not None and shape is not None and shape[0] not in CHANNELS:
             takes = f"{self.network.name} takes 1, 3 or 4 (network=None: pixels alone)"
             raise ValueError(f"images have {shape[0]} channels; {takes}")
 
     @cached_property
     def _real_statistics(self) -> SetStatistics:
+        """Collective at its first use."""
         network = self.network
         cache = None if network is None else feature_file(self.real, network, self.cache_dir)
         return self.reader.read("real", self.real, network, cache)
@@ -200,6 +204,8 @@ class SampleComparison:
         """Share of generated images that show their class, and what reads them."""
         ours, theirs = self._real_statistics.features, generated.features
         assert ours is not None and theirs is not None
+        if len(class_labels) != generated.count:
+            raise ValueError(f"{len(class_labels)} class_labels for {generated.count} images; must be one each")
 
         def read() -> tuple[float, str | None]:
             self.class_reader.fit(ours, self.real.labels)
@@ -213,6 +219,7 @@ class SampleComparison:
     def _nearest_training_images(self, generated: SetStatistics) -> tuple[dict[str, float], dict[str, Any]]:
         """Median distances of generated and held-out images, and the protocol's counts."""
         probes = [generated.probes]
+        # in one pass with the first samples: `train` may be an iterator
         if self.held_out is not None and self._held_out_distances is None:
             probes.append(self.reader.read("held_out", self.held_out).probes)
         count, distances, _ = self.reader.nearest(self.train, torch.cat(probes))

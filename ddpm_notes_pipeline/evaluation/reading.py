@@ -50,11 +50,7 @@ class ImageReader:
     """
 
     def __init__(
-        self,
-        batch_size: int,
-        accelerator: Accelerator | None,
-        show_progress: bool,
-        shape: tuple[int, ...] | None = None,
+        self, batch_size: int, accelerator: Accelerator | None, show_progress: bool, shape: tuple[int, ...] | None
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; must be a whole number of at least 1")

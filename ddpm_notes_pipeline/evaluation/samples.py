@@ -23,8 +23,8 @@ from .reports import sample_text
 from .sampling import Stop, sample, with_progress_bar
 
 EXAMPLES = 8  # images of a set that are shown
-# Real images that samples are compared with. Distances over all pairs take quadratic time: with
-# 60,000, minutes for each set of samples.
+# Real images that samples are compared with. The distances between all pairs of them take quadratic
+# time: with 60,000, minutes.
 REAL_IMAGES = 10_000
 
 
