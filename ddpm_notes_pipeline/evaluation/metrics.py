@@ -75,8 +75,16 @@ def measure_samples(
         ValueError: images of another range, type, shape or number of channels, too few images,
             features that are not finite, another number of labels.
     """
-    settings = {"cache_dir": cache_dir, "accelerator": accelerator, "show_progress": show_progress}
-    compared = SampleComparison(real, train, held_out, network, batch_size, **settings)
+    compared = SampleComparison(
+        real,
+        train,
+        held_out,
+        network,
+        batch_size=batch_size,
+        cache_dir=cache_dir,
+        accelerator=accelerator,
+        show_progress=show_progress,
+    )
     return compared.measure(generated, sampling, source, class_labels)
 
 
