@@ -73,7 +73,7 @@ class SampleTable:
         if held_out is not None and held_out.fingerprint == real.fingerprint:
             held_out = None
         real = real.at_most(REAL_IMAGES)
-        self.accelerator, self.real, self.held_out, self.train = accelerator, real, held_out, train
+        self.accelerator, self.real, self.held_out = accelerator, real, held_out
         self.images, self.batch_size, self.seed, self.sets = images, batch_size, seed, sets
         with accelerator.local_main_process_first():
             features = load_feature_network(network).to(accelerator.device)
@@ -187,13 +187,14 @@ class SampleTable:
 
         Nothing, without training images.
         """
-        if self.train is None:
+        train = self.comparison.train
+        if train is None:
             return
         sets = {f"Samples of {row.name}, {row.num_inference_steps} {row.path} steps": self.examples[row.key]}
         if self.held_out is not None:
             few = self.held_out.at_most(EXAMPLES)
             sets[f"Held-out images, split {few.split}"] = few.take(range(len(few)))
-        nearest, distances = nearest_training_images(torch.cat(list(sets.values())), self.train)
+        nearest, distances = nearest_training_images(torch.cat(list(sets.values())), train)
         sizes = [len(images) for images in sets.values()]
         found = zip(sets.items(), nearest.split(sizes), distances.split(sizes))
         save_nearest(path, {name: (a.numpy(), b.numpy(), d.numpy()) for (name, a), b, d in found})
