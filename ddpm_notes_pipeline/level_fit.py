@@ -139,7 +139,7 @@ def fit_levels(
     """
     if not is_ddpm(pipeline.scheduler):
         raise ValueError(f"the scheduler is {type(pipeline.scheduler).__name__}; it must be a DDPMNotesScheduler")
-    scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, levels=None)
+    scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, levels=None, eta=None)
     batches = list(pipeline.image_batches(images, class_labels))
     if not batches:
         raise ValueError("images is empty; it must have at least one image")

@@ -26,7 +26,7 @@ from .core.gaussian_chain import to_device
 from .core.image_batches import ImageBatch, first_images, image_batches, number_of_images, regrouped
 from .core.levels import num_unseen
 from .core.likelihood import PILOT_IMAGES, BitsPerDimOutput, Bound
-from .names import EVALUATIONS_PER_IMAGE
+from .names import EVALUATIONS_PER_IMAGE, LEARNED_VARIANCES
 from .scheduling_ddpm_notes import DDPMNotesScheduler
 from .stock_config import PRIVATE_ENTRY
 
@@ -197,8 +197,9 @@ class DDPMNotesPipeline(DiffusionPipeline):
             C = x.shape[1]
             guided = unconditional[:, :C] + guidance_scale * (conditional[:, :C] - unconditional[:, :C])
             output = torch.cat([guided, conditional[:, C:]], dim=1)
-        # other schedulers know no learned variance: they get the mean's half
-        return output if is_ddpm(self.scheduler) else output[:, : x.shape[1]]
+        # Stock DDPM schedulers know a learned variance; all others get the mean's half.
+        whole = is_ddpm(self.scheduler) or vars(self.scheduler).get("variance_type") in LEARNED_VARIANCES
+        return output if whole else output[:, : x.shape[1]]
 
     def _check_inputs(
         self, batch_size: Any, class_labels: Any, guidance_scale: float, output_type: str, names: list[str]
@@ -382,8 +383,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
                 bar.update(len(pixels))
         if unseen:
             warnings.warn(
-                f"{unseen} of {(number - first_image) * dims} pixels have levels of weight 0, which no image of the level "
-                "fit had: the decoder spends 24 bits on each",
+                f"{unseen} of {(number - first_image) * dims} pixels have levels of weight 0, which do not occur in the "
+                "images that the levels were fitted on: the decoder spends 24 bits on each",
                 stacklevel=3,  # through torch.no_grad, to the caller
             )
         self.maybe_free_model_hooks()

@@ -103,7 +103,7 @@ def measure_original_sample_mse(
     if bool((count < 2).any()):
         raise ValueError(
             f"{number} images at {n} timesteps each reach timestep {int(count.argmin())} {int(count.min())} times; "
-            f"there must be at least 2 (about {math.ceil(4 * T / n)} images, or more timesteps_per_image)"
+            f"there must be at least 2 (about {math.ceil(4 * T / n)} images, or more `timesteps_per_image`)"
         )
     mean = total / count
     standard_error = ((squares / count - mean**2).clamp(min=0) / (count - 1)).sqrt()

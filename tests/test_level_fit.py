@@ -31,9 +31,10 @@ def noisy_start(**settings):
     return DDPMNotesScheduler(num_train_timesteps=T, trained_betas=betas, clip_sample=False, **settings)
 
 
-def plain_sight(scheduler=None, size=16):
+def plain_sight(scheduler=None, size=16, channels=1):
     scheduler = scheduler or noisy_start()
-    pipeline = DDPMNotesPipeline(PlainSight.from_scheduler(scheduler, sample_size=size), scheduler)
+    network = PlainSight.from_scheduler(scheduler, sample_size=size, channels=channels)
+    pipeline = DDPMNotesPipeline(network, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -239,6 +240,28 @@ def test_levels_are_counted_by_channel():
     assert counts.tolist() == [np.bincount(images[:, c].flatten().numpy(), minlength=256).tolist() for c in range(3)]
     with pytest.raises(ValueError, match="at least one image"):
         level_counts([])
+
+
+def test_each_channel_has_the_shares_of_its_own_levels():
+    """The second channel is the first upside down: 255 is as likely there as 0 is here."""
+    first = three_levels(64, 8)
+    images = torch.cat([first, 255 - first], dim=1)
+    fit = fit_levels(plain_sight(size=8, channels=2), images)
+    weights = torch.tensor(fit.levels["weights"])
+    # 1 - 128/255 is level 127
+    assert [row.nonzero().flatten().tolist() for row in weights] == [[0, 128, 255], [0, 127, 255]]
+    torch.testing.assert_close(weights[1], weights[0].flip(0), rtol=1e-5, atol=1e-7)
+    assert weights[0][0] > 0.5 > 0.35 > weights[0][255]
+    assert fit.gamma == pytest.approx(1, abs=0.1)  # not if the shares were those of the other channel
+
+
+def test_an_eta_of_the_scheduler_does_not_touch_the_fit():
+    """A bound has none: steps of variance 0 would give every error infinite weight."""
+    pipeline, images = plain_sight(size=8), three_levels(16, 8)
+    expected = fit_levels(pipeline, images)
+    pipeline.scheduler = DDPMNotesScheduler.from_config(pipeline.scheduler.config, eta=0.0)
+    found = fit_levels(pipeline, images)
+    assert found.levels == expected.levels and found.decoder_costs == expected.decoder_costs
 
 
 def test_no_images_are_refused():

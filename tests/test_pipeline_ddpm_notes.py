@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMParallelScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -194,6 +195,15 @@ def test_a_learned_variance_gives_the_images_of_the_stock_pipeline():
     expected = stock(**arguments, generator=seed()).images
     images = pipeline(unet, DDPMNotesScheduler(**settings))(**arguments, generator=seed()).images
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDPMParallelScheduler])
+def test_a_stock_ddpm_scheduler_in_the_place_of_ours_gets_the_learned_variance(kind):
+    pipe = pipeline(tiny_unet(out_channels=2), DDPMNotesScheduler(variance_type="learned_range"))
+    arguments = {"batch_size": 2, "num_inference_steps": 10, "output_type": "np"}
+    expected = pipe(**arguments, generator=seed()).images
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    np.testing.assert_allclose(pipe(**arguments, generator=seed()).images, expected, rtol=0, atol=1e-4)
 
 
 def test_without_a_number_of_steps_ddpm_walks_every_timestep():
@@ -883,3 +893,28 @@ def test_the_shipped_file_runs_by_itself_and_gives_itself_back(tmp_path):
     exec(compile(source, "pipeline.py", "exec"), module)
     assert module["pipeline_source"](module["DDPMNotesPipeline"]) == source
     assert module["DDPMNotesScheduler"].__module__.startswith("ddpm_notes_pipeline_")  # its own, named by its digest
+
+
+@pytest.mark.parametrize("how", ["images", "batches"])
+def test_images_on_the_networks_device_have_the_bits_of_images_on_the_cpu(how):
+    """As a DataLoader that accelerate prepared yields them."""
+    pipe = pipeline(tiny_unet(), DDPMNotesScheduler())
+    pixels = torch.randint(0, 256, (3, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    settings = {"timesteps": [999, 500, 90, 0], "return_map": True}
+    expected = pipe.bits_per_dim(pixels, **settings)
+    moved = pixels.to(DEVICE)
+    found = pipe.bits_per_dim(moved if how == "images" else [{"pixel_values": moved}], **settings)
+    assert torch.equal(found.per_image, expected.per_image) and torch.equal(found.maps, expected.maps)
+
+
+def test_the_network_sees_at_most_batch_size_noisy_images_at_once():
+    """Also of a bound in full, and of one with a few draws an image; its value stays the same."""
+    pipe = pipeline(tiny_unet(), DDPMNotesScheduler(num_train_timesteps=30))
+    pixels = torch.randint(0, 256, (3, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for how in ({"full": True}, {"evaluations_per_image": 6}):
+        sizes.clear()
+        total = pipe.bits_per_dim(pixels, batch_size=7, **how).total
+        assert max(sizes) <= 7 and len(sizes) > 1
+        assert total == pytest.approx(pipe.bits_per_dim(pixels, **how).total, rel=1e-5)

@@ -3,6 +3,7 @@
 What is not run is named here with the reason.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -115,7 +116,12 @@ def runnable(command: str) -> list[str]:
 @pytest.mark.parametrize("command", [c for c in commands() if treatment(c)[0] in RUN and "you/" not in c])
 def test_a_command_does_what_it_says(train, clone, command):
     script, *flags = runnable(command)
+    evaluation = clone / "outputs" / "digits" / "evaluation.json"
+    if "evaluate.py" in script:
+        evaluation.unlink()
     result = train(*flags, script=script, cwd=clone)
+    if "evaluate.py" in script:
+        assert len(json.loads(evaluation.read_text())["results"]) >= 1
     named = re.findall(r"--output_dir (\S+)", command) or ["outputs/digits"]
     assert named[0] in result.stdout and (clone / named[0] / "model_index.json").exists()
 

@@ -455,11 +455,20 @@ def test_timesteps_on_the_device_give_the_steps_of_timesteps_on_the_cpu(monkeypa
     """The look-ups of an accelerator, on the CPU: `is_cpu` is what tells the two apart."""
     scheduler = DDPMNotesScheduler(variance_type="learned_range")
     scheduler.set_timesteps(7)
-    x_t, output = randn(0), torch.cat([randn(1), images(2)], dim=1)
-    expected = [scheduler.step(output, t, x_t, generator=gen(3)).prev_sample for t in scheduler.timesteps]
+    x_0, x_t, output = images(0), randn(0), torch.cat([randn(1), images(2)], dim=1)
+
+    def everything():
+        found = []
+        for t in scheduler.timesteps:
+            s = scheduler.previous_timestep(t)
+            found += [scheduler.step(output, t, x_t, generator=gen(3)).prev_sample]
+            found += [*scheduler.reverse_mean_variance(output, x_t, t, s), scheduler.vlb_terms(output, x_0, x_t, t, s)]
+        return found
+
+    expected = everything()
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    for t, x_s in zip(scheduler.timesteps, expected, strict=True):
-        torch.testing.assert_close(scheduler.step(output, t, x_t, generator=gen(3)).prev_sample, x_s, rtol=0, atol=0)
+    for value, right in zip(everything(), expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=0, atol=0)
 
 
 # ----------------------------------------------------------------------- stock's defects stay fixed

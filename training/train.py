@@ -31,33 +31,37 @@ def train(settings: Arguments) -> None:
     """The run, and how it ends."""
     # Not at the top: these load torch, which --help and a mistyped flag do without.
     from ddpm_notes_pipeline.hub.push import PublishingError
-    from ddpm_notes_pipeline.training.checkpoints import CheckpointError, list_checkpoints
+    from ddpm_notes_pipeline.training.checkpoints import CheckpointError
     from ddpm_notes_pipeline.training.results import NotPublishedError
     from ddpm_notes_pipeline.training.run import TrainingRun
     from ddpm_notes_pipeline.training.stops import FailedElsewhere, Stopped, Stops, exit_now
 
-    stops = Stops()
+    stops, run = Stops(), None
     stops.install()
     try:
-        TrainingRun(*settings, stops).train()
+        run = TrainingRun(*settings, stops)
+        run.train()
     except Stopped as stop:
         exit_now(stop.status, f"train.py: {stop}", once=stop.together)
     except FailedElsewhere:
         exit_now(1)
     except NotPublishedError as fault:  # its last line is a command to copy
         sys.exit(f"train.py: error: {fault}")
-    except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
-        text = describe(fault, settings.run, list_checkpoints(Path(settings.run.output_dir)))
+    except (ValueError, ImportError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
+        text = describe(fault, settings.run, begun=run is not None)
         if num_processes() > 1:
             exit_now(1, text, once=isinstance(fault, FloatingPointError))
         tqdm.write(text, file=sys.stderr)
         sys.exit(1)
 
 
-def describe(fault: Exception, run: RunArguments, checkpoints: list[Path]) -> str:
+def describe(fault: Exception, run: RunArguments, begun: bool) -> str:
     """The failure in one line, with the command that resumes if there is a checkpoint."""
+    from ddpm_notes_pipeline.training.checkpoints import list_checkpoints
+
     text = f"train.py: error: {' '.join(str(fault).split())}".rstrip(".")
-    if not checkpoints or isinstance(fault, ValueError):  # a mistake in the settings ends no run
+    checkpoints = list_checkpoints(Path(run.output_dir))
+    if not checkpoints or (isinstance(fault, ValueError) and not begun):  # a mistake in the settings ends no run
         return text
     return f"{text}. {checkpoints[0]} is left. Resume: {resume_command(run.command)}"
 

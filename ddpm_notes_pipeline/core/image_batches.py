@@ -13,7 +13,7 @@ ImageBatch = tuple[torch.Tensor, torch.Tensor | None]  # uint8 (B, C, H, W), lab
 
 
 def image_batches(images: Any, channels: int, class_labels: Any = None, need_labels: bool = False) -> Iterator:
-    """(uint8 (B, C, H, W), labels or None) for each batch of `images`; empty batches are skipped.
+    """(uint8 (B, C, H, W), labels or None) on the CPU for each batch of `images`, but empty ones.
 
     Args:
         images: what `as_pixels` takes; or a picture; or an iterable of batches of these, or of
@@ -41,7 +41,7 @@ def image_batches(images: Any, channels: int, class_labels: Any = None, need_lab
         pixels, labels = batch, None
         if isinstance(batch, dict):
             pixels, labels = batch["pixel_values"], batch.get("class_labels")
-        pixels = as_pixels(pixels, channels)
+        pixels = as_pixels(pixels.cpu() if isinstance(pixels, torch.Tensor) else pixels, channels)
         if not len(pixels):
             continue
         end = start + len(pixels)

@@ -6,8 +6,8 @@ Two answers to "how likely is level k, given the network's guess h of the pixel?
     levels     p(k | h) = pi_k exp(-(x_k - h)^2 / (2 blur)) / sum over j of the same
 
 The Gaussian cannot know that most levels hardly occur: four fifths of MNIST's pixels are black. The
-second is Bayes' rule: h is a blurred sight of a level whose prior probability is pi_k. Its mean is
-also the better guess of a pixel that must be one of these levels. With flat pi, h = x_t /
+second is Bayes' rule: h is a blurred observation of a level whose prior probability is pi_k. Its
+mean is also the better guess of a pixel that must be one of these levels. With flat pi, h = x_t /
 sqrt(alpha_bar) and blur = 1 / SNR it is the decoder of VDM (arXiv 2107.00630); here pi and blur are
 fitted on training images (level_fit.py).
 """

@@ -12,6 +12,7 @@ As in `datasets`, names that begin with "." or "__" are ignored.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,9 @@ SPLIT_OF = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-IMAGE_SUFFIXES = frozenset(DatasetsImageFolder.EXTENSIONS)
+IMAGE_SUFFIXES = frozenset(DatasetsImageFolder.EXTENSIONS) | {".avif", ".avifs", ".qoi"}  # Pillow reads these, too
+# Photographs and drawings that it does not read.
+UNREAD_SUFFIXES = frozenset(".heic .heif .hif .jxl .svg .dng .nef .cr2 .cr3 .arw .raf .orf .rw2".split())
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", *ARCHIVE_SUFFIXES)
@@ -44,6 +47,7 @@ class ImageFolder:
         metadata: paths below `root` of the files that list the rows.
         archives: whether it holds archives, which `datasets` unpacks.
         tables: the number of files that hold rows of data rather than one image.
+        unread: the number of images of each format that cannot be read, by its suffix.
     """
 
     root: Path
@@ -52,6 +56,7 @@ class ImageFolder:
     metadata: list[str]
     archives: bool
     tables: int
+    unread: dict[str, int]
 
     @cached_property
     def classes(self) -> dict[str, Any]:
@@ -124,7 +129,8 @@ def read_image_folder(root: Path) -> ImageFolder:
         if os.fsencode(path).decode(errors="replace") != path:
             raise ValueError(f"{root} holds {path!r}; names must be UTF-8: rename the file")
         splits.setdefault(SPLIT_OF[path.partition("/")[0].lower()] if split_folders else "train", []).append(path)
-    return ImageFolder(root, splits, split_folders, metadata, archives, tables)
+    unread = Counter(suffix for suffix in suffixes.values() if suffix in UNREAD_SUFFIXES)
+    return ImageFolder(root, splits, split_folders, metadata, archives, tables, dict(unread))
 
 
 def _files_below(root: Path) -> list[str]:

@@ -14,7 +14,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, cast
 
@@ -116,7 +116,9 @@ def open_stream(
     if label is not None and table.class_names is None:
         raise ValueError(f"label_column {label!r} is {table.rows.features[label]}; a stream needs a ClassLabel")
     images = [dataset_config_name, first.name, first.fingerprint, first.split, table.image_column, label]
-    settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *first.source.decoding]
+    # Up to the first bad image, leaving such out changes nothing: a run may go on so.
+    decoding = replace(first.source, on_bad_image="error").decoding
+    settings = [first.class_names, max_samples, buffer_size, table.rows.num_shards, *decoding]
     return ImageStream(first, table, max_samples, buffer_size, digest([*images, *settings]), first.skipped)
 
 

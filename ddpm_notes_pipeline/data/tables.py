@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,9 +150,14 @@ def _load_saved(source: ImageSource) -> Any:
 def _find_image_folder(source: ImageSource) -> ImageFolder | None:
     """The folder, if it is one of image files: a train_data_dir always is."""
     folder = read_image_folder(source.path)
+    unread = ", ".join(f"{count} {suffix}" for suffix, count in folder.unread.items())
     if source.dataset_name is None:
         if not folder.classes and not folder.archives:
-            raise FileNotFoundError(f"{source} holds no image or data file")
+            raise FileNotFoundError(
+                f"{source} holds no image or data file" + (f" that can be read ({unread})" if unread else "")
+            )
+        if unread:
+            warnings.warn(f"{source}: left out {unread}: convert such files to PNG, say, to use them", stacklevel=2)
         return folder
     readme = source.path / "README.md"
     configured = readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")

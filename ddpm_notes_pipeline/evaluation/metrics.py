@@ -35,6 +35,7 @@ FEWEST_IMAGES = 2 * (NEIGHBORS + 1)
 # efficientnet-lite0 on a CPU takes 1.3 times longer for 32 at once: glibc returns blocks of more
 # than 32 MiB to the system after each use, and most layers' blocks then are.
 BATCH_SIZE = 16
+LEAST_SHARE = 0.05  # of images from JPEG files, or resized, that matters
 
 
 def measure_samples(
@@ -57,7 +58,7 @@ def measure_samples(
         generated, real, train, held_out: images as an `ImageSet`, uint8 or floats in [0, 1]
             (N, C, H, W), or batches of such (also as {"pixel_values": ...}), which are read once
             and never held whole. All of one shape. `train` and `held_out` are only used for the
-            nearest training image. An iterator can serve as one of the four only.
+            nearest training image. An iterator can be passed for only one of the four.
         network: a `FeatureNetwork`, a name for `load_feature_network`, or None: pixel statistics
             alone.
         batch_size: images through the network at once.
@@ -245,8 +246,9 @@ def _notes(sets: dict[str, Any], real: SetStatistics, generated: SetStatistics) 
     notes = []
     known = {name: images for name, images in sets.items() if isinstance(images, ImageSet)}
     for attribute, what in (("lossy", "came from JPEG files"), ("resized", "were resized when they were loaded")):
-        shares = {name: getattr(images, attribute) / len(images) for name, images in known.items()}
-        if shares and min(shares.values()) < max(shares.values()) / 2:
+        shares = {name: getattr(images, attribute) / images.file.num_images for name, images in known.items()}
+        most = max(shares.values(), default=0.0)
+        if most >= LEAST_SHARE and min(shares.values()) < most / 2:
             seen = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
             notes.append(f"of the images, {seen} {what}: part of their distance is due to that")
     if real.features is not None and min(real.count, generated.count) <= real.features.shape[1]:

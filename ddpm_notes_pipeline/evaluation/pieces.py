@@ -101,7 +101,7 @@ class Pieces:
         if self.folder is None or not self.accelerator.is_main_process:
             return
         for path in self.used:
-            for file in self.folder.glob(f"{path.stem}.*"):  # what a kill left half-written, too
+            for file in self.folder.glob(f"{path.stem}.*"):  # also what a kill left half-written
                 file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it still holds pieces, perhaps of a run beside this one
             self.folder.rmdir()

@@ -53,6 +53,7 @@ PICTURES = ("samples.png", "trajectory.gif", *MEASURED, "loss.png")
 # that the template calls
 TEXTS = (bound_table, fewest_steps_text, nearest_text, of_classes, sample_caption, sample_table, yardstick_text)
 LEADING_STEPS = (10, 50)
+MOST_NAMES = 20  # of classes
 TASK = "unconditional-image-generation"
 _SPACE_LINK = re.compile(r"\[Try it in the browser\]\(https://huggingface\.co/spaces/([\w.-]+/[\w.-]+)\)")
 
@@ -127,12 +128,11 @@ def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = 
         raise ValueError(
             f"{folder} has no model_index.json; it must be a folder that DDPMNotesPipeline.save_pretrained wrote"
         )
-    evaluation = Evaluation.read(folder)
-    if evaluation is not None and evaluation.weights != weights_digest(folder):
+    evaluation = current_evaluation(folder)
+    if evaluation is None and (folder / Evaluation.FILE).exists():
         logger.warning(
             "%s was measured on other weights than the folder's: left off the card", folder / Evaluation.FILE
         )
-        evaluation = None
     with torch.device("meta"):
         unet = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
     pictures = {name for name in PICTURES if (folder / name).is_file()}
@@ -144,6 +144,12 @@ def read_facts(folder: Path, repo_id: str | None = None, space_id: str | None = 
         pictures=pictures if evaluation else pictures.difference(MEASURED),
         space_id=space_id,
     )
+
+
+def current_evaluation(folder: Path | str) -> Evaluation | None:
+    """The evaluation in a folder; None if there is none, or if it was measured on other weights."""
+    evaluation = Evaluation.read(Path(folder))
+    return evaluation if evaluation is not None and evaluation.weights == weights_digest(folder) else None
 
 
 def weights_digest(folder: Path | str) -> str:
@@ -176,7 +182,7 @@ def _render(facts: CardFacts) -> dict[str, str]:
             "scheduler": pipeline.scheduler,
             "T": len(pipeline.scheduler),
             "num_labels": classes,
-            "class_names": (unet.get(PRIVATE_ENTRY) or {}).get("class_names"),
+            "named_classes": named_classes(facts),
             "kind": {1: "grey", 3: "RGB", 4: "RGBA"}.get(unet.in_channels, f"{unet.in_channels}-channel"),
             "pixels": f"{side}x{side}" if isinstance(side, int) else "{}x{}".format(*side),
             "parameters": f"{pipeline.unet.num_parameters() / 1e6:.2f} M weights",
@@ -188,6 +194,15 @@ def _render(facts: CardFacts) -> dict[str, str]:
         }
     )
     return {name: "".join(template.blocks[name](context)) for name in BLOCKS}
+
+
+def named_classes(facts: CardFacts) -> str:
+    """The classes by label, as words; of many the first. Empty if their names are their labels."""
+    own = (facts.pipeline.unet.config.get(PRIVATE_ENTRY) or {}).get("class_names")
+    names = own or (facts.run and facts.run.classes) or []
+    if list(names) == [str(label) for label in range(len(names))]:
+        return ""
+    return ", ".join([*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])])
 
 
 def fewest_steps(facts: CardFacts) -> FewestSteps | None:

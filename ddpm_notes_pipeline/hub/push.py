@@ -22,7 +22,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, errors
 from huggingface_hub.utils import filter_repo_objects, get_session, hf_raise_for_status
 
-from .card import PICTURES, write_card
+from ..evaluation.records import Evaluation
+from .card import MEASURED, PICTURES, current_evaluation, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +114,19 @@ def push_folder(
     def push() -> str:
         head = api.repo_info(repo_id).sha
         write_card(folder, repo_id, license, _published_card(api, repo_id, head), space_id)
+        files = hub_files(folder)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=HUB_FILES, commit_message=message, parent_commit=head
+            repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=message, parent_commit=head
         )
         return f"{api.endpoint}/{repo_id}"
 
     return _with_retries(push, f"could not push {folder} to {repo_id}", ended)
+
+
+def hub_files(folder: Path | str) -> list[str]:
+    """`HUB_FILES`, without the evaluation and its pictures if they are of other weights."""
+    of_evaluation = () if current_evaluation(folder) else (Evaluation.FILE, *MEASURED)
+    return [name for name in HUB_FILES if name not in of_evaluation]
 
 
 def push_space(space_dir: Path | str, space_id: str, model_id: str, api: HfApi | None = None) -> str:
@@ -188,7 +196,7 @@ def export_folder(
         raise ValueError(f"{target} is not empty; it must be a new folder, or an empty one")
     write_card(folder, repo_id, license)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = list(filter_repo_objects(names, allow_patterns=HUB_FILES))
+    names = list(filter_repo_objects(names, allow_patterns=hub_files(folder)))
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target / name)

@@ -160,7 +160,7 @@ class RunArguments:
     use_ema: bool = setting(True, "Average the weights; the average is what is sampled and saved.")
     ema_max_decay: float = setting(0.9999, "Largest decay of the average.", at_least=0, below=1)
     ema_schedule: Literal["warmup", "constant"] = setting("warmup", "warmup: the decay rises to --ema_max_decay.")
-    ema_inv_gamma: float = setting(1.0, "The decay at step n is 1 - (1 + n / inv_gamma)^-power.", above=0)
+    ema_inv_gamma: float = setting(1.0, "The decay at step n is 1 - (1 + (n - 1) / inv_gamma)^-power.", above=0)
     ema_power: float = setting(0.75, "Exponent of the decay, see --ema_inv_gamma.", above=0)
     mixed_precision: str = setting(
         launched_precision, "Precision that the UNet computes in, by default that of accelerate launch.", PRECISIONS
@@ -244,7 +244,7 @@ class EvaluationArguments:
         EVALUATIONS_PER_IMAGE, "Network evaluations per image, without --full.", at_least=2
     )
     batch_size: int = setting(128, "Noisy images through the network at once.", at_least=1)
-    noise_seed: int = setting(0, "Seed of the noise, and of the samples.")
+    noise_seed: int = setting(0, "Seed of the noise, and of the samples.", at_least=0)
     metrics: bool = setting(False, "Also sample, and measure how far samples are from images.")
     metric_images: int = setting(1000, "Samples in a set; image i has the seed noise_seed + i.")
     metric_sets: int = setting(
@@ -323,8 +323,22 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
     schedule = model.ddpm_beta_schedule
     if schedule != "log_snr" and "log_snr_range" in typed_flags(run.command):  # a file's is left unused
         raise ValueError(f"--log_snr_range goes with --ddpm_beta_schedule log_snr; it is {schedule}")
+    check_network_flags(model, typed_flags(run.command))
     if run.max_train_steps is not None:
         warmup_steps(run, run.max_train_steps)
+
+
+def check_network_flags(model: ModelArguments, typed: set[str]) -> None:
+    """Raise ValueError for a typed flag of a network or schedule that a repository or file has.
+
+    In a configuration file they are left unused, so that one file serves both runs.
+    """
+    names = [f.name for f in fields(model)]
+    own = names.index("ddpm_num_steps")
+    for source, flags in (("pretrained_model_name_or_path", names[2:]), ("model_config_name_or_path", names[3:own])):
+        unused = [name for name in flags if name in typed and name != source]
+        if getattr(model, source) is not None and unused:
+            raise ValueError(f"--{unused[0]} has no effect with --{source}, which has its own; leave it out")
 
 
 def check_evaluation(data: DataArguments, evaluation: EvaluationArguments) -> None:

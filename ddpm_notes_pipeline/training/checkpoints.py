@@ -8,6 +8,7 @@ that name whose files match its list is whole.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -142,7 +143,23 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: Checkpoin
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The `checkpoint-N` folders, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=steps_of, reverse=True)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """N of `checkpoint-N`."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def set_aside_later(output_dir: Path, done: int) -> list[str]:
+    """Rename the checkpoints after step `done`, of another continuation; returns the new names."""
+    names = []
+    for checkpoint in list_checkpoints(output_dir):
+        if steps_of(checkpoint) > done:
+            free = (f"{checkpoint.name}.old{i or ''}" for i in itertools.count())
+            names.append(next(name for name in free if not (output_dir / name).exists()))
+            checkpoint.rename(output_dir / names[-1])
+    return names
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -41,13 +41,13 @@ from .arguments import DataArguments, EvaluationArguments
 from .evaluation_checks import (
     check_guidance,
     check_headline,
-    check_held_out,
     check_images,
     check_labels,
     check_steps,
     check_variance_types,
     check_writable,
 )
+from .held_out import check_held_out
 from .images import load_split
 
 VARIANCE_IMAGES = 4096  # of V_t: with T = 1000, 131 evaluations of each
@@ -98,8 +98,6 @@ class EvaluationRun:
         check_steps(evaluation, len(self.own))
         self.images = self.load(evaluation.split, evaluation.max_images)
         check_images(self.pipeline, self.images)
-        if evaluation.split == HELD_OUT:
-            check_held_out(data, evaluation, self.images)
         check_labels(self.pipeline, self.images)
         check_guidance(evaluation, self.pipeline, self.images)
         self.more_images = (
@@ -128,17 +126,21 @@ class EvaluationRun:
     def read(self, split: str, max_images: int | None = None) -> ImageSet:
         """A split, its images whole or cropped at the centre. Not collective.
 
-        With --validation_share, the training split lacks the held-out images, which are the split
-        "held_out".
+        The training split is what was trained on: --max_train_samples of it, and without the images
+        of --validation_share, which are the split "held_out".
         """
-        data, share = self.data, self.data.validation_share
-        if share is None and split == HELD_OUT:
+        data, evaluation = self.data, self.evaluation
+        if data.validation_share is None and split == HELD_OUT:
             raise ValueError(f"--split is {HELD_OUT}; it needs --validation_share, which says which images those are")
-        parted = share is not None and split in (data.train_split, HELD_OUT)
-        split_read, most = (data.train_split, data.max_train_samples) if parted else (split, max_images)
-        found = load_split(self.accelerator, data, split_read, most)
-        if share is not None and parted:
-            training, held_out = hold_out(found, share, self.evaluation.seed)
+        if split not in (data.train_split, HELD_OUT):
+            return load_split(self.accelerator, data, split, max_images)
+        if data.validation_share is None and data.max_train_samples is None:
+            return load_split(self.accelerator, data, split, max_images)
+        found = load_split(self.accelerator, data, data.train_split, data.max_train_samples)
+        if data.validation_share is not None:
+            training, held_out = hold_out(found, data.validation_share, evaluation.seed)
+            if split == HELD_OUT:
+                check_held_out(evaluation.model, evaluation.revision, data, evaluation.seed, training)
             found = held_out if split == HELD_OUT else training
         return found.at_most(max_images)
 
@@ -476,7 +478,7 @@ def kept_text(evaluation: EvaluationArguments) -> str:
 
 
 def even_timesteps(scheduler: DDPMNotesScheduler, steps: int) -> list[int]:
-    """K timesteps evenly from T-1 to 0, both included."""
+    """K timesteps evenly from T-1 to 0, both included; for K = 1, timestep 0."""
     spaced = DDPMNotesScheduler.from_config(scheduler.config, timestep_spacing="linspace", steps_offset=0)
     spaced.set_timesteps(steps)
     return spaced.timesteps.tolist()

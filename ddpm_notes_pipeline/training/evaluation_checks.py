@@ -1,22 +1,15 @@
 """What training/evaluate.py refuses before it starts."""
 
-import dataclasses
 import tempfile
 from pathlib import Path
 
-import yaml
-from huggingface_hub import hf_hub_download
-
-from ..data import HELD_OUT, MODES, ImageSet
+from ..data import MODES, ImageSet
 from ..names import LEARNED_VARIANCES
 from ..pipeline_ddpm_notes import DDPMNotesPipeline
 from ..scheduling_ddpm_notes import DDPMNotesScheduler
 from ..stock_config import PRIVATE_ENTRY
-from .arguments import DataArguments, EvaluationArguments
+from .arguments import EvaluationArguments
 from .images import dims
-
-# Settings that, with the images, decide which of them --validation_share holds out.
-DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name", "classes")
 
 
 def check_variance_types(variances: list[str], scheduler: DDPMNotesScheduler) -> None:
@@ -111,22 +104,3 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as fault:
         raise ValueError(f"{folder} must take the results and cannot be written to (--results_dir): {fault}") from fault
-
-
-def check_held_out(data: DataArguments, evaluation: EvaluationArguments, images: ImageSet) -> None:
-    """Refuse held-out images of the training run's data set that are not those of the run.
-
-    Some of them would have been trained on. Silent for a model without training_config.yaml.
-    """
-    folder, file = Path(evaluation.model), "training_config.yaml"
-    try:
-        path = folder / file if folder.is_dir() else hf_hub_download(str(folder), file, revision=evaluation.revision)
-        run = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        return
-    trained_on = run.get("dataset_name") or run.get("train_data_dir")
-    given = {**dataclasses.asdict(data), "seed": evaluation.seed}
-    differ = [name for name in DECIDE_HELD_OUT if given[name] != run.get(name)]
-    if differ and Path(trained_on).name == Path(images.name).name:
-        values = ", ".join(f"--{name} is {given[name]} and was {run.get(name)} in training" for name in differ)
-        raise ValueError(f"{values}; they must be equal, or --split {HELD_OUT} has images that were trained on")

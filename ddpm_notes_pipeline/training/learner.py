@@ -46,9 +46,7 @@ class Learner:
         optimizer = torch.optim.AdamW(
             unet.parameters(),
             lr=run.learning_rate,
-            betas=(run.adam_beta1, run.adam_beta2),
-            weight_decay=run.adam_weight_decay,
-            eps=run.adam_epsilon,
+            **adam_settings(run),
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.network, self.optimizer = accelerator.prepare(unet, optimizer)
@@ -76,9 +74,12 @@ class Learner:
         return CheckpointState(self.average, self.timestep_sampler, self.guard, identity)
 
     def schedule(self, done: int, steps: int, warmup: int) -> None:
-        """Set the learning rate of step `done` of `steps`, and of those after it."""
+        """Set the learning rate of step `done` of `steps`, and of those after it.
+
+        With the optimizer's other settings, for which a checkpoint has those of the run before.
+        """
         for group in self.optimizer.param_groups:
-            group["initial_lr"] = self.run.learning_rate
+            group |= {"initial_lr": self.run.learning_rate, **adam_settings(self.run)}
         # Not prepared: accelerate would step it once per process.
         self.lr_scheduler = get_scheduler(
             self.run.lr_scheduler,
@@ -154,15 +155,17 @@ class Learner:
             self.average.restore(self.unet.parameters())
 
     @contextlib.contextmanager
-    def pipeline(self, **progress_bar: Any) -> Iterator[DDPMNotesPipeline]:
+    def pipeline(self, float32: bool = False, **progress_bar: Any) -> Iterator[DDPMNotesPipeline]:
         """A pipeline of the averaged weights, for a block in which the network is in eval mode.
 
         Args:
+            float32: compute in float32 even in a run of mixed precision, as bits/dim should be.
             progress_bar: settings of its bar.
         """
         pipeline = DDPMNotesPipeline(self.unet, DDPMNotesScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=not self.accelerator.is_main_process, **progress_bar)
-        with warning_once(self.accelerator), self.averaged():
+        precision = without_autocast(self.unet) if float32 else contextlib.nullcontext()
+        with warning_once(self.accelerator), self.averaged(), precision:
             self.unet.eval()
             try:
                 yield pipeline
@@ -182,5 +185,31 @@ class Learner:
 
     def unwrap(self) -> None:
         """Keep the network alone, ready to sample; drop its wrapper and all that trained it."""
+        for name in ("forward", "_original_forward"):  # accelerate's autocast
+            vars(self.unet).pop(name, None)
         self.network = self.unet.eval()
         self.optimizer = self.lr_scheduler = self._last_loss = None
+
+
+def adam_settings(run: RunArguments) -> dict[str, Any]:
+    """AdamW's settings but the learning rate, which has a schedule."""
+    betas = run.adam_beta1, run.adam_beta2
+    return {"betas": betas, "weight_decay": run.adam_weight_decay, "eps": run.adam_epsilon}
+
+
+@contextlib.contextmanager
+def without_autocast(unet: UNet2DModel) -> Iterator[None]:
+    """A block in which the network computes in its weights' precision.
+
+    accelerate puts autocast around `forward`, as an attribute of the network; what it wraps is kept
+    beside it.
+    """
+    original = vars(unet).get("_original_forward")
+    if original is None:
+        yield
+        return
+    autocast, unet.forward = unet.forward, original
+    try:
+        yield
+    finally:
+        unet.forward = autocast

@@ -48,7 +48,7 @@ class StepLog:
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Write what was measured on the weights after `step` optimizer steps. Collective.
 
-        A step that has its row keeps it.
+        A step that is already logged is not logged again.
         """
         if not self.has(step):
             self.append([{"step": step} | figures])

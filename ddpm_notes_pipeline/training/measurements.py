@@ -51,7 +51,7 @@ class Measurements:
             return None
         self.fit_levels(logs)
         images = self.images.validation
-        with logs.loss.paused(), self.learner.pipeline(desc="validate", leave=False) as pipeline:
+        with logs.loss.paused(), self.learner.pipeline(float32=True, desc="validate", leave=False) as pipeline:
             result = measure_bits_per_dim(self.accelerator, pipeline, images, self.stops)
         if result is not None:
             logs.validation.add(step, bits_per_dim_figures(result))
@@ -64,7 +64,7 @@ class Measurements:
         """Fit the 8-bit levels to the averaged weights as they are, on training images."""
         if not self.learner.run.fit_levels or self.learner.scheduler.levels is not None:
             return
-        with logs.loss.paused(), self.learner.pipeline(leave=False) as pipeline:
+        with logs.loss.paused(), self.learner.pipeline(float32=True, leave=False) as pipeline:
             fit = fit_image_levels(
                 pipeline, self.images.stored, seed=self.learner.run.seed, accelerator=self.accelerator
             )

@@ -134,9 +134,10 @@ def default_channels(size: tuple[int, int]) -> list[int]:
 def without_measured_variances(scheduler: DDPMNotesScheduler) -> DDPMNotesScheduler:
     """The scheduler without V_t, decoder variance and levels, fitted to the network as it was.
 
-    "optimal" becomes its stock fallback, the type that fits the network's outputs.
+    "optimal" becomes its stock fallback, the type that fits the network's outputs. An eta goes,
+    too: a bound has none.
     """
-    scheduler = DDPMNotesScheduler.from_config(scheduler.config, levels=None)  # a run fits its own
+    scheduler = DDPMNotesScheduler.from_config(scheduler.config, levels=None, eta=None)  # a run fits its own
     if scheduler.original_sample_mse is None and scheduler.decoder_variance is None:
         return scheduler
     fallback = scheduler.config.variance_type
@@ -149,6 +150,14 @@ def without_measured_variances(scheduler: DDPMNotesScheduler) -> DDPMNotesSchedu
     return DDPMNotesScheduler.from_config(
         scheduler.config, variance_type=fallback, original_sample_mse=None, decoder_variance=None
     )
+
+
+def check_sampling_steps(scheduler: DDPMNotesScheduler, steps: int | None) -> None:
+    """Raise ValueError for more sampling steps than the scheduler has timesteps."""
+    if (steps or 0) > len(scheduler):
+        raise ValueError(
+            f"--ddpm_num_inference_steps is {steps}; it must be at most {len(scheduler)}, the model's timesteps"
+        )
 
 
 def check_path(flag: str, name: str) -> None:

@@ -34,8 +34,11 @@ CHOOSE_IMAGES = OF_ONE_SOURCE - {"validation_split", "label_column"} | set(
 OVERRIDES = (
     (SOURCES, OF_ONE_SOURCE),
     (CHOOSE_IMAGES, {"data_fingerprint"}),
-    ({"validation_split"}, {"validation_share"}),
+    # Without the share of the file, all images are trained on.
+    ({"validation_split"}, {"validation_share", "data_fingerprint"}),
     ({"validation_share"}, {"validation_split"}),
+    # A training run's file has the revision of the model that it started from.
+    ({"model", "pretrained_model_name_or_path"}, {"revision"}),
 )
 # Flags of diffusers' train_unconditional.py that have no namesake here, and what to use instead.
 OF_TRAIN_UNCONDITIONAL = {

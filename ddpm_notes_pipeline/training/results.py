@@ -72,7 +72,7 @@ def run_record(accelerator: Accelerator, images: TrainingImages, settings: Argum
     """What the card says of the training."""
     data, model, run = settings
     train, losses, seconds = images.train, logs.loss.history()[1], logs.loss.elapsed
-    tail, done = last_finite(losses), len(losses) - logs.loss.first
+    tail, done = last_finite(losses), logs.loss.step - logs.loss.first
     hub_dataset = "/" in (data.dataset_name or "") and not is_local(data.dataset_name)
     folder = shlex.quote(f"outputs/{Path(run.output_dir).resolve().name}")
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -92,7 +92,7 @@ def run_record(accelerator: Accelerator, images: TrainingImages, settings: Argum
         objective=run.objective,
         loss=sum(tail) / len(tail) if tail else None,
         loss_steps=len(tail),
-        steps=len(losses),
+        steps=logs.loss.step,
         train_batch_size=run.train_batch_size,
         seed=run.seed,
         weights="averaged over steps (EMA)" if run.use_ema else "raw, as the last step left them",
@@ -130,7 +130,7 @@ def summary(
     """
     data, _, run = settings
     log, losses = logs.loss, logs.loss.history()[1]
-    steps, tail = len(losses), last_finite(losses) or [math.nan]
+    steps, tail = log.step, last_finite(losses) or [math.nan]
     rate = (steps - log.first) * run.train_batch_size / log.training if log.training > 0 else 0.0
     bad_images = f" ({images.skipped} left out)" if images.skipped else ""
     skipped_updates = f"updates skipped, not finite: {skipped}; " if skipped else ""

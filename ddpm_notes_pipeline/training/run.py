@@ -6,9 +6,9 @@
 It works from a script, a notebook or pytest: it takes no signals and never ends the process.
 """
 
+import logging
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,16 +32,19 @@ from ..hub.push import BackgroundPushes
 from ..names import EVALUATIONS_PER_IMAGE
 from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
 from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, check_arguments, warmup_steps
-from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, set_aside_later
 from .commands import num_processes, resume_command
+from .held_out import check_held_out
 from .images import count_of, dims, load_training_images
 from .learner import Learner
 from .logs import LOGS, RunLogs, warning_once
 from .measurements import Measurements
-from .networks import make_model
+from .networks import check_sampling_steps, make_model
 from .results import open_repo, publish, save_model, summary
 from .stops import Stopped, Stops, failing_together
 from .trackers import find_tracker
+
+logger = logging.getLogger(__name__)
 
 MOST_ROWS = 12  # of a picture of samples with a row per class
 # Half-written folders that a stop may leave.
@@ -103,7 +106,11 @@ class TrainingRun:
         self.repo_id = open_repo(self.accelerator, run)
         with warning_once(self.accelerator):
             self.images = load_training_images(self.accelerator, data, run.seed)
+            base = model.pretrained_model_name_or_path
+            if base is not None and data.validation_share is not None:
+                check_held_out(base, model.revision, data, run.seed, self.images.stored)
             unet, scheduler = make_model(model, self.images.train)
+        check_sampling_steps(scheduler, run.ddpm_num_inference_steps)
         steps = run.max_train_steps or math.ceil(run.num_epochs * len(self.images.stored) / run.train_batch_size)
         warmup = warmup_steps(run, steps)
         if warmup < (run.lr_warmup_steps or 0):
@@ -115,7 +122,7 @@ class TrainingRun:
         self.learner.schedule(self.progress.first, steps, warmup)
         self.loader = self._make_loader()
         self.accelerator.print(self._description())
-        clear_leftovers(self.accelerator, self.output_dir, run)
+        clear_leftovers(self.accelerator, self.output_dir, self.progress.first, run)
         self.stops.hold(self.accelerator)
         self.logs = RunLogs(self.accelerator, self.settings, self.progress.first)
         self.pushes = None
@@ -287,12 +294,20 @@ class TrainingRun:
                 self._draw(f"samples-{done}.png", samples, f"step {done}", done)
 
     def _push_snapshot(self, done: int) -> None:
-        """Push the averaged weights in the background."""
+        """Push the averaged weights in the background. A full disk skips the push alone."""
         if self.pushes is None:
             return
-        snapshot = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
-        with self.learner.averaged():
-            save_model(snapshot, self.learner, self.images, self.settings, self.logs)
+        with self.logs.loss.paused():
+            snapshot = self.output_dir / f".push-{done}"  # removed after the push
+            try:
+                with self.learner.averaged():
+                    save_model(snapshot, self.learner, self.images, self.settings, self.logs)
+            except Exception as error:  # torch and safetensors raise their own types for a full disk
+                shutil.rmtree(snapshot, ignore_errors=True)
+                logger.warning(
+                    "could not write %s: %s. Training continues; the next push has everything", snapshot, error
+                )
+                return
         self.pushes.push(snapshot, f"Step {done} of {self.progress.steps}")
 
     def _write_model(self, bits_per_dim: BitsPerDimOutput | None) -> None:
@@ -322,11 +337,12 @@ class TrainingRun:
         if samples is None:
             self.close()
             raise Stopped(self.stops.agreed(), f"{where}, but no samples. Resume: {resume_command(run.command)}")
-        if self.accelerator.is_main_process:
-            title = f"samples: {run.ddpm_num_inference_steps or len(scheduler)} steps, {scheduler.variance_type}"
-            self._draw("samples.png", samples, title, self.progress.steps)
-            trajectory.save(self.output_dir / "trajectory.gif")
-            write_card(self.output_dir, self.repo_id, run.license)
+        with failing_together(self.accelerator, f"could not write {self.output_dir}/samples.png"):
+            if self.accelerator.is_main_process:
+                title = f"samples: {run.ddpm_num_inference_steps or len(scheduler)} steps, {scheduler.variance_type}"
+                self._draw("samples.png", samples, title, self.progress.steps)
+                trajectory.save(self.output_dir / "trajectory.gif")
+                write_card(self.output_dir, self.repo_id, run.license)
         self.logs.tracker.close()
         self.stops.release(where)
 
@@ -415,14 +431,18 @@ def prepare_output_dir(accelerator: Accelerator, output_dir: Path, run: RunArgum
     accelerator.wait_for_everyone()
 
 
-def clear_leftovers(accelerator: Accelerator, output_dir: Path, run: RunArguments) -> None:
+def clear_leftovers(accelerator: Accelerator, output_dir: Path, done: int, run: RunArguments) -> None:
     """Remove what a stop left half-written, and the old checkpoints of a folder to write over.
 
-    Those would be the "latest" of the new run. Called only once training is about to start, so that
-    a mistake in the settings loses nothing. Collective.
+    Those would be the "latest" of the new run. So would those after step `done` of a run that goes
+    on from there: they get another name. Called only once training is about to start, so that a
+    mistake in the settings loses nothing. Collective.
     """
     if accelerator.is_main_process:
         old = [] if run.resume_from_checkpoint else list_checkpoints(output_dir)
         for folder in (*old, *(path for name in LEFTOVERS for path in output_dir.glob(name))):
             shutil.rmtree(folder)
+        renamed = set_aside_later(output_dir, done)
+        if renamed:
+            accelerator.print(f"training goes on from step {done}: later checkpoints are now {', '.join(renamed)}")
     accelerator.wait_for_everyone()

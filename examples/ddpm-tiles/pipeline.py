@@ -1,4 +1,4 @@
-# ddpm_notes_pipeline 0.2.0, sha256 of the lines below 0f6d495fd7d72aa1e379cd256d3e758eacf75f5ee29263e6b008ef250391879f
+# ddpm_notes_pipeline 0.2.0, sha256 of the lines below adae302c9aadcfa4e3e1875a29fe1bae886bd5ce05a5f8aca540dc3ff4a8814a
 import importlib
 import inspect
 import itertools
@@ -57,8 +57,9 @@ EVALUATIONS_PER_IMAGE = 12  # of the network, for bits/dim
 def seeded_generator(*numbers: int) -> torch.Generator:
     """A CPU generator whose stream is a function of the integers (each at least 0) alone.
 
-    Streams of different integers are independent (numpy's `SeedSequence`), so the noise of an image
-    can depend on (seed, its number) and not on who draws it.
+    So the noise of an image can depend on (seed, its number) and not on who draws it. Streams of
+    different integers are independent (numpy's `SeedSequence`), up to torch's generator, which has
+    2^32 of them: of 10,000 images, two share a stream once in a hundred times.
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
@@ -404,8 +405,8 @@ Two answers to "how likely is level k, given the network's guess h of the pixel?
     levels     p(k | h) = pi_k exp(-(x_k - h)^2 / (2 blur)) / sum over j of the same
 
 The Gaussian cannot know that most levels hardly occur: four fifths of MNIST's pixels are black. The
-second is Bayes' rule: h is a blurred sight of a level whose prior probability is pi_k. Its mean is
-also the better guess of a pixel that must be one of these levels. With flat pi, h = x_t /
+second is Bayes' rule: h is a blurred observation of a level whose prior probability is pi_k. Its
+mean is also the better guess of a pixel that must be one of these levels. With flat pi, h = x_t /
 sqrt(alpha_bar) and blur = 1 / SNR it is the decoder of VDM (arXiv 2107.00630); here pi and blur are
 fitted on training images (level_fit.py).
 """
@@ -737,7 +738,7 @@ ImageBatch = tuple[torch.Tensor, torch.Tensor | None]  # uint8 (B, C, H, W), lab
 
 
 def image_batches(images: Any, channels: int, class_labels: Any = None, need_labels: bool = False) -> Iterator:
-    """(uint8 (B, C, H, W), labels or None) for each batch of `images`; empty batches are skipped.
+    """(uint8 (B, C, H, W), labels or None) on the CPU for each batch of `images`, but empty ones.
 
     Args:
         images: what `as_pixels` takes; or a picture; or an iterable of batches of these, or of
@@ -765,7 +766,7 @@ def image_batches(images: Any, channels: int, class_labels: Any = None, need_lab
         pixels, labels = batch, None
         if isinstance(batch, dict):
             pixels, labels = batch["pixel_values"], batch.get("class_labels")
-        pixels = as_pixels(pixels, channels)
+        pixels = as_pixels(pixels.cpu() if isinstance(pixels, torch.Tensor) else pixels, channels)
         if not len(pixels):
             continue
         end = start + len(pixels)
@@ -2174,8 +2175,9 @@ class DDPMNotesPipeline(DiffusionPipeline):
             C = x.shape[1]
             guided = unconditional[:, :C] + guidance_scale * (conditional[:, :C] - unconditional[:, :C])
             output = torch.cat([guided, conditional[:, C:]], dim=1)
-        # other schedulers know no learned variance: they get the mean's half
-        return output if is_ddpm(self.scheduler) else output[:, : x.shape[1]]
+        # Stock DDPM schedulers know a learned variance; all others get the mean's half.
+        whole = is_ddpm(self.scheduler) or vars(self.scheduler).get("variance_type") in LEARNED_VARIANCES
+        return output if whole else output[:, : x.shape[1]]
 
     def _check_inputs(
         self, batch_size: Any, class_labels: Any, guidance_scale: float, output_type: str, names: list[str]
@@ -2359,8 +2361,8 @@ class DDPMNotesPipeline(DiffusionPipeline):
                 bar.update(len(pixels))
         if unseen:
             warnings.warn(
-                f"{unseen} of {(number - first_image) * dims} pixels have levels of weight 0, which no image of the level "
-                "fit had: the decoder spends 24 bits on each",
+                f"{unseen} of {(number - first_image) * dims} pixels have levels of weight 0, which do not occur in the "
+                "images that the levels were fitted on: the decoder spends 24 bits on each",
                 stacklevel=3,  # through torch.no_grad, to the caller
             )
         self.maybe_free_model_hooks()

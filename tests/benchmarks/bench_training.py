@@ -1,8 +1,7 @@
 """Images per second of training/train.py, beside the official script's loop and the bare step.
 
 Four processes, started and compiled once; three are suspended while the fourth runs some steps. Our
-script
-is unaware of this: its loss.jsonl shows when a step is done.
+script is unaware of this: its loss.jsonl shows when a step is done.
 """
 
 import json

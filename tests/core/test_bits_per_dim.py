@@ -150,8 +150,12 @@ def test_terms_are_drawn_by_their_spread_not_by_their_mean():
         ({"prediction_type": "sample", "clip_sample": False}, False),
     ],
 )
-def test_every_term_is_what_the_equations_say_of_the_same_network_outputs(settings, doubled):
-    """Terms recomputed in float64 numpy from recorded network inputs and outputs, to 1e-5."""
+@pytest.mark.parametrize("clip", [None, True, False])
+def test_every_term_is_what_the_equations_say_of_the_same_network_outputs(settings, doubled, clip):
+    """Terms recomputed in float64 numpy from recorded network inputs and outputs, to 1e-5.
+
+    `clip` of the call has precedence over the config's.
+    """
     network = unet(out_channels=2 if doubled else 1)
     pipe = pipeline(network, **settings)
     recorded = []
@@ -159,7 +163,7 @@ def test_every_term_is_what_the_equations_say_of_the_same_network_outputs(settin
         lambda _, inputs, kwargs, output: recorded.append((inputs[0], inputs[1], output[0])), with_kwargs=True
     )
     images, path = levels(2), [980, 700, 350, 90, 10]
-    result = pipe.bits_per_dim(images, timesteps=path)
+    result = pipe.bits_per_dim(images, timesteps=path, clip=clip)
     x_t, t, output = (torch.cat(parts).double().numpy() for parts in zip(*recorded, strict=True))
     x_0 = np.repeat(images.double().numpy() / 127.5 - 1, len(path), axis=0)
 
@@ -180,7 +184,7 @@ def test_every_term_is_what_the_equations_say_of_the_same_network_outputs(settin
             x_0_hat = (x_t[row] - np.sqrt(1 - at) * guess) / np.sqrt(at)
         else:
             x_0_hat = guess if config.prediction_type == "sample" else np.sqrt(at) * x_t[row] - np.sqrt(1 - at) * guess
-        if config.clip_sample:
+        if config.clip_sample if clip is None else clip:
             x_0_hat = x_0_hat.clip(-1, 1)
         if step < len(path) - 1:
             pv = (1 - after) * b / (1 - at)

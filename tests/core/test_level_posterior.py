@@ -260,3 +260,17 @@ def test_pixels_of_levels_that_no_training_image_had_have_finite_bits_and_are_co
     pixels[2, 0, 2, 2] = 7
     with pytest.warns(UserWarning, match="5 of 96 pixels have levels of weight 0"):
         assert math.isfinite(pipeline.bits_per_dim(pixels).total)
+
+
+def test_pixels_are_taken_in_parts_that_fit_into_memory(monkeypatch):
+    """At most LOGITS_AT_ONCE logits, pixels times levels that occur, and the same result."""
+    generator = torch.Generator().manual_seed(0)
+    x_0 = to_model_range(torch.randint(0, 256, (5, 1, 8, 8), generator=generator, dtype=torch.uint8))
+    h, blur = x_0 + 0.1 * torch.randn(x_0.shape, generator=generator), torch.tensor(0.01)
+    posterior = LevelPosterior(Levels([[1 / 256] * 256], {0: 0.01}, {0: 0.01}), 10)
+    expected = posterior.log_mass(x_0, h, blur)
+    monkeypatch.setattr("ddpm_notes_pipeline.core.levels.LOGITS_AT_ONCE", 256 * 7)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        found = posterior.log_mass(x_0, h, blur)
+    torch.testing.assert_close(found, expected)
+    assert max(math.prod(shape) for event in profile.events() for shape in event.input_shapes) == 256 * 7

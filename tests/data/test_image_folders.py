@@ -143,3 +143,15 @@ def test_a_stream_reads_every_file_of_a_folder(tmp_path):
     epoch = StreamedBatches(stream, 11, seed=0)[0]
     assert sorted(epoch["pixel_values"][:, 0, 0, 0].tolist()) == list(range(11))
     assert sorted(epoch["class_labels"].tolist()) == [0] + [1] * 10
+
+
+def test_files_that_pillow_does_not_read_are_counted_and_those_that_it_reads_are_used(load, tmp_path):
+    write_images(tmp_path, ["0.png", "1.avif"])
+    for name in ("a.heic", "b.HEIC", "c.jxl", "d.txt"):
+        (tmp_path / name).write_text("no image")
+    with pytest.warns(UserWarning, match="left out 2 .heic, 1 .jxl: convert such files to PNG"):
+        assert len(levels_of(load(train_data_dir=tmp_path))) == 2
+    for path in tmp_path.glob("[01].*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no image or data file that can be read \(2 .heic, 1 .jxl\)"):
+        load(train_data_dir=tmp_path)

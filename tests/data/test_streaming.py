@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from ddpm_notes_pipeline.data import ImageStream, StreamedBatches, decoding, loa
 from ddpm_notes_pipeline.data.streaming import StreamReader
 from tests.data.making import encoded, random_pixels, table_of, write_images, write_parquet
 from tests.support.comparing import assert_same, weights
-from tests.support.launching import TINY, error_lines, launch
+from tests.support.launching import TINY, TRAIN, error_lines, launch
 
 COUNT = 24  # images of 4x4; the value of every pixel of image n is n
 
@@ -310,6 +311,24 @@ def test_a_killed_run_on_a_stream_resumes_exactly(streamed, train, tmp_path):
     for name in ("loss.jsonl", "validation.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
     assert_same(weights(tmp_path / "run"), weights(folder))
+
+
+def test_a_run_that_meets_a_bad_image_says_how_to_go_on_and_goes_on_without_it(train, tmp_path):
+    files = parquet(tmp_path / "set", 1, bad=20)
+    flags = [*TINY[2:], "--dataset_name", files, "--streaming", "--checkpointing_steps", 1, "--block_out_channels", 32]
+    flags += ["--max_train_samples", COUNT, "--shuffle_buffer_size", 1, "--output_dir", tmp_path / "run"]
+    monkey = (
+        "from ddpm_notes_pipeline.data import streaming; streaming.open_stream.__kwdefaults__['first_images'] = 4; "
+    )
+    code = f"{monkey}import runpy, sys; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
+    result = train(code, *flags, script="-c", expect=1)
+    (line,) = error_lines(result)
+    assert "bad image, set, image" in line and "(--on_bad_image skip leaves bad images out)" in line
+    assert re.search(r"checkpoint-\d+ is left\. Resume: .*--resume_from_checkpoint latest", line)
+    again = train(code, *flags, "--resume_from_checkpoint", "latest", "--on_bad_image", "skip", script="-c")
+    assert "resuming from" in again.stdout
+    record = json.loads((tmp_path / "run" / "training_run.json").read_text())
+    assert record["images_skipped"] == 1 and record["steps"] == 12
 
 
 @pytest.mark.slow

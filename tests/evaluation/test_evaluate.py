@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from transformers import ViTConfig, ViTModel
 
@@ -224,11 +224,24 @@ def test_samples_in_mixed_precision_say_so(train, tmp_path):
 @pytest.mark.slow
 def test_samplers_are_the_ones_that_they_are_named(train):
     folder, _ = evaluated(
-        "evaluate-samplers", train, "--num_inference_steps", 5, "--max_images", 8, "--samplers", "ddim", "eta0"
+        "evaluate-samplers",
+        train,
+        "--num_inference_steps",
+        5,
+        "--max_images",
+        8,
+        "--samplers",
+        "ddim",
+        "eta0",
+        "dpmsolver++",
     )
     rows = {row["sampler"]: row for row in results(folder)["metrics"] if "sampler" in row}
     path = {"num_inference_steps": 5}
-    for name, kind, settings in (("DDIM", DDIMScheduler, {}), ("eta = 0", DDPMNotesScheduler, {"eta": 0.0})):
+    for name, kind, settings in (
+        ("DDIM", DDIMScheduler, {}),
+        ("eta = 0", DDPMNotesScheduler, {"eta": 0.0}),
+        ("DPM-Solver++", DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}),
+    ):
         expected = pixel_mean_error(folder, kind, path, timestep_spacing="trailing", **settings)
         assert rows[name]["pixel_mean_error"] == pytest.approx(expected, rel=1e-3), name
     # an untrained network's x0_hat is far outside [-1, 1]: what is made of clipping differs

@@ -394,6 +394,9 @@ def test_sets_whose_files_were_treated_differently_are_warned_of(tmp_path, test_
     with pytest.warns(UserWarning, match="100% of generated, 0% of real came from JPEG files") as found:
         result = measure_samples(jpg, png, network=None)
     assert len(found) == 1 and len(result.protocol.notes) == 1
+    with warnings.catch_warnings():  # a part has the share of its file
+        warnings.simplefilter("error")
+        measure_samples(jpg.at_most(10), jpg, held_out=jpg.part(np.arange(2), "few"), train=jpg, network=None)
     eight = load_images(train_data_dir=tmp_path / "png", cache_dir=tmp_path, resolution=8)
     with pytest.warns(UserWarning, match="JPEG"):
         measure_samples(small, eight, network=None)

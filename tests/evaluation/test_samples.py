@@ -18,6 +18,8 @@ from tests.support.launching import TINY, error_lines, once
 
 N = 12
 VALIDATED = "--validation_split test --validation_steps 12 --max_validation_images 10".split()
+# Not in the card's network once it is trained, so that measuring must turn it off, and on again.
+DROPPING = ["--dropout", 0.1]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:frechet_distance of")  # few images are enough here
@@ -32,7 +34,8 @@ def flags_of(folder: Path) -> list:
 def measured(train):
     """A run of 12 steps whose samples are measured at 5, 10 and 12."""
     return once(
-        "metrics", lambda folder: train(*TINY, *VALIDATED, *flags_of(folder), "--seed", 3, "--output_dir", folder)
+        "metrics",
+        lambda folder: train(*TINY, *DROPPING, *VALIDATED, *flags_of(folder), "--seed", 3, "--output_dir", folder),
     )
 
 
@@ -74,16 +77,17 @@ def test_the_card_and_the_evaluation_have_them(measured):
 @pytest.mark.slow
 def test_measuring_changes_nothing_in_training_and_resumes(measured, train, tmp_path):
     """Killed after the row of step 10, the run goes on from step 6 and writes that row once."""
-    flags = [*TINY, *VALIDATED, *flags_of(tmp_path / "run"), "--seed", 3, "--output_dir", tmp_path / "run"]
+    flags = [*TINY, *DROPPING, *VALIDATED, *flags_of(tmp_path / "run"), "--seed", 3, "--output_dir", tmp_path / "run"]
     train(*flags, stop_at=11, expect=-9)
     assert [row["step"] for row in read(tmp_path / "run" / "metrics.jsonl")] == [5, 10]
     train(*flags, "--resume_from_checkpoint", "latest")
     plain = tmp_path / "plain"
-    train(*TINY, "--seed", 3, "--output_dir", plain)
+    train(*TINY, *DROPPING, "--seed", 3, "--output_dir", plain)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (measured[0] / "metrics.jsonl").read_bytes()
     for name in ("loss.jsonl", "unet/diffusion_pytorch_model.safetensors"):
         assert (plain / name).read_bytes() == (measured[0] / name).read_bytes(), name
     assert not (plain / "metrics.jsonl").exists()
+    assert json.loads((plain / "unet" / "config.json").read_text())["dropout"] == 0.1
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_the_ranges_are_found_on_images_from_all_over_the_set(pipeline):
     x = images.take(range(64))
     expected = pipeline.bits_per_dim(x, pilot_images=x[::4], **settings)
     assert torch.equal(measured.per_image, expected.per_image)
+    torch.testing.assert_close(measured.per_timestep, expected.per_timestep)  # bits_per_dim.png shows it
     assert not torch.equal(measured.per_image, pipeline.bits_per_dim(x, **settings).per_image)
 
 

@@ -29,6 +29,7 @@ from playwright.sync_api import expect, sync_playwright
 from sklearn.datasets import load_digits
 
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
+from ddpm_notes_pipeline.hub.card import weights_digest
 from tests.hub.test_published import publish
 from tests.support.launching import ROOT, environment_of_runs, free_port, kill_tree
 
@@ -800,3 +801,13 @@ def test_the_requirements_are_pinned_in_the_tested_environment():
     pinned = re.findall(r"^([\w-]+)==", Path(ROOT / "constraints.txt").read_text(), re.M)
     asked = re.findall(r"^([a-z][\w-]*)", (SPACE / "requirements.txt").read_text(), re.M)
     assert asked and set(asked) <= set(pinned) and "ddpm_notes_pipeline" not in asked
+
+
+def test_an_evaluation_of_other_weights_is_not_shown_as_this_models(app_module, tmp_path):
+    """Training on without validation images leaves the older one in the folder."""
+    folder = tmp_path / "model"
+    transparent().save_pretrained(folder)
+    assert app_module.read_evaluation(str(folder)) == {}
+    for weights, shown in ((weights_digest(folder), True), (None, True), ("0" * 64, False)):
+        (folder / "evaluation.json").write_text(json.dumps(EVALUATION | {"weights": weights}))
+        assert bool(app_module.read_evaluation(str(folder))) == shown

@@ -128,6 +128,11 @@ def test_a_card_says_which_classes_were_chosen_and_which_colours_became_zero(tmp
     assert r"of a\|b, classes c\|d, split" in write_card(
         make_folder(tmp_path / "named", run=RUN | {"data": "a|b", "classes": ["c|d"]}), "ada/named"
     )
+    unet = tmp_path / "tiles" / "unet" / "config.json"
+    for names, text in ((["a", "b", "c"], "0 to 2 (a, b, c)."), (["0", "1", "2"], "0 to 2.")):
+        settings = json.loads(unet.read_text())
+        unet.write_text(json.dumps(settings | {"_ddpm_notes": settings["_ddpm_notes"] | {"class_names": names}}))
+        assert f"It takes class labels {text}" in write_card(tmp_path / "tiles", "ada/tiles")
     plain = write_card(make_folder(tmp_path / "plain"), "ada/digits")
     assert "| data | 1438 images of digits, split train, fingerprint `9dd2c141` |\n" in plain
     assert "classes" not in plain and "transparent" not in plain

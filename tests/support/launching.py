@@ -38,11 +38,13 @@ TRAIN = ROOT / "training" / "train.py"
 # A run of a second or two, without levels, which test_levels.py fits; flags given after these win.
 # The gradient of some weights is rounding alone (biases before a norm or a softmax): Adam would
 # move them at full speed without a larger epsilon.
-TINY = (
-    "--dataset_name digits --block_out_channels 32 32 --layers_per_block 1 --max_train_steps 12 --train_batch_size 8 "
-    "--lr_warmup_steps 4 --adam_epsilon 1e-5 --ddpm_num_steps 100 --num_samples 3 --ddpm_num_inference_steps 2 "
-    "--report_to none --no_fit_levels"
+DATA = ["--dataset_name", "digits"]
+NETWORK = "--block_out_channels 32 32 --layers_per_block 1 --ddpm_num_steps 100".split()
+SHORT = (
+    "--max_train_steps 12 --train_batch_size 8 --lr_warmup_steps 4 --adam_epsilon 1e-5 --num_samples 3 "
+    "--ddpm_num_inference_steps 2 --report_to none --no_fit_levels"
 ).split()
+TINY = [*DATA, *NETWORK, *SHORT]
 
 
 # -------------------------------------------------------------------- accelerate launch

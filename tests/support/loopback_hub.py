@@ -4,11 +4,10 @@ It serves what `huggingface_hub` and `diffusers` call to create, push to and loa
 repositories: main and revisions by commit, private repositories, checked cards, both upload paths.
 Without Xet (`HF_HUB_DISABLE_XET=1`) large files arrive by Git LFS in one PUT. With it, the client's
 default, a token points `hf_xet` to `local://FOLDER`. Such a folder is open to one process at a
-time, so
-each token gets its own: the server reads what a client wrote once a commit names it, and fills a
-new folder for each reader. Anything else answers 501: branches, tags, pull requests, multipart LFS,
-deleting, moving, running a Space. Listings come in one page, and files without the redirect to a
-content network. The rules for cards are the documented ones, not the Hub's own code.
+time, so each token gets its own: the server reads what a client wrote once a commit names it, and
+fills a new folder for each reader. Anything else answers 501: branches, tags, pull requests,
+multipart LFS, deleting, moving, running a Space. Listings come in one page, and files without the
+redirect to a content network. The rules for cards are the documented ones, not the Hub's own code.
 
     with Hub() as hub:
         subprocess.run([sys.executable, "publish.py"], env=hub.env("hf_user"), check=True)

@@ -107,6 +107,7 @@ EVERYTHING = {
 }
 
 
+MODELS = {"pretrained_model_name_or_path", "model_config_name_or_path"}
 NOT_STREAMED = {"metric_interval": 7, "validation_share": 0.04}  # not together with --streaming
 
 OF_ONE_LAUNCH = ("overwrite_output_dir", "resume_from_checkpoint")
@@ -129,15 +130,16 @@ def test_a_flag_has_the_choices_of_what_it_sets(name):
 
 
 def test_a_value_means_the_same_on_the_line_and_in_a_file(parse):
-    line = []
-    for name, value in EVERYTHING.items():
-        line += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    from_line, from_file = parse(*line), parse(config=EVERYTHING)
-    assert from_line == from_file
-    assert {name: from_file[name] for name in EVERYTHING} == EVERYTHING
-    assert {name: type(value) for name, value in from_file.items() if name in EVERYTHING} == {
-        name: type(value) for name, value in EVERYTHING.items()
-    }
+    network = {field.name for field in dataclasses.fields(ModelArguments)}
+    for left_out in (MODELS, network - {"pretrained_model_name_or_path"}):  # they do not go together
+        given = {name: value for name, value in EVERYTHING.items() if name not in left_out}
+        line = []
+        for name, value in given.items():
+            line += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        from_line, from_file = parse(*line), parse(config=given)
+        assert from_line == from_file
+        assert {name: from_file[name] for name in given} == given
+        assert {name: type(from_file[name]) for name in given} == {name: type(value) for name, value in given.items()}
 
 
 def test_settings_written_as_yaml_are_read_back_unchanged(parse, tmp_path):
@@ -501,6 +503,32 @@ def test_flags_that_choose_other_images_drop_the_fingerprint(parse, flags):
 def test_a_split_on_the_line_replaces_the_share_of_the_file(parse):
     found = parse("--validation_split", "test", config=IMAGES_OF_THE_FILE)
     assert (found["validation_split"], found["validation_share"]) == ("test", None)
+    assert found["data_fingerprint"] is None  # it is of the images that were left
+
+
+def test_the_revision_of_a_file_goes_with_the_model_of_the_file(parse, tmp_path):
+    """A training run's file names the revision of the model that it started from."""
+    of_file = DIGITS | {"pretrained_model_name_or_path": "me/base", "revision": "abc"}
+    assert parse(config=of_file)["revision"] == "abc"
+    assert parse("--pretrained_model_name_or_path", "me/other", config=of_file)["revision"] is None
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(of_file))
+    line = ["--model", "me/mine", "--config", str(tmp_path / "run.yaml")]
+    assert parse_evaluation_arguments(line)[1].revision is None
+    assert parse_evaluation_arguments([*line, "--revision", "def"])[1].revision == "def"
+
+
+@pytest.mark.parametrize("name", ["dropout", "block_out_channels", "variance_type", "ddpm_num_steps"])
+@pytest.mark.parametrize("source", ["pretrained_model_name_or_path", "model_config_name_or_path"])
+def test_a_typed_flag_of_the_network_that_a_model_overrides_is_refused(refused, parse, source, name):
+    """In a file it is left unused: one recipe serves the first run and those that go on from it."""
+    values = {"dropout": 0.1, "block_out_channels": 8, "variance_type": "learned_range", "ddpm_num_steps": 1000}
+    config = DIGITS | {source: "me/base"}
+    if source == "model_config_name_or_path" and name not in ("dropout", "block_out_channels"):
+        assert parse(f"--{name}", values[name], config=config)[name] == values[name]  # of the schedule
+    else:
+        says = f"--{name} has no effect with --{source}, which has its own; leave it out"
+        assert refused(f"--{name}", values[name], config=config) == says
+    assert parse(config=config | {name: values[name]})[source] == "me/base"
 
 
 # -------------------------------------------------------------------- help

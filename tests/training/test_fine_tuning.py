@@ -10,10 +10,10 @@ from huggingface_hub import HfApi
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
 from ddpm_notes_pipeline.data import load_images
-from tests.support.launching import TINY
+from tests.support.launching import DATA, NETWORK, SHORT
 
 IMAGES = 48
-FLAGS = [*TINY, "--train_batch_size", 32, "--learning_rate", 2e-3, "--ddpm_num_steps", 1000]
+FLAGS = [*DATA, *SHORT, "--train_batch_size", 32, "--learning_rate", 2e-3]
 VALIDATED = ["--validation_split", "test", "--max_validation_images", IMAGES]
 
 
@@ -25,7 +25,18 @@ def measured(folder: Path) -> list[dict]:
 def stock(train, tmp_path_factory) -> Path:
     """A folder of stock diffusers alone, whose UNet has learned a little of the digits."""
     home = tmp_path_factory.mktemp("stock")
-    train(*FLAGS, "--max_train_steps", 60, "--ema_max_decay", 0.9, "--output_dir", home / "run")
+    train(
+        *NETWORK,
+        *FLAGS,
+        "--ddpm_num_steps",
+        1000,
+        "--max_train_steps",
+        60,
+        "--ema_max_decay",
+        0.9,
+        "--output_dir",
+        home / "run",
+    )
     unet = UNet2DModel.from_pretrained(home / "run", subfolder="unet")
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000)).save_pretrained(home / "stock")
     return home / "stock"
@@ -63,8 +74,12 @@ def test_a_repository_on_a_hub_serves_as_the_folder_does(launch, hub, stock, own
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     api = HfApi(endpoint=hub.endpoint, token="hf_user")
     api.create_repo("user/stock")
-    api.upload_folder(repo_id="user/stock", folder_path=stock)
-    source = ["--pretrained_model_name_or_path", "user/stock", "--max_train_steps", 4, "--output_dir", tmp_path / "run"]
+    first = api.upload_folder(repo_id="user/stock", folder_path=stock).oid
+    other = UNet2DModel.from_config(UNet2DModel.load_config(stock / "unet"))  # as it was before training
+    other.save_pretrained(tmp_path / "other" / "unet")
+    api.upload_folder(repo_id="user/stock", folder_path=tmp_path / "other")
+    source = ["--pretrained_model_name_or_path", "user/stock", "--revision", first]
+    source += ["--max_train_steps", 4, "--output_dir", tmp_path / "run"]
     launch(*FLAGS, *VALIDATED, *source, env=hub.env(home=tmp_path / "home"))
-    first = measured(tmp_path / "run")[0]
-    assert first["step"] == 0 and first["bits_per_dim"] == pytest.approx(own.total, rel=1e-5)
+    row = measured(tmp_path / "run")[0]
+    assert row["step"] == 0 and row["bits_per_dim"] == pytest.approx(own.total, rel=1e-5)

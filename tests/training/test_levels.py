@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from ddpm_notes_pipeline import DDPMNotesPipeline, DDPMNotesScheduler
 from ddpm_notes_pipeline.core.levels import to_uint8
 from ddpm_notes_pipeline.data import load_images
-from tests.support.launching import TINY
+from tests.support.launching import DATA, SHORT, TINY
 
-FITS = [*TINY[:-1], "--validation_split", "test", "--max_validation_images", 16]
+VALIDATED = ["--validation_split", "test", "--max_validation_images", 16]
+FITS = [*TINY[:-1], *VALIDATED]
 
 
 def levels(folder):
@@ -71,10 +72,8 @@ def test_levels_of_a_validation_on_the_way_are_not_those_of_the_finished_weights
 def test_levels_are_fitted_anew_when_training_goes_on(fitted, train, tmp_path):
     """From the published folder: the levels of the old weights are dropped, silently."""
     folder, _ = fitted
-    shape = FITS.index("--block_out_channels")
-    kept = [*FITS[:shape], *FITS[FITS.index("--max_train_steps") : FITS.index("--ddpm_num_steps")], "--num_samples", 3]
-    kept += ["--ddpm_num_inference_steps", 2, "--report_to", "none"]
-    done = train(*kept, "--pretrained_model_name_or_path", folder, "--output_dir", tmp_path / "run")
+    source = ["--pretrained_model_name_or_path", folder]
+    done = train(*DATA, *SHORT[:-1], *VALIDATED, *source, "--output_dir", tmp_path / "run")
     assert "dropped" not in done.stderr
     assert levels(tmp_path / "run")["decoder_blur"] != levels(folder)["decoder_blur"]
 

@@ -7,11 +7,17 @@ import json
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ddpm_notes_pipeline import DDPMNotesPipeline
+from ddpm_notes_pipeline.data import load_images
+from ddpm_notes_pipeline.hub import push
 from ddpm_notes_pipeline.training.arguments import DataArguments, ModelArguments, RunArguments
+from ddpm_notes_pipeline.training.results import save_model
 from ddpm_notes_pipeline.training.run import TrainingRun
 from ddpm_notes_pipeline.training.stops import Stopped, Stops
 from tests.support.comparing import assert_same, losses, weights
@@ -211,3 +217,104 @@ def test_finishing_before_the_last_step_is_refused(make, tmp_path):
     with pytest.raises(RuntimeError, match="finish was called before step 2"):
         run.finish()
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_a_run_from_an_earlier_checkpoint_sets_the_later_ones_aside(make, tmp_path, capsys):
+    """Otherwise "latest" would go back to the weights that were given up."""
+    folder = tmp_path / "run"
+    make(checkpointing_steps=1, max_train_steps=4).train()
+    given_up = (folder / "checkpoint-3" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    again = {"resume_from_checkpoint": "checkpoint-1", "learning_rate": 1e-2, "checkpointing_steps": 1}
+    make(**again).train()
+    said = (
+        "training goes on from step 1: later checkpoints are now checkpoint-4.old, checkpoint-3.old, checkpoint-2.old"
+    )
+    assert said in capsys.readouterr().out.splitlines()
+    old = ["checkpoint-2.old", "checkpoint-3.old", "checkpoint-4.old"]
+    assert checkpoints(folder) == sorted(["checkpoint-1", "checkpoint-2", *old])
+    assert (folder / "checkpoint-3.old" / "model.safetensors").read_bytes() == given_up
+    make(**again | {"resume_from_checkpoint": "latest", "max_train_steps": 3}).train()
+    assert f"resuming from {folder}/checkpoint-2 at step 2" in capsys.readouterr().out
+    make(**again, max_train_steps=2).train()  # a second time: no name is taken twice
+    assert {"checkpoint-2.old1", "checkpoint-3.old1"} < set(checkpoints(folder))
+
+
+def test_a_run_that_goes_on_in_another_folder_counts_the_steps_of_both(make, tmp_path, capsys):
+    make("one").train()
+    capsys.readouterr()
+    make("two", resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"), max_train_steps=5).train()
+    record = json.loads((tmp_path / "two" / "training_run.json").read_text())
+    assert (record["steps"], record["steps_of_launch"]) == (5, 3) and record["images_per_second"] > 0
+    said = capsys.readouterr().out
+    assert "Learned:   5 steps on 8 images" in said and "and checkpoint-5/." in said and "max_train_steps=10" in said
+
+
+def test_a_resumed_run_has_the_optimizer_that_it_asks_for(make, tmp_path):
+    make().train()
+    asked = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_weight_decay": 0.25, "adam_epsilon": 1e-3}
+    make(resume_from_checkpoint="latest", max_train_steps=3, **asked).train()
+    (group,) = torch.load(tmp_path / "run" / "checkpoint-3" / "optimizer.bin", weights_only=True)["param_groups"]
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.75), 0.25, 1e-3)
+
+
+def test_more_sampling_steps_than_the_model_has_are_refused_before_training(make, tmp_path):
+    make("base").train()
+    model = {"pretrained_model_name_or_path": str(tmp_path / "base")}
+    with pytest.raises(ValueError, match="--ddpm_num_inference_steps is 11; it must be at most 10, the model's"):
+        make(model=model, ddpm_num_inference_steps=11)
+    assert not (tmp_path / "run" / "loss.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore:alpha_bar at the path")
+def test_the_bits_per_dim_of_a_bf16_run_are_those_of_float32(make, tmp_path):
+    """evaluate.py, which measures in float32, finds the number on the card."""
+    data = {"validation_split": "test", "max_validation_images": 8}
+    run = make(data=data, mixed_precision="bf16", fit_levels=False)
+    run.train()
+    row = json.loads((tmp_path / "run" / "validation.jsonl").read_text().splitlines()[-1])
+    images = load_images("digits", split="test", max_samples=8, cache_dir=tmp_path, show_progress=False)
+    pipeline = DDPMNotesPipeline.from_pretrained(tmp_path / "run")
+    pipeline.set_progress_bar_config(disable=True)
+    exact = pipeline.bits_per_dim(images.take(range(8))).total
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = pipeline.bits_per_dim(images.take(range(8))).total
+    assert row["bits_per_dim"] == pytest.approx(exact, rel=1e-6) != pytest.approx(rounded, rel=1e-6)
+    x, t = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5])
+    with torch.no_grad():  # the network that is left computes in float32, too
+        torch.testing.assert_close(run.learner.unet(x, t).sample, pipeline.unet(x, t).sample)
+
+
+def test_a_snapshot_that_cannot_be_written_is_not_pushed_and_training_goes_on(make, tmp_path, monkeypatch, caplog):
+    """A full disk, for instance: there is no room for the weights a second time."""
+    run = make(checkpointing_steps=1)
+    pushed = []
+    run.pushes = SimpleNamespace(push=lambda folder, message: pushed.append((folder.name, message)))
+
+    def full(folder: Path, *args: object) -> None:
+        if folder.name == ".push-1":
+            folder.mkdir()
+            raise OSError("No space left on device")
+        save_model(folder, *args)
+
+    monkeypatch.setattr("ddpm_notes_pipeline.training.run.save_model", full)
+    run.train()
+    assert not pushed and not (tmp_path / "run" / ".push-1").exists()
+    assert "No space left on device. Training continues; the next push has everything" in caplog.text
+    assert (tmp_path / "run" / "model_index.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:alpha_bar at the path")
+def test_numbers_of_older_weights_are_not_published(make, tmp_path):
+    """A second, longer run without validation images leaves the evaluation of the first."""
+    data = {"validation_split": "test", "max_validation_images": 8}
+    make(data=data, fit_levels=False).train()
+    names = {"evaluation.json", "bits_per_dim.png"}
+    assert names < set(push.export_folder(tmp_path / "run", tmp_path / "first"))
+    make(resume_from_checkpoint="latest", max_train_steps=3, fit_levels=False).train()
+    assert not names & set(push.export_folder(tmp_path / "run", tmp_path / "second"))
+    assert (tmp_path / "run" / "evaluation.json").exists()

@@ -33,7 +33,9 @@ from ddpm_notes_pipeline.training.images import check_validation
 from ddpm_notes_pipeline.training.parser import parse_arguments
 from tests.support.comparing import assert_close, assert_same, assert_same_checkpoint, losses, rows, weights
 from tests.support.launching import (
+    DATA,
     ROOT,
+    SHORT,
     TINY,
     TRAIN,
     Trainer,
@@ -485,41 +487,61 @@ def stock_folder(
     return unet
 
 
-@pytest.mark.parametrize(("sampling", "timesteps"), [("uniform", 100), ("loss_second_moment", 3)])
-def test_fine_tuning_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path, sampling, timesteps):
-    """The paper's loop in plain torch, with stock noise: same losses, weights and average."""
+OTHER_SETTINGS = (
+    "--loss_weighting min_snr --snr_gamma 2 --lr_scheduler constant_with_warmup --adam_beta1 0.9 --adam_beta2 0.99"
+)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "timesteps", "other"),
+    [("uniform", 100, False), ("loss_second_moment", 3, False), ("stratified", 100, True)],
+)
+def test_fine_tuning_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path, sampling, timesteps, other):
+    """The paper's loop in plain torch, with stock noise: same losses, weights and average.
+
+    And the same with min-SNR weights, stratified timesteps, a constant rate, other betas of Adam.
+    """
     unet = stock_folder(tmp_path / "stock", num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2")
-    flags = f"--timestep_sampling {sampling} --max_train_steps 10 --learning_rate 1e-3 --lr_warmup_steps 2 --adam_weight_decay 0.1 --max_grad_norm 0.5"
+    flags = f"--timestep_sampling {sampling} --max_train_steps 10 --learning_rate 1e-3 --lr_warmup_steps 2 --adam_weight_decay 0.1 --max_grad_norm 0.5 {OTHER_SETTINGS if other else ''}"
     flags += " --ema_inv_gamma 2 --ema_power 0.5 --ema_max_decay 0.6 --random_flip"
     source = ["--pretrained_model_name_or_path", tmp_path / "stock"]
-    train(*TINY, *flags.split(), *source, "--output_dir", tmp_path / "run")
+    train(*DATA, *SHORT, *flags.split(), *source, "--output_dir", tmp_path / "run")
 
     scheduler = DDPMScheduler(num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2")
     sampler = TimestepSampler(timesteps, sampling)
     parameters = list(unet.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.95, 0.999), weight_decay=0.1, eps=1e-5, foreach=False)
+    betas = (0.9, 0.99) if other else (0.95, 0.999)
+    optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=0.1, eps=1e-5, foreach=False)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     expected = []
     images = load_images("digits", cache_dir=tmp_path, show_progress=False)
     for n, batch in zip(range(10), StepBatches(images, BATCH, seed=0, random_flip=True), strict=False):
         x_0, noise = batch["pixel_values"] / 127.5 - 1, batch["noise"]
         if sampling == "uniform":
             t, weight = (batch["u"] * 100).long(), torch.ones(BATCH)
+        elif sampling == "stratified":  # one in each eighth of the timesteps
+            t, weight = ((torch.arange(BATCH) + batch["u"]) * timesteps / BATCH).long(), torch.ones(BATCH)
         else:
             t, weight = sampler.sample(batch["u"], torch.arange(BATCH), BATCH)
         errors = (unet(scheduler.add_noise(x_0, noise, t), t).sample - noise).square().mean((1, 2, 3))
         sampler.update(t, errors.detach())
+        if other:  # gamma = 2, in terms of eps (Hang et al. 2023, eq. 8)
+            errors = errors * (2 / snr[t]).clamp(max=1)
         loss = (errors * weight.float()).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimizer.param_groups[0]["lr"] = closed_form(n, peak=1e-3, warmup=2, steps=10)
+        rate = closed_form(n, peak=1e-3, warmup=2, steps=10)
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, n / 2) if other else rate
         optimizer.step()
         decay = min(0.6, 1 - (1 + n / 2) ** -0.5)
         average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, parameters, strict=True)]
         expected.append((loss.item(), norm.item()))
 
-    assert (sampling == "uniform") == (weight == 1).all(), "the test has no step at which t is drawn unevenly"
+    assert (sampling != "loss_second_moment") == (weight == 1).all(), (
+        "the test has no step at which t is drawn unevenly"
+    )
     assert [(row["loss"], row["grad_norm"]) for row in rows(tmp_path / "run")] == [
         pytest.approx(pair, rel=1e-4) for pair in expected
     ]
@@ -534,14 +556,14 @@ def test_fine_tuning_a_stock_ddpm_is_algorithm_1_written_out(train, tmp_path, sa
 def test_fine_tuning_with_a_tiny_learning_rate_keeps_the_given_weights(train, tmp_path):
     unet = stock_folder(tmp_path / "stock")
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--learning_rate", 1e-9]
-    train(*TINY, *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
+    train(*DATA, *SHORT, *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
     assert_close(weights(tmp_path / "run"), dict(unet.state_dict()), atol=1e-7)
 
 
 def test_fine_tuning_at_another_size_samples_at_that_size(train, tmp_path):
     stock_folder(tmp_path / "stock")
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--train_data_dir", pngs(tmp_path / "pngs", "L")]
-    train(*TINY[2:], *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
+    train(*SHORT, *source, "--max_train_steps", 4, "--output_dir", tmp_path / "run")
     assert unet_config(tmp_path / "run")["sample_size"] == [16, 24]
 
 
@@ -554,7 +576,7 @@ def test_two_processes_warn_once(launch, tmp_path):
     (pngs(tmp_path / "pngs", "L", height=8, width=8) / "cat" / "0.png").write_bytes(b"cut short")
     flags = ["--train_data_dir", tmp_path / "pngs", "--on_bad_image", "skip", "--validation_share", 0.3]
     flags += ["--pretrained_model_name_or_path", tmp_path / "measured", "--max_train_steps", 2, "--lr_warmup_steps", 0]
-    result = launch(*TINY[2:], *flags, "--output_dir", tmp_path / "run", processes=2)
+    result = launch(*SHORT, *flags, "--output_dir", tmp_path / "run", processes=2)
     warned = [line.rpartition("\r")[2] for line in result.stderr.splitlines() if "warning: " in line]
     assert len(warned) == len(set(warned)) >= 2, warned
     for text in ("left out 1 of 9 images", "measured on the repository's network"):
@@ -564,7 +586,7 @@ def test_two_processes_warn_once(launch, tmp_path):
 def test_another_number_of_channels_than_the_given_model_is_refused(train, tmp_path):
     stock_folder(tmp_path / "stock")
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--image_mode", "RGB"]
-    result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=1)
+    result = train(*DATA, *SHORT, *source, "--output_dir", tmp_path / "run", expect=1)
     assert "1 channels and the images have 3" in error_lines(result)[-1]
 
 
@@ -576,7 +598,7 @@ def test_labels_need_an_embedding_each_in_the_given_model(train, tmp_path, embed
     """
     stock_folder(tmp_path / "stock", num_class_embeds=embeddings)
     source = ["--pretrained_model_name_or_path", tmp_path / "stock", "--label_column", "label", "--max_train_steps", 4]
-    result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=0 if embeddings == 10 else None)
+    result = train(*DATA, *SHORT, *source, "--output_dir", tmp_path / "run", expect=0 if embeddings == 10 else None)
     if embeddings == 10:
         assert unet_config(tmp_path / "run")["num_class_embeds"] == 10
         assert DDPMNotesPipeline.from_pretrained(tmp_path / "run").null_label is None
@@ -588,7 +610,7 @@ def test_labels_need_an_embedding_each_in_the_given_model(train, tmp_path, embed
 def test_images_without_labels_are_refused_for_a_class_conditional_model(train, tmp_path):
     stock_folder(tmp_path / "stock", num_class_embeds=10)
     source = ["--pretrained_model_name_or_path", tmp_path / "stock"]
-    result = train(*TINY, *source, "--output_dir", tmp_path / "run", expect=1)
+    result = train(*DATA, *SHORT, *source, "--output_dir", tmp_path / "run", expect=1)
     assert error_lines(result)[-1].startswith("train.py: error: ") and "Traceback" not in result.stderr
 
 
@@ -895,7 +917,8 @@ def test_bad_input_is_one_line_before_training_starts(train, tmp_path, case):
     for name, text in CONFIGS.items():
         (tmp_path / name).write_text(text)
     flags = shlex.split(flags)
-    base = TINY[2:] if "--output_dir" in flags else [*TINY[2:], "--output_dir", "run"]
+    base = SHORT if any(flag.endswith("name_or_path") for flag in flags) else TINY[2:]
+    base = base if "--output_dir" in flags else [*base, "--output_dir", "run"]
     result = train(*base, *flags, cwd=tmp_path, expect=None)
     assert result.returncode in (1, 2), describe(result)
     line, *others = error_lines(result)
@@ -991,7 +1014,7 @@ def test_a_network_from_a_file_gets_the_channels_and_size_of_the_images(train, t
     file = tmp_path / "stock" / "unet" / "config.json"
     folder = pngs(tmp_path / "pngs", "RGB")
     flags = ["--model_config_name_or_path", file, "--train_data_dir", folder, "--max_train_steps", 4]
-    train(*TINY[2:], *flags, "--output_dir", tmp_path / "run")
+    train(*SHORT, *flags, "--output_dir", tmp_path / "run")
     config = unet_config(tmp_path / "run")
     assert (config["in_channels"], config["out_channels"], config["sample_size"]) == (3, 3, [16, 24])
     assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D"]

@@ -197,9 +197,22 @@ def test_a_gradient_that_no_loss_scale_helps_ends_the_run():
     assert run.weight.weight.tolist() == [[1, 1]]
 
 
-def test_an_average_on_any_device_is_that_of_its_definition():
-    """In float64, of the weights after each step; the third step is skipped."""
+@pytest.mark.parametrize("is_cpu", [None, False])
+def test_an_average_on_any_device_is_that_of_its_definition(is_cpu, monkeypatch):
+    """In float64, of the weights after each step; the third step is skipped.
+
+    With `is_cpu` False also by the kernels of an accelerator, on the CPU.
+    """
     run, expected, seen = Run(), None, []
+    step = type(run.average).step
+
+    def elsewhere(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cpu", False)
+            step(*arguments)
+
+    if is_cpu is False:
+        monkeypatch.setattr(type(run.average), "step", elsewhere)
     for x in (1.0, 2.0, NAN, 3.0):
         run.step(x)
         weight = run.weight.weight.detach().double().cpu()
