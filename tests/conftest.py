@@ -109,13 +109,19 @@ def hub() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def train() -> Iterator[Any]:
-    """Runs `python training/train.py FLAGS` in a forked process: a `launching.Trainer`."""
+def forked() -> Iterator[Any]:
+    """Runs a script in forked processes, `training/train.py` by default: a `launching.Trainer`."""
     from tests.support.launching import Trainer
 
     trainer = Trainer()
     yield trainer
     trainer.close()
+
+
+@pytest.fixture(scope="session")
+def train(forked) -> Any:
+    """Runs `python training/train.py FLAGS` in a forked process."""
+    return forked
 
 
 @pytest.fixture(scope="session")
@@ -127,11 +133,9 @@ def launch() -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start processes through the two fixtures above."""
+    """Mark the tests that start processes through the fixtures above."""
     for item in items:
-        names = getattr(item, "fixturenames", ())
-        own_train = hasattr(getattr(item, "module", None), "train")  # a fixture of another meaning
-        if "launch" in names or ("train" in names and not own_train):
+        if {"launch", "forked"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("launch")
 
 

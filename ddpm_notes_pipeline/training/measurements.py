@@ -62,7 +62,7 @@ class Measurements:
 
     def fit_levels(self, logs: RunLogs) -> None:
         """Fit the 8-bit levels to the averaged weights as they are, on training images."""
-        if not self.learner.run.fit_levels or self.learner.scheduler.levels is not None:
+        if not self.learner.run.fit_levels or self.learner.levels_fitted:
             return
         with logs.loss.paused(), self.learner.pipeline(float32=True, leave=False) as pipeline:
             fit = fit_image_levels(

@@ -18,7 +18,7 @@ from ddpm_notes_pipeline.data import ImageStream, StreamedBatches, decoding, loa
 from ddpm_notes_pipeline.data.streaming import StreamReader
 from tests.data.making import encoded, random_pixels, table_of, write_images, write_parquet
 from tests.support.comparing import assert_same, weights
-from tests.support.launching import TINY, TRAIN, error_lines, launch
+from tests.support.launching import TINY, TRAIN, error_lines
 
 COUNT = 24  # images of 4x4; the value of every pixel of image n is n
 
@@ -332,9 +332,9 @@ def test_a_run_that_meets_a_bad_image_says_how_to_go_on_and_goes_on_without_it(t
 
 
 @pytest.mark.slow
-def test_two_processes_learn_from_a_stream_what_one_does(streamed, tmp_path):
+def test_two_processes_learn_from_a_stream_what_one_does(streamed, train, tmp_path):
     folder, flags, _ = streamed
-    launch(*flags, "--output_dir", tmp_path / "run", processes=2)
+    train(*flags, "--output_dir", tmp_path / "run", processes=2)
     one, two = (
         [json.loads(line)["loss"] for line in (path / "loss.jsonl").read_text().splitlines()]
         for path in (folder, tmp_path / "run")

@@ -23,7 +23,7 @@ from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 from ddpm_notes_pipeline.training import evaluate
 from ddpm_notes_pipeline.training.evaluate import EvaluationRun, is_sampled, main, with_defaults
 from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
-from tests.support.launching import ROOT, describe, launch, once
+from tests.support.launching import ROOT, describe, once
 
 EVALUATE = ROOT / "training" / "evaluate.py"
 SAMPLES = 20
@@ -382,8 +382,8 @@ def test_the_table_is_what_the_pipeline_says(one):
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_numbers(one):
-    folder, done = evaluated("evaluate-2", launch, *FLAGS, processes=2)
+def test_two_processes_find_the_same_numbers(one, train):
+    folder, done = evaluated("evaluate-2", train, *FLAGS, processes=2)
     mine, theirs = results(one[0])["results"], results(folder)["results"]
     for a, b in zip(mine, theirs, strict=True):
         for name in ("total", "standard_error", "prior", "diffusion", "decoder"):

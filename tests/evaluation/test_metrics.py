@@ -37,7 +37,6 @@ from ddpm_notes_pipeline.evaluation.features import FeatureNetwork, full_float32
 from ddpm_notes_pipeline.evaluation.metrics import SampleComparison, measure_samples
 from ddpm_notes_pipeline.evaluation.reading import nearest_training_images
 from ddpm_notes_pipeline.evaluation.records import SampleMetrics
-from tests.support.launching import launch
 
 FEW = "ignore:frechet_distance of"  # few images, where a test is about something else
 
@@ -681,12 +680,12 @@ accelerator.end_training()  # a thread of the process group that outlives the in
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_numbers(tmp_path):
+def test_two_processes_find_the_same_numbers(forked, tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(SCRIPT)
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        launch(tmp_path / str(processes), processes=processes, script=script)
+        forked(tmp_path / str(processes), processes=processes, script=script)
     results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")}
     assert sorted(results) == [
         f"{name}-{place}.json" for name in ("computed", "kept") for place in ("0-of-1", "0-of-2", "1-of-2")

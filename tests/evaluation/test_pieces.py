@@ -12,7 +12,7 @@ from ddpm_notes_pipeline.data import hold_out, load_images
 from ddpm_notes_pipeline.evaluation.pieces import Piece, Pieces, image_settings, int_keys
 from ddpm_notes_pipeline.evaluation.samples import SampleTable
 from tests.evaluation.test_evaluate import EVALUATE, SAMPLES, results, save_model, save_network
-from tests.support.launching import ROOT, error_lines, launch
+from tests.support.launching import ROOT, error_lines
 
 # Variances are measured on the twentieth of the training images that is not held out.
 FLAGS = (
@@ -95,7 +95,7 @@ def test_two_processes_go_on_where_one_was_killed(train, unstopped, tmp_path):
     folder = tmp_path / "model"
     evaluate(train, folder, stop_at=(WRITE, KEPT + 1), expect=-signal.SIGKILL)
     flags = ["--model", folder, "--metric_network", folder.parent / "small-vit", *FLAGS]
-    done = launch(*flags, processes=2, script=EVALUATE)
+    done = train(*flags, processes=2, script=EVALUATE)
     assert f"Not measured again: {KEPT - 4} of " in done.stdout  # a part of 8 is none of theirs, of 16
     found, truth = results(folder), results(unstopped[0])
     assert found["results"][:2] == truth["results"][:2] and found["metrics"][:2] == truth["metrics"][:2]

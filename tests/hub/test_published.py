@@ -403,28 +403,3 @@ def test_a_push_that_fails_in_the_end_loses_nothing_and_says_how_to_finish(tmp_p
         files = hub.repos["user/late"].files()
         assert files["README.md"] == (tmp_path / "run" / "README.md").read_bytes()
         assert not [name for name in files if name.startswith("checkpoint")]
-
-
-def test_two_processes_that_push_at_once_leave_one_whole_repository(hub, tmp_path):
-    folders = []
-    for name in ("labelled", "learned"):
-        folder = tmp_path / name
-        shutil.copytree(publish(name)[0] / "run", folder)
-        folders.append(folder)
-    hub.fail("commit", delay=4, times=2)  # each has seen the empty repository before the other one's commit
-    pushes = []
-    for folder in folders:
-        command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--hub_model_id", "user/both"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        pushes.append(subprocess.Popen(command, cwd=ROOT, env=hub.env(TOKEN), **pipes))
-    for push in pushes:
-        out, err = push.communicate(timeout=120)
-        assert push.returncode == 0, err
-        assert "Pushed:" in out
-    log = hub.repos["user/both"].commits
-    assert len(log) == 3  # with the one that every repository begins with
-    files = hub.repos["user/both"].files()
-    del files[".gitattributes"]
-    config = (folders[0] / "unet" / "config.json").read_bytes()
-    last = folders[0] if files["unet/config.json"] == config else folders[1]
-    assert files == {name: (last / name).read_bytes() for name in files}

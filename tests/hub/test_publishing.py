@@ -160,15 +160,25 @@ SPACE = ROOT / "examples" / "space"
 
 
 @pytest.mark.slow
-def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it(hub, folder, tmp_path):
-    """The command; twice, then for another model after the owner has edited the page."""
-    command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", folder, "--space_id", "digits-demo"]
+def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it(hub, api, folder, monkeypatch, capsys):
+    """The command; twice, then for another model after the owner has edited the page.
+
+    The first time as a process, then here.
+    """
+    monkeypatch.setattr(push, "HfApi", lambda: api)
+    demo = ["--space_id", "digits-demo", "--space_dir", str(SPACE)]
     models = ("user/digits", "user/digits", "user/other")
     for number, model in enumerate(models):
-        run = [*command, "--hub_model_id", model]
-        done = subprocess.run(run, cwd=ROOT, env=hub.env(), capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        assert f"Pushed: {hub.endpoint}/spaces/user/digits-demo" in done.stdout
+        words = [str(folder), "--hub_model_id", model, *demo]
+        if number == 0:
+            command = [sys.executable, "-m", "ddpm_notes_pipeline.publishing", *words]
+            done = subprocess.run(command, cwd=ROOT, env=hub.env(), capture_output=True, text=True, timeout=100)
+            assert done.returncode == 0, done.stderr
+            said = done.stdout
+        else:
+            publishing.main(words)
+            said = capsys.readouterr().out
+        assert f"Pushed: {hub.endpoint}/spaces/user/digits-demo" in said
         space = hub.repos["spaces/user/digits-demo"]
         assert space.sdk == "gradio" and not space.private
         files = pushed(hub, "spaces/user/digits-demo")
@@ -187,7 +197,7 @@ def test_the_demo_goes_up_as_a_space_that_names_its_model_and_the_model_names_it
     assert data.to_dict() == {**ours, "models": ["user/other", "user/digits"], "title": "Mine"}
     assert files["README.md"].decode().endswith("\nMy words.\n")
     # a push without the demo forgets no link
-    subprocess.run([*command[:-2], "--hub_model_id", "user/digits"], cwd=ROOT, env=hub.env(), check=True, timeout=100)
+    publishing.main([str(folder), "--hub_model_id", "user/digits"])
     assert b"spaces/user/digits-demo)" in hub.repos["user/digits"].files()["README.md"]
 
 

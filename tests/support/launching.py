@@ -1,9 +1,9 @@
 """Runs of training/train.py, as users start them and cheap ones.
 
-`launch` is a real `accelerate launch`, in one or several processes: 10 to 20 s each, nearly all of
-it imports. `Trainer` imports once, in a server process that forks a process per run, with its own
-exit status, output and accelerate state. `once` shares the result of an expensive run between tests
-and pytest-xdist workers.
+`launch` is a real `accelerate launch`, in one or several processes: 10 to 30 s each, nearly all of
+it imports. `Trainer` imports once, in a server process that forks a process per run, or one per
+rank, with its own exit status, output and accelerate state. `once` shares the result of an
+expensive run between tests and pytest-xdist workers.
 """
 
 import contextlib
@@ -184,6 +184,7 @@ class Trainer:
         self,
         *flags: Any,
         script: Path | str = TRAIN,
+        processes: int = 1,
         stop_at: int | tuple[str, int] | None = None,
         by: int = signal.SIGKILL,
         kill_after: tuple[float, str] | None = None,
@@ -197,6 +198,8 @@ class Trainer:
 
         Args:
             script: a file, or "-c" to run the code in the first flag.
+            processes: several are ranks on CPUs, as `accelerate launch` would start them. If one
+                fails, the others are ended and its exit status is the run's.
             stop_at: the process sends itself the signal `by` when it asks for the batch of this
                 step, or calls ("module:function", n) for the n-th time.
             kill_after: (seconds, pattern): kill it that long after a matching file appears.
@@ -206,8 +209,14 @@ class Trainer:
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             argv = [str(script), *map(str, flags)]
-            request = {"argv": argv, "stop_at": stop_at, "env": env or {}, "cwd": str(cwd), "timeout": timeout}
-            request |= {"by": int(by), "kill_after": kill_after, "file_size": file_size}
+            request = {
+                "argv": argv,
+                "stop_at": stop_at,
+                "env": env or {},
+                "cwd": str(cwd),
+                "timeout": timeout * processes,
+            }
+            request |= {"by": int(by), "kill_after": kill_after, "file_size": file_size, "processes": processes}
             request |= {"out": str(out), "err": str(err)}
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
@@ -240,14 +249,40 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             # The interpreter's own exit would touch, and so copy, all that was imported: 3 s.
-            os._exit(run_request(json.loads(line)))
+            os._exit(run_ranks(json.loads(line)))
         print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
+
+
+def run_ranks(request: dict[str, Any]) -> int:
+    """Run a request in one process, or in as many ranks as it asks for; returns its exit status."""
+    count = request["processes"]
+    if count == 1:
+        return run_request(request)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
+    running, status = set(), 0
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            os._exit(run_request({**request, "env": {**own, **request["env"]}}))
+        running.add(child)
+    while running:
+        child, ended = os.wait()
+        running.remove(child)
+        if ended and not status:
+            status = os.waitstatus_to_exitcode(ended)
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    if status < 0:  # a signal ended the rank: it ends the run, too
+        os.kill(os.getpid(), -status)
+    return status
 
 
 def run_request(request: dict[str, Any]) -> int:
     """Run one script as `python SCRIPT FLAGS` would; returns its exit status."""
     for descriptor, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-        opened = os.open(name, os.O_RDWR | os.O_CREAT)
+        opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
     signal.alarm(request["timeout"])  # unhandled: it ends the process

@@ -80,9 +80,9 @@ def test_levels_are_fitted_anew_when_training_goes_on(fitted, train, tmp_path):
 
 @pytest.mark.launch
 @pytest.mark.slow
-def test_two_processes_fit_the_same_levels(fitted, launch, tmp_path):
+def test_two_processes_fit_the_same_levels(fitted, train, tmp_path):
     folder, _ = fitted
-    launch(*FITS, "--output_dir", tmp_path / "run", processes=2)
+    train(*FITS, "--output_dir", tmp_path / "run", processes=2)
     one, two = levels(folder), levels(tmp_path / "run")
     assert one["weights"][0] == pytest.approx(two["weights"][0], rel=1e-3)
     for name in ("decoder_blur", "guess_blur"):

@@ -70,9 +70,9 @@ def test_a_resumed_run_measures_what_the_straight_one_does(validated, train, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(launch, validated):
+def test_two_processes_measure_what_one_does(train, validated):
     """21 images: one process has 10 and the other 11; both have labels of their own."""
-    folder, _ = once("validated-2", lambda folder: launch(*TINY, *VALIDATED, "--output_dir", folder, processes=2))
+    folder, _ = once("validated-2", lambda folder: train(*TINY, *VALIDATED, "--output_dir", folder, processes=2))
     for two, one in zip(*(read(path / "validation.jsonl") for path in (folder, validated[0])), strict=True):
         assert two == pytest.approx(one, rel=2e-4)
 

@@ -271,6 +271,22 @@ def test_more_sampling_steps_than_the_model_has_are_refused_before_training(make
 
 
 @pytest.mark.filterwarnings("ignore:alpha_bar at the path")
+def test_levels_that_gain_too_little_are_not_fitted_twice_to_the_same_weights(make, monkeypatch):
+    """At the end, once for the last bits/dim; the model is saved without levels."""
+    calls = []
+
+    def fit(*arguments, **settings) -> SimpleNamespace:
+        calls.append(arguments)
+        return SimpleNamespace(levels=None)
+
+    monkeypatch.setattr("ddpm_notes_pipeline.training.measurements.fit_image_levels", fit)
+    run = make(data={"validation_split": "test", "max_validation_images": 8}, validation_steps=1)
+    run.train()
+    assert len(calls) == 2  # after each of the two steps
+    assert run.learner.scheduler.levels is None
+
+
+@pytest.mark.filterwarnings("ignore:alpha_bar at the path")
 def test_the_bits_per_dim_of_a_bf16_run_are_those_of_float32(make, tmp_path):
     """evaluate.py, which measures in float32, finds the number on the card."""
     data = {"validation_split": "test", "max_validation_images": 8}

@@ -323,9 +323,9 @@ def launch_and_stop(launch: Callable, tmp_path: Path, send: str, *flags: object,
 
 
 @pytest.fixture(scope="module")
-def whole_by_two(launch):
+def whole_by_two(train):
     """The same 20 steps on two processes, without a stop."""
-    make = lambda folder: launch(*TINY, *HISTORY, "--output_dir", folder, "--num_samples", 1, processes=2)  # noqa: E731
+    make = lambda folder: train(*TINY, *HISTORY, "--output_dir", folder, "--num_samples", 1, processes=2)  # noqa: E731
     return once("whole_history_by_two", make)
 
 
@@ -352,7 +352,7 @@ SENDS = {
 def test_two_processes_stop_after_the_same_step_whoever_is_signalled(tmp_path, told, train, launch, request):
     # dropout differs between processes
     flags = ["--dropout", 0] if told == "one of them" else []
-    result = launch_and_stop(launch, tmp_path, SENDS[told], *flags, processes=2)
+    result = launch_and_stop(train if told == "one of them" else launch, tmp_path, SENDS[told], *flags, processes=2)
     name = "SIGINT" if told == "everybody" else "SIGTERM"
     assert result.returncode != 0
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-7"], describe(result)
@@ -363,7 +363,7 @@ def test_two_processes_stop_after_the_same_step_whoever_is_signalled(tmp_path, t
     if told == "their launcher":  # on two again: bit for bit
         whole, _ = request.getfixturevalue("whole_by_two")
         resume = ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"]
-        assert "on 2 process(es) of cpu" in launch(*TINY, *HISTORY, *resume, "--num_samples", 1, processes=2).stdout
+        assert "on 2 process(es) of cpu" in train(*TINY, *HISTORY, *resume, "--num_samples", 1, processes=2).stdout
         assert_ended_as(tmp_path / "run", whole, 20)
         one, two = (np.asarray(Image.open(path / "samples.png"), float) for path in (tmp_path / "run", whole))
         # a single sample, which one of the processes made alone

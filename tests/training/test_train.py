@@ -56,12 +56,28 @@ def straight(launch):
 
 
 @pytest.fixture(scope="module")
-def two_processes(launch):
-    """The same in two real processes."""
-    return once(
-        "two_processes",
-        lambda folder: launch(*TINY, "--output_dir", folder, "--checkpointing_steps", 6, processes=2),
-    )
+def two_processes():
+    """The same in two real processes, started by the launch file for CPUs."""
+
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        file = ROOT / "training" / "launch" / "two_cpu_processes.yaml"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
+        command += [
+            "--main_process_port",
+            free_port(),
+            TRAIN,
+            *TINY,
+            "--output_dir",
+            folder,
+            "--checkpointing_steps",
+            6,
+        ]
+        env = environment_of_runs(ACCELERATE_USE_CPU="true")
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done
+
+    return once("two_processes", run)
 
 
 def unet_config(folder: Path) -> dict:
@@ -421,7 +437,8 @@ def test_two_accumulating_processes_learn_what_one_does(train, launch, tmp_path,
     """On two machines too, and where t depends on the position in the batch or on all losses."""
     flags = [*TINY, *flags.split(), "--label_column", "label", "--output_dir"]
     train(*flags, tmp_path / "one")
-    result = launch(*flags, tmp_path / "two", "--gradient_accumulation_steps", 4, processes=2, machines=machines)
+    flags += [tmp_path / "two", "--gradient_accumulation_steps", 4]
+    result = launch(*flags, processes=2, machines=2) if machines == 2 else train(*flags, processes=2)
     assert "on 2 process(es) of cpu" in result.stdout
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     rates = [row["learning_rate"] for row in rows(tmp_path / "two")]
@@ -568,7 +585,7 @@ def test_fine_tuning_at_another_size_samples_at_that_size(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_warn_once(launch, tmp_path):
+def test_two_processes_warn_once(train, tmp_path):
     """Of a bad image, and of variances that were measured on the given network."""
     unet = stock_folder(tmp_path / "stock")
     scheduler = DDPMNotesScheduler(num_train_timesteps=100, decoder_variance=0.01)
@@ -576,7 +593,7 @@ def test_two_processes_warn_once(launch, tmp_path):
     (pngs(tmp_path / "pngs", "L", height=8, width=8) / "cat" / "0.png").write_bytes(b"cut short")
     flags = ["--train_data_dir", tmp_path / "pngs", "--on_bad_image", "skip", "--validation_share", 0.3]
     flags += ["--pretrained_model_name_or_path", tmp_path / "measured", "--max_train_steps", 2, "--lr_warmup_steps", 0]
-    result = launch(*SHORT, *flags, "--output_dir", tmp_path / "run", processes=2)
+    result = train(*SHORT, *flags, "--output_dir", tmp_path / "run", processes=2)
     warned = [line.rpartition("\r")[2] for line in result.stderr.splitlines() if "warning: " in line]
     assert len(warned) == len(set(warned)) >= 2, warned
     for text in ("left out 1 of 9 images", "measured on the repository's network"):
@@ -738,30 +755,21 @@ def test_resuming_a_finished_run_changes_nothing(train, straight, tmp_path):
     assert_same_checkpoint(tmp_path / "run" / "checkpoint-12", straight[0] / "checkpoint-12")
 
 
-DRIVER = """
-import runpy, sys
-from tests.support.launching import signal_at
-signal_at(7)
-runpy.run_path({train!r}, run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
-def test_two_processes_that_were_killed_resume(train, launch, straight, two_processes, tmp_path, processes):
+def test_two_processes_that_were_killed_resume(train, straight, two_processes, tmp_path, processes):
     """On two again, bit for bit the same run; on one, the same within rounding."""
-    driver, folder = tmp_path / "driver.py", tmp_path / "run"
-    driver.write_text(DRIVER.format(train=str(TRAIN)))
+    folder = tmp_path / "run"
     flags = [*TINY, "--checkpointing_steps", 6, "--output_dir", folder]
-    result = launch(*flags, processes=2, script=driver, expect=None)
-    assert result.returncode != 0 and [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-6"]
+    train(*flags, processes=2, stop_at=7, expect=-signal.SIGKILL)
+    assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-6"]
     flags += ["--resume_from_checkpoint", "latest"]
     if processes == 1:
         train(*flags)
         assert losses(folder)[-6:] == pytest.approx(losses(straight[0])[-6:], rel=1e-5)
         assert_close(weights(folder), weights(straight[0]), atol=1e-5)
         return
-    launch(*flags, processes=2)
+    train(*flags, processes=2)
     whole = two_processes[0]
     assert rows(folder)[-6:] == rows(whole)[-6:]
     assert_same(weights(folder), weights(whole))
@@ -1036,25 +1044,3 @@ def test_accelerate_reads_the_launch_files_for_gpus(name):
     config = load_config_from_file(str(ROOT / "training" / "launch" / f"{name}.yaml"))
     assert (str(config.distributed_type.value), config.num_processes, config.num_machines) == ACCELERATE[name]
     assert config.mixed_precision == "bf16" and not config.use_cpu
-
-
-@pytest.mark.launch
-@pytest.mark.slow
-def test_the_launch_file_for_two_cpu_processes_starts_two(tmp_path):
-    file = ROOT / "training" / "launch" / "two_cpu_processes.yaml"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        file,
-        "--main_process_port",
-        free_port(),
-    ]
-    flags = [TRAIN, *TINY, "--output_dir", tmp_path / "run"]
-    env = environment_of_runs(ACCELERATE_USE_CPU="true")
-    run = subprocess.run(
-        [*map(str, command), *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "on 2 process(es) of cpu" in run.stdout and len(losses(tmp_path / "run")) == 12

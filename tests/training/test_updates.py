@@ -382,13 +382,13 @@ def test_a_compiled_network_is_averaged_and_saved_as_any_other(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_skip_a_step_in_which_one_has_a_non_finite_loss(launch, tmp_path):
+def test_two_processes_skip_a_step_in_which_one_has_a_non_finite_loss(train, tmp_path):
     """They average the weights that one process would.
 
     Each has two parts of the batch; rank 1's last in step 5 is spoiled.
     """
     folder, driver = tmp_path / "run", spoiled(tmp_path / "driver.py", [10], rank=1)
-    result = launch(*EVERY_STEP, folder, *CONSTANT, "--gradient_accumulation_steps", 2, processes=2, script=driver)
+    result = train(*EVERY_STEP, folder, *CONSTANT, "--gradient_accumulation_steps", 2, processes=2, script=driver)
     assert "on 2 process(es) of cpu" in result.stdout
     assert result.stderr.count("skipped 1 update(s) that were not finite, 1 so far; step 5: loss nan") == 1
     found = history(folder)
