@@ -60,9 +60,9 @@ def test_of_a_plain_sight_the_fit_finds_the_shares_themselves_and_the_noise():
 def test_levels_that_gain_nothing_are_not_used():
     """All levels are equally likely and the Gaussian has the noise's own variance: it is right."""
     noise = 1 / float(DDPMNotesScheduler(T).chain.pair(0, -1).snr_t)
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 1, 16, 16), dtype=np.uint8))
     right, wrong = (
-        fit_levels(plain_sight(DDPMNotesScheduler(T, clip_sample=False, decoder_variance=variance), size=8), images)
+        fit_levels(plain_sight(DDPMNotesScheduler(T, clip_sample=False, decoder_variance=variance)), images)
         for variance in (noise, noise / 4)
     )
     assert right.levels is None and right.own_cost[0] == pytest.approx(right.decoder_costs[0][0], rel=0.01)
