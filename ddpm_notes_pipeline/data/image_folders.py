@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import PIL.Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder as DatasetsImageFolder
 
 SPLIT_OF = {
@@ -26,9 +27,12 @@ SPLIT_OF = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-IMAGE_SUFFIXES = frozenset(DatasetsImageFolder.EXTENSIONS) | {".avif", ".avifs", ".qoi"}  # Pillow reads these, too
+# Newer versions of Pillow read some formats that `datasets` does not list.
+NEWER_SUFFIXES = frozenset((".avif", ".avifs", ".qoi"))
+IMAGE_SUFFIXES = frozenset(DatasetsImageFolder.EXTENSIONS) | (NEWER_SUFFIXES & PIL.Image.registered_extensions().keys())
 # Photographs and drawings that it does not read.
 UNREAD_SUFFIXES = frozenset(".heic .heif .hif .jxl .svg .dng .nef .cr2 .cr3 .arw .raf .orf .rw2".split())
+UNREAD_SUFFIXES |= NEWER_SUFFIXES - IMAGE_SUFFIXES
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", *ARCHIVE_SUFFIXES)

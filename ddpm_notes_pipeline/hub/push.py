@@ -1,10 +1,11 @@
 """Pushing a Hub folder: no weights get lost, and no commit is made twice.
 
-Only the folder's own files are pushed (`HUB_FILES`): no checkpoints, optimizer states or logs. A
-push is one commit on top of the commit it has seen. If the Hub says that the repository has moved
-on, is busy or does not answer, the push looks at what is there and tries again: files that arrived
-are not committed a second time, and of two concurrent pushes the later one wins. Only
-the folder's card changes, so a failed push loses nothing: `push_command` finishes it.
+Only the folder's own files are pushed (`HUB_FILES`): no checkpoints, optimizer states or logs, and
+no evaluation of other weights, which is removed from the repository, too. A push is one commit on
+top of the commit it has seen. If the Hub says that the repository has moved on, is busy or does not
+answer, the push looks at what is there and tries again: files that arrived are not committed a
+second time, and of two concurrent pushes the later one wins. Only the folder's card changes, so a
+failed push loses nothing: `push_command` finishes it.
 
 The demo is a Space: three files of a folder of their own (examples/space in a clone). They are not
 part of the installed package: an app needs gradio, is read and changed before it is pushed, and
@@ -114,19 +115,23 @@ def push_folder(
     def push() -> str:
         head = api.repo_info(repo_id).sha
         write_card(folder, repo_id, license, _published_card(api, repo_id, head), space_id)
-        files = hub_files(folder)
+        stale = of_other_weights(folder)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=message, parent_commit=head
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[name for name in HUB_FILES if name not in stale],
+            delete_patterns=stale or None,  # what an earlier push left there
+            commit_message=message,
+            parent_commit=head,
         )
         return f"{api.endpoint}/{repo_id}"
 
     return _with_retries(push, f"could not push {folder} to {repo_id}", ended)
 
 
-def hub_files(folder: Path | str) -> list[str]:
-    """`HUB_FILES`, without the evaluation and its pictures if they are of other weights."""
-    of_evaluation = () if current_evaluation(folder) else (Evaluation.FILE, *MEASURED)
-    return [name for name in HUB_FILES if name not in of_evaluation]
+def of_other_weights(folder: Path | str) -> list[str]:
+    """The evaluation and its pictures, if they were not measured on the folder's weights."""
+    return [] if current_evaluation(folder) else [Evaluation.FILE, *MEASURED]
 
 
 def push_space(space_dir: Path | str, space_id: str, model_id: str, api: HfApi | None = None) -> str:
@@ -196,7 +201,7 @@ def export_folder(
         raise ValueError(f"{target} is not empty; it must be a new folder, or an empty one")
     write_card(folder, repo_id, license)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = list(filter_repo_objects(names, allow_patterns=hub_files(folder)))
+    names = list(filter_repo_objects(names, allow_patterns=HUB_FILES, ignore_patterns=of_other_weights(folder)))
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target / name)

@@ -11,6 +11,7 @@ Names follow diffusers' training scripts where these have a flag for the same th
 import math
 import operator
 import os
+import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -329,16 +330,17 @@ def check_arguments(data: DataArguments, model: ModelArguments, run: RunArgument
 
 
 def check_network_flags(model: ModelArguments, typed: set[str]) -> None:
-    """Raise ValueError for a typed flag of a network or schedule that a repository or file has.
+    """Warn of typed flags of the network or schedule beside a model that has its own.
 
-    In a configuration file they are left unused, so that one file serves both runs.
+    In a configuration file they are left unused silently: one file serves both runs.
     """
     names = [f.name for f in fields(model)]
     own = names.index("ddpm_num_steps")
     for source, flags in (("pretrained_model_name_or_path", names[2:]), ("model_config_name_or_path", names[3:own])):
         unused = [name for name in flags if name in typed and name != source]
         if getattr(model, source) is not None and unused:
-            raise ValueError(f"--{unused[0]} has no effect with --{source}, which has its own; leave it out")
+            names_of_flags = ", ".join(f"--{name}" for name in unused)
+            warnings.warn(f"{names_of_flags} without effect: --{source} has its own", stacklevel=2)
 
 
 def check_evaluation(data: DataArguments, evaluation: EvaluationArguments) -> None:

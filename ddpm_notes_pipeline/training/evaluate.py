@@ -47,7 +47,7 @@ from .evaluation_checks import (
     check_variance_types,
     check_writable,
 )
-from .held_out import check_held_out
+from .held_out import seen_in_training
 from .images import load_split
 
 VARIANCE_IMAGES = 4096  # of V_t: with T = 1000, 131 evaluations of each
@@ -132,15 +132,19 @@ class EvaluationRun:
         data, evaluation = self.data, self.evaluation
         if data.validation_share is None and split == HELD_OUT:
             raise ValueError(f"--split is {HELD_OUT}; it needs --validation_share, which says which images those are")
+        trained_on = data.max_train_samples if split == data.train_split else None
+        if data.streaming or (data.validation_share is None and trained_on is None):
+            limits = [limit for limit in (max_images, trained_on) if limit is not None]
+            return load_split(self.accelerator, data, split, min(limits, default=None))
         if split not in (data.train_split, HELD_OUT):
-            return load_split(self.accelerator, data, split, max_images)
-        if data.validation_share is None and data.max_train_samples is None:
             return load_split(self.accelerator, data, split, max_images)
         found = load_split(self.accelerator, data, data.train_split, data.max_train_samples)
         if data.validation_share is not None:
             training, held_out = hold_out(found, data.validation_share, evaluation.seed)
             if split == HELD_OUT:
-                check_held_out(evaluation.model, evaluation.revision, data, evaluation.seed, training)
+                fault = seen_in_training(evaluation.model, evaluation.revision, data, evaluation.seed, training)
+                if fault is not None:
+                    raise ValueError(fault)
             found = held_out if split == HELD_OUT else training
         return found.at_most(max_images)
 

@@ -11,45 +11,73 @@ from typing import Any
 
 import yaml
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 
 from ..data import ImageSet
 from ..evaluation.records import TrainingRecord
-from .arguments import DataArguments
+from .arguments import DataArguments, is_local
 
 # Settings that, with the images, decide which of them are held out.
 DECIDE_HELD_OUT = ("validation_share", "seed", "max_train_samples", "train_split", "dataset_config_name", "classes")
 
 
-def check_held_out(model: str, revision: str | None, data: DataArguments, seed: int, train: ImageSet) -> None:
-    """Refuse images held out of the data set that `model` was trained on, unless they are its own.
+def seen_in_training(model: str, revision: str | None, data: DataArguments, seed: int, train: ImageSet) -> str | None:
+    """Why images held out of the data set that `model` was trained on are not all new to it.
 
-    Silent for a model that does not say how it was trained, or was trained on another data set.
+    None if they are, or if the model does not say how it was trained. Of local folders only the
+    names are known: other images in a folder of the same name are taken for the same.
 
     Args:
         model, revision: a folder, or a repository on the Hub.
         seed: that drew the images.
         train: those that were not held out.
-
-    Raises:
-        ValueError: settings, or a number of images, other than those of the model's run.
     """
-    text, record = (read_file(model, revision, name) for name in ("training_config.yaml", TrainingRecord.FILE))
-    run: dict[str, Any] = yaml.safe_load(text) if text else {}
-    trained_on = run.get("dataset_name") or run.get("train_data_dir")
-    if trained_on is None or Path(trained_on).name != Path(train.name).name:
-        return
+    run = read_settings(model, revision)
+    if not of_same_images(data, run):
+        return None
     given = {**dataclasses.asdict(data), "seed": seed}
     differ = [name for name in DECIDE_HELD_OUT if given[name] != run.get(name)]
     if differ:
         values = ", ".join(f"--{name} is {given[name]} and was {run.get(name)} in training" for name in differ)
-        raise ValueError(f"{values} of {model}; they must be equal, or images that it was trained on are held out")
+        return f"{values} of {model}; they must be equal, or images that it was trained on are held out"
+    record = read_file(model, revision, TrainingRecord.FILE)
     count = json.loads(record).get("images") if record else None
     if count not in (None, len(train)):
-        raise ValueError(
-            f"{model} was trained on {count} images of {train.name}, and there are {len(train)} besides those held out: the "
-            "images have changed, and some that it was trained on are held out now. Restore them, or name images that it "
+        return (
+            f"{model} was trained on {count} images of {train.name}, and there are {len(train)} besides those held out: if "
+            "the images have changed, some that it was trained on are held out now. Restore them, or name images that it "
             "has never seen (--validation_split of training, --split of an evaluation)"
         )
+    return None
+
+
+def of_same_images(data: DataArguments, run: dict[str, Any]) -> bool:
+    """Whether some images may belong to these settings and to those of a training_config.yaml."""
+    names = [as_published(settings) for settings in (dataclasses.asdict(data), run)]
+    if names[0] is None or names[0] != names[1]:
+        return False
+    splits = [
+        {part.partition("[")[0].strip() for part in str(split).split("+")}
+        for split in (data.train_split, run.get("train_split", "train"))
+    ]
+    ours, theirs = data.classes, run.get("classes")
+    same_classes = ours is None or theirs is None or not set(ours).isdisjoint(theirs)
+    return same_classes and not splits[0].isdisjoint(splits[1])
+
+
+def as_published(settings: dict[str, Any]) -> str | None:
+    """The data set as training_config.yaml names it; of a local path, the last part."""
+    name = settings.get("dataset_name") or settings.get("train_data_dir")
+    return f"./{Path(name).expanduser().resolve().name}" if isinstance(name, str) and is_local(name) else name
+
+
+def read_settings(model: str, revision: str | None) -> dict[str, Any]:
+    """How a model was trained; empty if it does not say."""
+    try:
+        run = yaml.safe_load(read_file(model, revision, "training_config.yaml") or "")
+    except yaml.YAMLError:
+        return {}
+    return run if isinstance(run, dict) else {}
 
 
 def read_file(model: str, revision: str | None, name: str) -> str | None:
@@ -57,5 +85,5 @@ def read_file(model: str, revision: str | None, name: str) -> str | None:
     try:
         path = Path(model) / name if Path(model).is_dir() else hf_hub_download(model, name, revision=revision)
         return Path(path).read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, HFValidationError):
         return None

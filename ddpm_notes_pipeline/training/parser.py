@@ -30,15 +30,17 @@ OF_ONE_SOURCE = SOURCES | set(
 CHOOSE_IMAGES = OF_ONE_SOURCE - {"validation_split", "label_column"} | set(
     "validation_share resolution center_crop image_mode max_train_samples on_bad_image streaming shuffle_buffer_size seed".split()
 )
-# Flags on the command line, and the keys of a file that each of them makes void.
+MODELS = {"model", "pretrained_model_name_or_path"}
+# Flags on the command line, and the keys of a file that each of them makes void, in a file that has
+# one of the last keys.
 OVERRIDES = (
-    (SOURCES, OF_ONE_SOURCE),
-    (CHOOSE_IMAGES, {"data_fingerprint"}),
+    (SOURCES, OF_ONE_SOURCE, OF_ONE_SOURCE),
+    (CHOOSE_IMAGES, {"data_fingerprint"}, {"data_fingerprint"}),
     # Without the share of the file, all images are trained on.
-    ({"validation_split"}, {"validation_share", "data_fingerprint"}),
-    ({"validation_share"}, {"validation_split"}),
-    # A training run's file has the revision of the model that it started from.
-    ({"model", "pretrained_model_name_or_path"}, {"revision"}),
+    ({"validation_split"}, {"validation_share", "data_fingerprint"}, {"validation_share"}),
+    ({"validation_share"}, {"validation_split"}, {"validation_split"}),
+    # The revision is that of the file's model: in a training run's, the one that it started from.
+    (MODELS, {"revision"}, MODELS),
 )
 # Flags of diffusers' train_unconditional.py that have no namesake here, and what to use instead.
 OF_TRAIN_UNCONDITIONAL = {
@@ -105,7 +107,8 @@ class ArgumentParser(HfArgumentParser):
             self.error(f"--config {path}: {' '.join(str(error).split())}")
         if not isinstance(values, dict):
             self.error(f"--config {path} holds {type(values).__name__}; it must hold lines of the form 'flag: value'")
-        void = {key for flags, keys in OVERRIDES if flags & typed for key in keys}
+        known = {key.replace("-", "_") for key in values}
+        void = {key for flags, keys, there in OVERRIDES if flags & typed and there & known for key in keys}
         tokens: list[str] = []
         for key, value in ((key.replace("-", "_"), value) for key, value in values.items()):
             flag = f"--{key}"

@@ -9,6 +9,7 @@ It works from a script, a notebook or pytest: it takes no signals and never ends
 import logging
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,18 @@ from ..hub.card import weights_digest, write_card
 from ..hub.push import BackgroundPushes
 from ..names import EVALUATIONS_PER_IMAGE
 from ..pipeline_ddpm_notes import BitsPerDimOutput, DDPMNotesPipeline
-from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, check_arguments, warmup_steps
+from .arguments import (
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    check_arguments,
+    is_local,
+    warmup_steps,
+)
 from .checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, set_aside_later
 from .commands import num_processes, resume_command
-from .held_out import check_held_out
+from .held_out import seen_in_training
 from .images import count_of, dims, load_training_images
 from .learner import Learner
 from .logs import LOGS, RunLogs, warning_once
@@ -106,10 +115,8 @@ class TrainingRun:
         self.repo_id = open_repo(self.accelerator, run)
         with warning_once(self.accelerator):
             self.images = load_training_images(self.accelerator, data, run.seed)
-            base = model.pretrained_model_name_or_path
-            if base is not None and data.validation_share is not None:
-                check_held_out(base, model.revision, data, run.seed, self.images.stored)
             unet, scheduler = make_model(model, self.images.train)
+            self._check_held_out()
         check_sampling_steps(scheduler, run.ddpm_num_inference_steps)
         steps = run.max_train_steps or math.ceil(run.num_epochs * len(self.images.stored) / run.train_batch_size)
         warmup = warmup_steps(run, steps)
@@ -229,6 +236,21 @@ class TrainingRun:
             self.accelerator.end_training()
 
     # ----------------------------------------------------------------- its parts
+
+    def _check_held_out(self) -> None:
+        """Refuse to validate a given model on images that it was trained on.
+
+        A warning for a folder, which may be another one of the same name.
+        """
+        data, model, run = self.settings
+        base = model.pretrained_model_name_or_path
+        if base is None or data.validation_share is None:
+            return
+        fault = seen_in_training(base, model.revision, data, run.seed, self.images.stored)
+        if fault is not None and not is_local(data.train_data_dir or data.dataset_name):
+            raise ValueError(fault)
+        if fault is not None:
+            warnings.warn(f"unless these are other images than those of {base}: {fault}", stacklevel=3)
 
     def _resume(self, steps: int) -> int:
         """Restore the checkpoint that was asked for; returns the number of steps done."""

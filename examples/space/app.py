@@ -38,7 +38,8 @@ import pandas as pd
 import PIL.Image
 import PIL.ImageOps
 import torch
-from huggingface_hub import RepoCard, snapshot_download
+from huggingface_hub import RepoCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 MAX_SECONDS = float(os.environ.get("MAX_SECONDS", 60))  # per click
 STEPS = 50  # unless the model's evaluation or this machine's speed says otherwise
@@ -95,13 +96,13 @@ def short_name(model: str) -> str:
 
 def read_evaluation(model: str) -> dict[str, Any]:
     """evaluation.json of a folder or a repository; empty if there is none, or of other weights."""
-    weights = "unet/*.safetensors"
-    here = model if Path(model).is_dir() else snapshot_download(model, allow_patterns=["evaluation.json", weights])
-    path, digest = Path(here) / "evaluation.json", hashlib.sha256()
-    if not path.is_file():
+    try:
+        path = Path(model) / "evaluation.json" if Path(model).is_dir() else hf_hub_download(model, "evaluation.json")
+        evaluation = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, EntryNotFoundError):
         return {}
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
-    for file in sorted(Path(here).glob(weights)):
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).parent.glob("unet/*.safetensors")):  # the pipeline has downloaded them
         digest.update(file.read_bytes())
     return evaluation if evaluation.get("weights") in (None, digest.hexdigest()) else {}
 

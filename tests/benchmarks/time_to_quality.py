@@ -120,11 +120,12 @@ def finished(folder: Path, recipe: dict[str, Any], run: Run, steps: int, seed: i
     found = json.loads(path.read_text()) if path.exists() else {}
     settings = recipe | run.flags | {"max_train_steps": max(1, round(steps * run.share)), "seed": seed}
     asked = json.dumps([settings, run.network, threads])
-    if found and (folder / "asked.json").read_text() != asked:
-        sys.exit(f"{folder} has a run of other settings (asked.json): name another --output_dir")
+    kept = folder / "asked.json"
+    if found and (not kept.exists() or kept.read_text() != asked):
+        sys.exit(f"{folder} has a run of other settings: name another --output_dir")
     if "seconds" not in found:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "asked.json").write_text(asked)
+        kept.write_text(asked)
         settings["model_config_name_or_path"] = str(save_network(folder / "network", recipe, run.network))
         found["seconds"] = official(folder, settings, run.official) if run.official else ours(folder, settings, threads)
         path.write_text(json.dumps(found))  # whatever happens to the measurement

@@ -22,7 +22,9 @@ from ddpm_notes_pipeline.pipeline_ddpm_notes import DDPMNotesPipeline
 from ddpm_notes_pipeline.scheduling_ddpm_notes import DDPMNotesScheduler
 from ddpm_notes_pipeline.training import evaluate
 from ddpm_notes_pipeline.training.evaluate import EvaluationRun, is_sampled, main, with_defaults
+from ddpm_notes_pipeline.training.images import load_split
 from ddpm_notes_pipeline.training.parser import parse_evaluation_arguments
+from tests.data.making import table_of, write_parquet
 from tests.support.launching import ROOT, describe, once
 
 EVALUATE = ROOT / "training" / "evaluate.py"
@@ -456,9 +458,9 @@ def held_out_run(folder, of_the_run, *flags):
             "--classes is ['7', '3'] and was ['3', '7'] in training",
         ),
         (
-            {"seed": 1, "train_split": "test"},
+            {"seed": 1, "train_split": "train[:90%]"},
             [],
-            "--seed is 3 and was 1 in training, --train_split is train and was test",
+            "--seed is 3 and was 1 in training, --train_split is train and was train[:90%]",
         ),
     ],
 )
@@ -469,7 +471,14 @@ def test_images_that_were_trained_on_are_not_measured_as_held_out(tmp_path, of_t
 
 
 @pytest.mark.parametrize(
-    "of_the_run", [{}, {"dataset_name": "me/faces", "seed": 1}, {"dataset_name": "./mine"}, {"classes": None}]
+    "of_the_run",
+    [
+        {},
+        {"dataset_name": "me/faces", "seed": 1},
+        {"dataset_name": "./mine"},
+        {"train_split": "test"},
+        {"classes": None},
+    ],
 )
 def test_images_held_out_by_the_same_settings_or_of_another_data_set_are_measured(tmp_path, of_the_run):
     assert len(held_out_run(tmp_path, OF_THE_RUN | of_the_run).images) == 144  # a tenth of 1438
@@ -489,6 +498,35 @@ def test_held_out_images_of_chosen_classes_are_those_of_the_run(tmp_path):
     assert torch.equal(run.images.take(range(9)), whole.take(members[held_out.index[:9]]))
     trained_on = run.read("train")
     assert len(trained_on) + len(held_out) == len(members) and not set(trained_on.index) & set(held_out.index)
+
+
+def test_the_training_split_is_what_was_trained_on(tmp_path):
+    """--max_train_samples of it, also where all of it is measured."""
+    save_model(tmp_path)
+    line = ["--model", str(tmp_path), "--dataset_name", "digits", "--max_train_samples", "30", "--split", "train"]
+    run = EvaluationRun(*parse_evaluation_arguments([*line, "--max_images", "20"]))
+    trained_on = load_images("digits", max_samples=30, show_progress=False)
+    assert run.read("train").fingerprint == trained_on.fingerprint and len(run.read("test")) == 359
+    assert torch.equal(run.images.take(range(20)), trained_on.at_most(20).take(range(20)))
+
+
+def test_a_stream_is_read_as_far_as_it_is_measured(tmp_path, monkeypatch):
+    """Not as far as it was trained on, which may be larger than the disk."""
+    save_model(tmp_path / "model")
+    images = [*np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)]
+    write_parquet(tmp_path / "set", table_of(images))
+    line = ["--model", tmp_path / "model", "--dataset_name", tmp_path / "set", "--streaming", "--split", "train"]
+    asked = []
+
+    def load(*arguments):
+        asked.append(arguments[-1])
+        return load_split(*arguments)
+
+    monkeypatch.setattr(evaluate, "load_split", load)
+    line = [*map(str, line), "--max_train_samples", "25", "--max_images"]
+    for most, read in (("7", 7), ("99", 25)):
+        assert len(EvaluationRun(*parse_evaluation_arguments([*line, most])).images) == read
+    assert asked == [7, 25]
 
 
 def test_the_headline_is_of_more_images_than_the_rows_and_the_card_says_so(tmp_path, capsys):

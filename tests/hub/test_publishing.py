@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub import HfApi, RepoCard
+from safetensors.torch import load_file, save_file
 
 from ddpm_notes_pipeline import publishing
 from ddpm_notes_pipeline.hub import push
@@ -94,6 +95,20 @@ def test_pushing_again_commits_what_has_changed_and_nothing_else(hub, api, folde
     push_folder(folder, REPO, "three", api=api)
     assert commits(hub) == ["one", "three"] and pushed(hub) == here(folder)
     assert hub.repos[REPO].commits[0].changed == ("samples.png",)
+
+
+def test_a_repository_keeps_no_evaluation_of_weights_that_were_replaced(hub, api, folder):
+    """A second push, of other weights and without an evaluation of these."""
+    push_folder(folder, prepare_repo(REPO, api=api), api=api)
+    before = pushed(hub)
+    measured = {"evaluation.json", "bits_per_dim.png", "bits_map.png"}
+    assert measured < before.keys()
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+    push_folder(folder, REPO, api=api)
+    after = pushed(hub)
+    assert before.keys() - after.keys() == measured and not after.keys() - before.keys()
+    assert (folder / "evaluation.json").exists()
 
 
 def test_what_the_owner_wrote_on_the_hub_stays(hub, api, folder):

@@ -9,7 +9,7 @@ import struct
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -127,10 +127,11 @@ class Repo:
             changes["README.md"] = Blob(card.encode())
         self.commit("initial commit", "", author, changes)
 
-    def commit(self, title: str, message: str, author: str, changes: dict[str, Blob]) -> Commit:
-        """Add a commit to main. `changes`: path -> its new version."""
+    def commit(self, title: str, message: str, author: str, changes: Mapping[str, Blob | None]) -> Commit:
+        """Add a commit to main. `changes`: path -> its new version, None if it is deleted."""
         parent = self.head
-        blobs = (self.history[parent].blobs if parent else {}) | changes
+        blobs = {**(self.history[parent].blobs if parent else {}), **changes}
+        blobs = {path: blob for path, blob in blobs.items() if blob is not None}
         oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
         self.history[oid] = Commit(oid, parent, title, message, author, time.time(), blobs, tuple(changes))
         self.head = oid

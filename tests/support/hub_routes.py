@@ -278,13 +278,15 @@ class Routes:
         header = header["value"]
         if header.get("parentCommit") not in (None, parent.oid):
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
-        changes = {}
+        changes: dict[str, Blob | None] = {}
         for operation in operations:
             value, path = operation["value"], operation["value"]["path"]
             if operation["key"] == "file":
                 changes[path] = Blob(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":
                 changes[path] = Blob(self.large_file(repo, value), lfs=True)
+            elif operation["key"] == "deletedFile":
+                changes[path] = None
             else:
                 raise Refused(501, f"The loopback Hub does not serve commits with {operation['key']}")
         if card := changes.get("README.md"):

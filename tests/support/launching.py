@@ -14,6 +14,7 @@ import glob
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -199,7 +200,7 @@ class Trainer:
         Args:
             script: a file, or "-c" to run the code in the first flag.
             processes: several are ranks on CPUs, as `accelerate launch` would start them. If one
-                fails, the others are ended and its exit status is the run's.
+                fails, the others have five seconds to end, and its exit status is the run's.
             stop_at: the process sends itself the signal `by` when it asks for the batch of this
                 step, or calls ("module:function", n) for the n-th time.
             kill_after: (seconds, pattern): kill it that long after a matching file appears.
@@ -267,13 +268,18 @@ def run_ranks(request: dict[str, Any]) -> int:
             own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
             os._exit(run_request({**request, "env": {**own, **request["env"]}}))
         running.add(child)
+    deadline = math.inf
     while running:
-        child, ended = os.wait()
+        child, ended = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            time.sleep(0.02)
+            if time.monotonic() > deadline:
+                for other in running:
+                    os.kill(other, signal.SIGKILL)
+            continue
         running.remove(child)
-        if ended and not status:
-            status = os.waitstatus_to_exitcode(ended)
-            for other in running:
-                os.kill(other, signal.SIGKILL)
+        if ended and not status:  # the others end by themselves, or wait for it for ever
+            status, deadline = os.waitstatus_to_exitcode(ended), time.monotonic() + 5
     if status < 0:  # a signal ended the rank: it ends the run, too
         os.kill(os.getpid(), -status)
     return status

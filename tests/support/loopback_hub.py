@@ -6,7 +6,7 @@ Without Xet (`HF_HUB_DISABLE_XET=1`) large files arrive by Git LFS in one PUT. W
 default, a token points `hf_xet` to `local://FOLDER`. Such a folder is open to one process at a
 time, so each token gets its own: the server reads what a client wrote once a commit names it, and
 fills a new folder for each reader. Anything else answers 501: branches, tags, pull requests,
-multipart LFS, deleting, moving, running a Space. Listings come in one page, and files without the
+multipart LFS, folders, copying, running a Space. Listings come in one page, and files without the
 redirect to a content network. The rules for cards are the documented ones, not the Hub's own code.
 
     with Hub() as hub:
