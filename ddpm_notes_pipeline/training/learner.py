@@ -28,7 +28,6 @@ class Learner:
     Attributes:
         unet: the network. network: the same, wrapped for several processes.
         average: moving average of the weights; None without.
-        levels_fitted: whether levels have been fitted to the weights as they are.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class Learner:
         if run.torch_compile:
             unet.compile()
         self.lr_scheduler: Any = None  # by `schedule`
-        self.levels_fitted = False
         self._last_loss: torch.Tensor | None = None
 
     def checkpoint_state(self, fingerprint: str, class_names: list[str] | None = None) -> CheckpointState:
@@ -103,7 +101,6 @@ class Learner:
         """
         device, rank = self.accelerator.device, self.accelerator.process_index
         self.set_levels(None)
-        self.levels_fitted = False
         torch.manual_seed(step_seed(self.run.seed, step, f"dropout of process {rank}"))
         share = len(batch["u"])
         position = torch.arange(share, device=batch["u"].device) + rank * share
@@ -176,11 +173,7 @@ class Learner:
                 self.unet.train()
 
     def set_levels(self, levels: dict[str, Any] | None) -> None:
-        """Give the scheduler levels that fit these weights (`level_fit`); a step drops them.
-
-        None where they gain too little.
-        """
-        self.levels_fitted = True
+        """Give the scheduler levels that fit these weights (`level_fit`); a step drops them."""
         if levels is not self.scheduler.levels:
             self.scheduler = DDPMNotesScheduler.from_config(self.scheduler.config, levels=levels)
 

@@ -24,6 +24,7 @@ class Measurements:
     Attributes:
         table: of sample metrics; None without --metric_interval.
         yardsticks: of the validation images, on the main process, once bits/dim are measured.
+        levels_of: the step to whose weights levels were last fitted, even if they gain too little.
     """
 
     def __init__(self, learner: Learner, images: TrainingImages, stops: Stops, cache_dir: str | None) -> None:
@@ -31,6 +32,7 @@ class Measurements:
         self.accelerator, run = learner.accelerator, learner.run
         self.table: SampleTable | None = None
         self.yardsticks: Yardsticks | None = None
+        self.levels_of: int | None = None
         if run.metric_interval is not None:
             self.table = SampleTable(
                 self.accelerator,
@@ -49,7 +51,7 @@ class Measurements:
         """bits/dim of the averaged weights."""
         if self.images.validation is None:
             return None
-        self.fit_levels(logs)
+        self.fit_levels(step, logs)
         images = self.images.validation
         with logs.loss.paused(), self.learner.pipeline(float32=True, desc="validate", leave=False) as pipeline:
             result = measure_bits_per_dim(self.accelerator, pipeline, images, self.stops)
@@ -60,14 +62,15 @@ class Measurements:
                     self.yardsticks = image_yardsticks(self.images.stored, images)
         return result
 
-    def fit_levels(self, logs: RunLogs) -> None:
-        """Fit the 8-bit levels to the averaged weights as they are, on training images."""
-        if not self.learner.run.fit_levels or self.learner.levels_fitted:
+    def fit_levels(self, step: int, logs: RunLogs) -> None:
+        """Fit the 8-bit levels to the averaged weights after `step` steps, on training images."""
+        if not self.learner.run.fit_levels or self.levels_of == step:
             return
         with logs.loss.paused(), self.learner.pipeline(float32=True, leave=False) as pipeline:
             fit = fit_image_levels(
                 pipeline, self.images.stored, seed=self.learner.run.seed, accelerator=self.accelerator
             )
+        self.levels_of = step
         self.learner.set_levels(fit.levels)
 
     def measure_samples(self, step: int, logs: RunLogs) -> None:

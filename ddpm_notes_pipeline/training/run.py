@@ -217,7 +217,7 @@ class TrainingRun:
             self.images.skipped = int(self.accelerator.reduce(progress.bad_images.to(self.accelerator.device), "sum"))
         self._save_checkpoint(progress.steps)
         bits_per_dim = self._validate(progress.steps)
-        self.measurements.fit_levels(logs)
+        self.measurements.fit_levels(progress.steps, logs)
         self.measurements.measure_samples(progress.steps, logs)
         self.learner.keep_average()
         with failing_together(self.accelerator, f"could not write the model to {self.output_dir}"):
