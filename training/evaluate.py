@@ -22,12 +22,21 @@ written: the same command continues where it was stopped.
 import sys
 import warnings
 
+from ddpm_notes_pipeline.training.arguments import DataArguments, EvaluationArguments
 from ddpm_notes_pipeline.training.parser import one_line, parse_evaluation_arguments
 
 
 def main() -> None:
     warnings.formatwarning = one_line
-    data, evaluation = parse_evaluation_arguments()
+    settings = parse_evaluation_arguments()
+    try:
+        evaluate(*settings)
+    except ImportError as fault:  # an extra is not installed
+        sys.exit(f"evaluate.py: error: {fault}")
+
+
+def evaluate(data: DataArguments, evaluation: EvaluationArguments) -> None:
+    """The measurement, and how it ends."""
     # Not at the top: it loads torch, which --help and a mistyped flag do without.
     from ddpm_notes_pipeline.training.evaluate import kept_text
     from ddpm_notes_pipeline.training.evaluate import main as measure
@@ -40,7 +49,7 @@ def main() -> None:
         measure(data, evaluation)
     except Stopped as stop:
         exit_now(stop.status, f"evaluate.py: {stop}. {kept_text(evaluation)}", once=True)
-    except (ValueError, ImportError, OSError) as fault:
+    except (ValueError, OSError) as fault:
         sys.exit(f"evaluate.py: error: {' '.join(str(fault).split())}")
 
 

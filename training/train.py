@@ -24,7 +24,11 @@ from ddpm_notes_pipeline.training.parser import one_line, parse_arguments
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.formatwarning = one_line
-    train(parse_arguments())
+    settings = parse_arguments()
+    try:
+        train(settings)
+    except ImportError as fault:  # an extra is not installed
+        sys.exit(f"train.py: error: {fault}")
 
 
 def train(settings: Arguments) -> None:
@@ -47,7 +51,7 @@ def train(settings: Arguments) -> None:
         exit_now(1)
     except NotPublishedError as fault:  # its last line is a command to copy
         sys.exit(f"train.py: error: {fault}")
-    except (ValueError, ImportError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
+    except (ValueError, OSError, FloatingPointError, CheckpointError, PublishingError) as fault:
         text = describe(fault, settings.run, begun=run is not None)
         if num_processes() > 1:
             exit_now(1, text, once=isinstance(fault, FloatingPointError))

@@ -92,6 +92,19 @@ def test_the_pipeline_imports_what_diffusers_own_does_and_its_own_files_alone():
     assert not [name for name in more if name.partition(".")[0] != "ddpm_notes_pipeline"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_an_extra_that_is_not_installed_is_one_line(script):
+    """Before anything is trained: pictures come last."""
+    code = "import importlib.util as u, runpy, sys; find = u.find_spec; "
+    code += "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest); "
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = ["--dataset_name", "digits", *(["--model", "none"] if script == "evaluate.py" else [])]
+    result = python("-c", code, f"training/{script}", *flags, expect=1)
+    expected = f'{script}: error: matplotlib is missing: pip install "ddpm_notes_pipeline[train]"'
+    assert result.stderr.strip().splitlines()[-1] == expected and "Traceback" not in result.stderr
+
+
 def test_the_package_alone_waits_for_nothing():
     names, _ = imported_by("-c", "import ddpm_notes_pipeline", expect=0)
     assert "ddpm_notes_pipeline" in names and not names & (HEAVY | {"numpy", "transformers"})
