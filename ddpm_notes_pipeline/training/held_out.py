@@ -39,7 +39,7 @@ def seen_in_training(model: str, revision: str | None, data: DataArguments, seed
     differ = [name for name in DECIDE_HELD_OUT if given[name] != run.get(name)]
     if differ:
         values = ", ".join(f"--{name} is {given[name]} and was {run.get(name)} in training" for name in differ)
-        return f"{values} of {model}; they must be equal, or images that it was trained on are held out"
+        return f"{values}; they must be equal, or images that {model} was trained on are held out"
     record = read_file(model, revision, TrainingRecord.FILE)
     count = json.loads(record).get("images") if record else None
     if count not in (None, len(train)):

@@ -47,7 +47,7 @@ def test_the_images_that_a_run_held_out_are_new_to_its_model(trained, recwarn):
 
 
 def test_those_of_another_seed_or_share_are_not(trained):
-    ends = f" of {trained}/model; they must be equal, or images that it was trained on are held out"
+    ends = f"; they must be equal, or images that {trained}/model was trained on are held out"
     assert seen(trained, seed=1) == "--seed is 1 and was 0 in training" + ends
     assert seen(trained, share=0.3) == "--validation_share is 0.3 and was 0.25 in training" + ends
 
@@ -67,7 +67,7 @@ def test_fine_tuning_warns_of_a_folder_and_refuses_a_data_set(trained):
         run_of(trained, "other", base="model", seed=1)
     digits = {"train_data_dir": None, "dataset_name": "digits", "max_train_samples": 40}
     run_of(trained, "digits", **digits).train()
-    with pytest.raises(ValueError, match=r"^--seed is 1 and was 0 in training of"):
+    with pytest.raises(ValueError, match=r"^--seed is 1 and was 0 in training; they must"):
         run_of(trained, "digits-2", base="digits", seed=1, **digits)
     assert not (trained / "digits-2" / "loss.jsonl").exists()
     with pytest.raises(ValueError, match="no such file or folder"):  # and no question to the Hub
