@@ -177,18 +177,23 @@ def test_a_learned_variance_has_the_cost_of_one_blur_beside_its_own():
     assert abs(fit.decoder_costs[0][0] / math.log(2) - result.decoder) > 5 * error
 
 
-def test_the_likeliest_gamma_and_precision_are_those_of_a_grid():
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_likeliest_gamma_and_precision_are_those_of_a_grid(channels):
+    """The second channel has the other shares of 0 and 255, and pixels of its own."""
     generator = torch.Generator().manual_seed(3)
-    x_0 = to_model_range(three_levels(8, 4)).flatten(2).double()
+    images = torch.cat([three_levels(64, 4), 255 - three_levels(64, 4, seed=1)], dim=1)[:, :channels]
+    images[images == 127] = 128
+    x_0 = to_model_range(images).flatten(2).double()
     raw = 0.8 * x_0 + 0.5 * torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
     guess = Guesses(0, raw, raw, None, torch.ones_like(raw))
-    shares = torch.zeros(1, 256, dtype=torch.float64)
-    shares[0, [0, 128, 255]] = torch.tensor([0.7, 0.1, 0.2]).double()
+    shares = torch.zeros(channels, 256, dtype=torch.float64)
+    shares[:, [0, 128, 255]] = torch.tensor([[0.7, 0.1, 0.2], [0.2, 0.1, 0.7]]).double()[:channels]
     gamma, precision = most_likely(shares, x_0, guess)
 
     def mean_log_likelihood(gamma, precision):
         levels = torch.tensor(LEVELS[[0, 128, 255]])
-        logits = gamma * shares[0, [0, 128, 255]].log() - precision * (levels - raw[..., None]) ** 2 / 2
+        log_shares = shares[:, None, [0, 128, 255]].log()  # of each channel's pixels
+        logits = gamma * log_shares - precision * (levels - raw[..., None]) ** 2 / 2
         own = (x_0[..., None] - levels).abs().argmin(-1)
         return float(logits.log_softmax(-1).gather(-1, own[..., None]).mean())
 
