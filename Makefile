@@ -29,7 +29,7 @@ OLDEST    := .venv-oldest
 # The wheels are unpacked beside PYTHON's own packages: if PYTHON is that of an environment, a new one would not see them.
 UNPACKED  := $(CURDIR)/outputs/gpu-check/packages
 
-.PHONY: help setup train demo test test-all test-oldest bench gpu-check lint clean
+.PHONY: help setup setup-oldest train demo test test-all test-oldest bench gpu-check lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -62,10 +62,13 @@ test-all: $(INSTALLED)  ## run all tests, slow ones included
 
 # PyPI has the oldest torch with CUDA only: 2.5 GB to download, 5 GB on disk. It runs on CPUs too.
 # Not the joined file again: it is the same code.
-test-oldest:  ## run the quick tests with the oldest versions that setup.cfg allows, in .venv-oldest
+test-oldest: setup-oldest  ## run the quick tests with the oldest versions that setup.cfg allows, in .venv-oldest
+	$(MAKE) test JOINED= VENV=$(OLDEST)
+
+setup-oldest:
 	@mkdir -p $(OLDEST)
 	@$(PYTHON) tests/support/oldest.py > $(OLDEST)/constraints.txt
-	$(MAKE) test JOINED= VENV=$(OLDEST) VENV_FLAGS= PIP_FLAGS="-c $(OLDEST)/constraints.txt"
+	@$(MAKE) --no-print-directory setup VENV=$(OLDEST) VENV_FLAGS= PIP_FLAGS="-c $(OLDEST)/constraints.txt"
 
 bench: $(INSTALLED)  ## measure speed beside the peers: about 25 minutes (ONLY=step,terms ARGS="--clock cpu")
 	$(VENV)/bin/python tests/benchmarks/run.py --only "$(ONLY)" $(ARGS)
