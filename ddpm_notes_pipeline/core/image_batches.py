@@ -13,7 +13,7 @@ ImageBatch = tuple[torch.Tensor, torch.Tensor | None]  # uint8 (B, C, H, W), lab
 
 
 def image_batches(images: Any, channels: int, class_labels: Any = None, need_labels: bool = False) -> Iterator:
-    """(uint8 (B, C, H, W), labels or None) on the CPU for each batch of `images`, but empty ones.
+    """(uint8 (B, C, H, W), labels or None), on the CPU, for each batch of `images` that has any.
 
     Args:
         images: what `as_pixels` takes; or a picture; or an iterable of batches of these, or of

@@ -29,6 +29,15 @@ from .commands import num_processes, typed_flags
 
 FEATURE_NETWORK_HELP = "Network whose features are compared: efficientnet-lite0, or a vision model of transformers."
 PRECISIONS = ("no", "fp16", "bf16")
+# What --model_config_name_or_path decides.
+NETWORK_FLAGS = (
+    "block_out_channels",
+    "layers_per_block",
+    "attention_levels",
+    "norm_num_groups",
+    "resnet_time_scale_shift",
+    "dropout",
+)
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
@@ -334,13 +343,11 @@ def check_network_flags(model: ModelArguments, typed: set[str]) -> None:
 
     In a configuration file they are left unused silently: one file serves both runs.
     """
-    names = [f.name for f in fields(model)]
-    own = names.index("ddpm_num_steps")
-    for source, flags in (("pretrained_model_name_or_path", names[2:]), ("model_config_name_or_path", names[3:own])):
-        unused = [name for name in flags if name in typed and name != source]
+    every = [f.name for f in fields(model) if f.name not in ("pretrained_model_name_or_path", "revision")]
+    for source, flags in (("pretrained_model_name_or_path", every), ("model_config_name_or_path", NETWORK_FLAGS)):
+        unused = ", ".join(f"--{name}" for name in flags if name in typed)
         if getattr(model, source) is not None and unused:
-            names_of_flags = ", ".join(f"--{name}" for name in unused)
-            warnings.warn(f"{names_of_flags} without effect: --{source} has its own", stacklevel=2)
+            warnings.warn(f"{unused} without effect: --{source} has its own", stacklevel=2)
 
 
 def check_evaluation(data: DataArguments, evaluation: EvaluationArguments) -> None:

@@ -53,8 +53,11 @@ def seen_in_training(model: str, revision: str | None, data: DataArguments, seed
 
 def of_same_images(data: DataArguments, run: dict[str, Any]) -> bool:
     """Whether some images may belong to these settings and to those of a training_config.yaml."""
-    names = [as_published(settings) for settings in (dataclasses.asdict(data), run)]
-    if names[0] is None or names[0] != names[1]:
+    name, trained_on = (as_published(settings) for settings in (dataclasses.asdict(data), run))
+    if not isinstance(name, str) or not isinstance(trained_on, str):
+        return False
+    copied = (name.startswith("./") or trained_on.startswith("./")) and Path(name).name == Path(trained_on).name
+    if name != trained_on and not copied:  # a folder may hold a set of the Hub
         return False
     splits = [
         {part.partition("[")[0].strip() for part in str(split).split("+")}

@@ -1,4 +1,4 @@
-# ddpm_notes_pipeline 0.2.0, sha256 of the lines below adae302c9aadcfa4e3e1875a29fe1bae886bd5ce05a5f8aca540dc3ff4a8814a
+# ddpm_notes_pipeline 0.2.0, sha256 of the lines below 0ec7f3035aab59ea4b73dec0638e659821b8f50c5c435f479e4441a320122791
 import importlib
 import inspect
 import itertools
@@ -738,7 +738,7 @@ ImageBatch = tuple[torch.Tensor, torch.Tensor | None]  # uint8 (B, C, H, W), lab
 
 
 def image_batches(images: Any, channels: int, class_labels: Any = None, need_labels: bool = False) -> Iterator:
-    """(uint8 (B, C, H, W), labels or None) on the CPU for each batch of `images`, but empty ones.
+    """(uint8 (B, C, H, W), labels or None), on the CPU, for each batch of `images` that has any.
 
     Args:
         images: what `as_pixels` takes; or a picture; or an iterable of batches of these, or of

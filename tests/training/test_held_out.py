@@ -78,7 +78,7 @@ def test_fine_tuning_warns_of_a_folder_and_refuses_a_data_set(trained):
     ("run", "given"),
     [
         ({"train_data_dir": "./theirs"}, {}),
-        ({"dataset_name": "me/mine"}, {}),
+        ({"dataset_name": "me/theirs"}, {}),
         ({"train_data_dir": "./mine", "train_split": "validation"}, {}),
         ({"train_data_dir": "./mine", "classes": ["mon"]}, {"classes": ["item", "dngn"], "label_column": "label"}),
         ([1, 2], {}),
@@ -94,6 +94,14 @@ def test_another_data_set_split_or_class_is_new_whatever_the_settings(tmp_path, 
     write_images(Path(data.train_data_dir), ["a.png", "b.png"], side=8)
     images = load_images(train_data_dir=data.train_data_dir, cache_dir=tmp_path, show_progress=False)
     assert seen_in_training(str(tmp_path), None, data, 7, images) is None
+
+
+@pytest.mark.parametrize(("trained_on", "same"), [("./faces", True), ("me/faces", True), ("you/faces", False)])
+def test_a_folder_may_hold_the_data_set_of_the_hub_that_has_its_name(tmp_path, trained_on, same):
+    (tmp_path / "training_config.yaml").write_text(yaml.safe_dump({"dataset_name": trained_on, "train_split": "train"}))
+    images = load_images("digits", cache_dir=tmp_path, show_progress=False)
+    data = DataArguments(dataset_name="me/faces", validation_share=SHARE)
+    assert (seen_in_training(str(tmp_path), None, data, 0, images) is not None) == same
 
 
 def test_overlapping_splits_and_classes_are_the_same_images(tmp_path):
